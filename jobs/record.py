@@ -1,0 +1,404 @@
+"""What a run leaves behind in object storage, and where: the one file that knows the layout.
+
+    spec.json                                   the job, immutable; created only if absent
+    amendments/0001.json                        keys that a resume changed
+    lease.json                                  who drives the run now (compare-and-swap)
+    control/0001.json                           requests: stop, save
+    attempts/0001.json                          one start of the worker group: what it restored
+    attempts/0001-outcome.json                  how it ended
+    events/gen-0001/driver/000001.jsonl         state changes, numbered whole objects
+    events/attempt-0001/rank-0/000001.jsonl
+    metrics/attempt-0001/rank-0/000001.jsonl    loss, learning rate, evaluations
+    rows/attempt-0001/rank-0/000001.jsonl       ids of the rows of each step (train.log_rows)
+    logs/gen-0001/driver/000001.jsonl           log lines
+    logs/attempt-0001/rank-0/000001.jsonl
+    checkpoints/step-00000200/...parts...       then manifest.json, last
+    tensorboard/...                             event files
+    report/index.html, report/report.json
+    result.json                                 how the run ended; written last
+
+S3 has no append and no rename, so streams of lines are numbered whole objects. An *attempt* is one
+start of the worker group; a *generation* is one start of the driver, and may have many attempts.
+Everything here is data and pure functions; reading and writing happen elsewhere.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+MANIFEST_VERSION = 1
+
+
+class State(StrEnum):
+    """What a run is doing, or by whose doing it ended."""
+
+    PENDING = "PENDING"
+    """Submitted; no driver has started."""
+    STARTING = "STARTING"
+    """The driver is up; workers, data and model are being prepared."""
+    RUNNING = "RUNNING"
+    RECOVERING = "RECOVERING"
+    """A worker died; the group is started again from the last checkpoint."""
+    STOPPING = "STOPPING"
+    """A stop was asked for; the state is being saved."""
+    SUCCEEDED = "SUCCEEDED"
+    STOPPED = "STOPPED"
+    """Ended by request, with a checkpoint; can be resumed."""
+    FAILED_USER = "FAILED_USER"
+    """The data, the model or the training itself is at fault; the same start would fail again."""
+    FAILED_SPEC = "FAILED_SPEC"
+    """The job file is at fault."""
+    FAILED_RESOURCES = "FAILED_RESOURCES"
+    """The cluster has not what the job asks for."""
+    FAILED_INFRA = "FAILED_INFRA"
+    """Storage, a node or the driver failed; a resume may succeed."""
+
+    @property
+    def is_final(self) -> bool:
+        return self in _FINAL
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 failed, 2 the user's input, 3 the environment, 130 stopped."""
+        return _EXIT_CODES.get(self, 0)
+
+
+_FINAL = frozenset(
+    {
+        State.SUCCEEDED,
+        State.STOPPED,
+        State.FAILED_USER,
+        State.FAILED_SPEC,
+        State.FAILED_RESOURCES,
+        State.FAILED_INFRA,
+    }
+)
+_EXIT_CODES = {
+    State.STOPPED: 130,
+    State.FAILED_USER: 1,
+    State.FAILED_SPEC: 2,
+    State.FAILED_RESOURCES: 3,
+    State.FAILED_INFRA: 3,
+}
+
+
+class Record(BaseModel):
+    """A JSON object of the run folder; keys of later versions are kept out of the way."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    def to_bytes(self) -> bytes:
+        return self.model_dump_json(indent=1).encode()
+
+
+class Failure(Record):
+    """Why something ended: the problems, as the user is to read them."""
+
+    state: State
+    problems: tuple[tuple[str, str | None], ...]
+    """(message, hint) of each problem."""
+    where: str = ""
+    """`driver` or `rank 3 on node-7`."""
+    traceback: str | None = None
+    """For bugs; None for a user's error."""
+
+
+class Attempt(Record):
+    """One start of the worker group; written by rank 0 before the first step."""
+
+    attempt: int
+    generation: int
+    world_size: int
+    restored_step: int | None
+    """Step of the checkpoint from which it went on; None: from the start."""
+    started_at: float
+    """Unix seconds."""
+    hosts: tuple[str, ...] = ()
+    versions: dict[str, str] = {}
+    device: str = "cpu"
+    num_parameters: int = 0
+    num_trained_parameters: int = 0
+    total_steps: int = 0
+    steps_per_epoch: int = 0
+    rows_per_epoch: int = 0
+    data_digest: str = ""
+    window: int = 0
+    lanes: int = 0
+    start_seconds: float = 0.0
+    """From the start of the worker function to the first step."""
+
+
+class Outcome(Record):
+    """How an attempt ended by itself; absent where it was killed."""
+
+    attempt: int
+    state: State
+    step: int
+    failure: Failure | None = None
+    best_step: int | None = None
+    test: dict[str, Any] | None = None
+    """Evaluation of the best model on the test set (or validation set, see `tested_on`)."""
+    before: dict[str, Any] | None = None
+    """Evaluation of the untrained model on the same set."""
+    tested_on: Literal["test", "validation"] | None = None
+    seconds: dict[str, float] = {}
+    """Where the attempt's wall clock went: start, compute, data_wait, synchronisation,
+    checkpoint, evaluation, other."""
+
+
+class Part(Record):
+    """One file of a checkpoint, by its name relative to the checkpoint's folder."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class StreamPosition(Record):
+    """Where in the order of rows a checkpoint stands; all of it must match to go on."""
+
+    order_version: int
+    index_digest: str
+    lanes: int
+    window: int
+    seed: int
+    global_batch_size: int
+    epoch: int
+    next_item: int
+    """First position of `epoch` that no step has used."""
+
+
+class Manifest(Record):
+    """The commit object of a checkpoint: written last, names every part with bytes and sha256."""
+
+    version: int = MANIFEST_VERSION
+    step: int
+    attempt: int
+    generation: int
+    parent_step: int | None
+    """Step of the checkpoint from which this attempt had started."""
+    created_at: float
+    parts: tuple[Part, ...]
+    digests: dict[str, str]
+    stream: StreamPosition
+    evaluation: dict[str, float] = {}
+    """Metrics of the evaluation at this step, such as validation/f1; empty without one."""
+    is_last_step: bool = False
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+
+class Lease(Record):
+    """Who drives the run. Replaced by compare-and-swap only."""
+
+    generation: int
+    holder: str
+    """Random id of the driver process."""
+    host: str
+    pid: int
+    renewals: int
+    """Grows with each renewal, so that the object's ETag changes."""
+    ttl_seconds: float
+    released: bool = False
+    renewed_at: float = 0.0
+    """Unix seconds by the holder's clock; for people, not for expiry."""
+
+
+class Control(Record):
+    """A request to the run, from any machine."""
+
+    kind: Literal["stop", "save"]
+    requested_at: float
+    by: str = ""
+
+
+class Result(Record):
+    """How the run ended: the last object that a driver writes."""
+
+    run_id: str
+    state: State
+    generation: int
+    step: int
+    finished_at: float
+    best_checkpoint: str | None = None
+    """Folder of the best checkpoint, relative to the run folder."""
+    last_checkpoint: str | None = None
+    outcome: Outcome | None = None
+    failure: Failure | None = None
+
+
+# ---------------------------------------------------------------------------------------- layout
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Keys of a run's objects in the store of runs; `run_id` is the run's folder."""
+
+    run_id: str
+
+    def _join(self, *parts: str) -> str:
+        return posixpath.join(self.run_id, *parts)
+
+    @property
+    def spec(self) -> str:
+        return self._join("spec.json")
+
+    @property
+    def lease(self) -> str:
+        return self._join("lease.json")
+
+    @property
+    def result(self) -> str:
+        return self._join("result.json")
+
+    def amendment(self, number: int) -> str:
+        return self._join("amendments", f"{number:04d}.json")
+
+    @property
+    def amendments(self) -> str:
+        return self._join("amendments/")
+
+    @property
+    def control(self) -> str:
+        return self._join("control/")
+
+    def control_request(self, number: int) -> str:
+        return self._join("control", f"{number:04d}.json")
+
+    @property
+    def attempts(self) -> str:
+        return self._join("attempts/")
+
+    def attempt(self, attempt: int) -> str:
+        return self._join("attempts", f"{attempt:04d}.json")
+
+    def outcome(self, attempt: int) -> str:
+        return self._join("attempts", f"{attempt:04d}-outcome.json")
+
+    def lines(self, kind: LineKind, source: Source, number: int) -> str:
+        """One numbered object of JSON lines."""
+        return self._join(kind, source.folder, f"{number:06d}.jsonl")
+
+    def lines_folder(self, kind: LineKind) -> str:
+        return self._join(kind) + "/"
+
+    @property
+    def checkpoints(self) -> str:
+        return self._join("checkpoints/")
+
+    def checkpoint(self, step: int) -> str:
+        """Folder of a checkpoint, with a slash at its end."""
+        return self._join("checkpoints", f"step-{step:08d}") + "/"
+
+    def manifest(self, step: int) -> str:
+        return self.checkpoint(step) + "manifest.json"
+
+    @property
+    def tensorboard(self) -> str:
+        return self._join("tensorboard/")
+
+    @property
+    def report_html(self) -> str:
+        return self._join("report", "index.html")
+
+    @property
+    def report_json(self) -> str:
+        return self._join("report", "report.json")
+
+
+LineKind = Literal["events", "metrics", "rows", "logs"]
+
+
+@dataclass(frozen=True, order=True)
+class Source:
+    """Who writes a stream of lines: the driver of a generation, or a rank of an attempt."""
+
+    number: int
+    """Generation of a driver, attempt of a rank."""
+    rank: int | None
+    """None: the driver."""
+
+    @property
+    def folder(self) -> str:
+        if self.rank is None:
+            return f"gen-{self.number:04d}/driver"
+        return f"attempt-{self.number:04d}/rank-{self.rank}"
+
+    @classmethod
+    def parse(cls, folder: str) -> Source:
+        """The source of a folder such as `attempt-0001/rank-0`; ValueError for any other text."""
+        span, _, writer = folder.partition("/")
+        kind, _, number = span.partition("-")
+        if kind == "gen" and writer == "driver":
+            return cls(int(number), None)
+        if kind == "attempt" and writer.startswith("rank-"):
+            return cls(int(number), int(writer.removeprefix("rank-")))
+        raise ValueError(f"{folder} is no folder of lines")
+
+
+# --------------------------------------------------------------------------------------- lineage
+
+
+def lineage(attempts: Iterable[Attempt]) -> list[tuple[int, int, int | None]]:
+    """Which attempt each step of the final weights came from: [(attempt, after, until)].
+
+    The attempt's steps s with after < s <= until are in the lineage; `until` None means all.
+    An attempt that restored step 40 takes every later step away from the attempts before it.
+    Attempts of which nothing is left are not listed.
+    """
+    spans: list[tuple[int, int, int | None]] = []
+    until: int | None = None
+    for attempt in sorted(attempts, key=lambda a: a.attempt, reverse=True):
+        after = attempt.restored_step or 0
+        if until is None or after < until:
+            spans.append((attempt.attempt, after, until))
+            until = after
+    return spans[::-1]
+
+
+def in_lineage(step: int, attempt: int, spans: Sequence[tuple[int, int, int | None]]) -> bool:
+    """Whether what `attempt` wrote for `step` belongs to the final weights."""
+    return any(
+        attempt == a and after < step and (until is None or step <= until)
+        for a, after, until in spans
+    )
+
+
+def live_manifests(manifests: Iterable[Manifest], attempts: Iterable[Attempt]) -> list[Manifest]:
+    """Manifests that no later attempt has superseded, by step; step 0 belongs to every attempt."""
+    spans = lineage(attempts)
+    live = [m for m in manifests if m.step == 0 or in_lineage(m.step, m.attempt, spans)]
+    return sorted(live, key=lambda m: m.step)
+
+
+def best_manifest(
+    manifests: Iterable[Manifest], *, metric: str, mode: Literal["min", "max"]
+) -> Manifest | None:
+    """The manifest with the best evaluation; the earlier one of equals; None without any."""
+    scored = [m for m in manifests if metric in m.evaluation]
+    sign = 1 if mode == "min" else -1
+    return min(scored, key=lambda m: (sign * m.evaluation[metric], m.step), default=None)
+
+
+def merge_metrics(
+    lines: Iterable[Mapping[str, Any]], attempts: Iterable[Attempt]
+) -> list[dict[str, Any]]:
+    """Lines of metrics in order of steps, of each step only what belongs to the final weights.
+
+    Each line holds at least `step`, `attempt` and `kind`; step 0 is the untrained model.
+    """
+    spans = lineage(attempts)
+    kept: dict[tuple[int, str, str], dict[str, Any]] = {}
+    for line in lines:
+        step, attempt = int(line["step"]), int(line["attempt"])
+        if step == 0 or in_lineage(step, attempt, spans):
+            kept[step, str(line["kind"]), str(line.get("split", ""))] = dict(line)
+    return [kept[key] for key in sorted(kept)]

@@ -1,0 +1,395 @@
+"""Every knob that a user can set: `JobSpec` and its parts.
+
+The job file is parsed once (`jobs.parse`) into a frozen `JobSpec`; the same JSON reaches every
+worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+MAX_RUN_ID_CHARACTERS = 47
+"""KubeRay derives other names from a RayJob's name; 47 keeps all of them under DNS-1035's 63."""
+RUN_ID_SUFFIX_CHARACTERS = 6
+
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*")
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+class SpecPart(BaseModel):
+    """A frozen part of the job file that refuses unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def _refuse_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(
+            f"a text is needed, but YAML reads this word as the boolean {str(value).lower()}; "
+            'quote it: "no", "yes", "on", "off"'
+        )
+    return value
+
+
+def _numbers_as_text(value: object) -> object:
+    _refuse_bool(value)
+    return str(value) if isinstance(value, int) else value
+
+
+def parse_bytes(value: object) -> object:
+    """Bytes from `1.5 GiB`, `512 MiB` or a plain number of bytes."""
+    if isinstance(value, str):
+        match = _BYTES.fullmatch(value)
+        if match is None:
+            raise ValueError("a size such as 512 MiB or 1.5 GiB is needed")
+        return int(float(match[1]) * _UNITS[match[2]])
+    return value
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`1.5 GiB`: the largest unit that leaves at least one, at most three digits."""
+    for unit, size in reversed(_UNITS.items()):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}" if unit != "B" else f"{int(num_bytes)} B"
+    return f"{int(num_bytes)} B"
+
+
+Text = Annotated[str, BeforeValidator(_refuse_bool), Field(min_length=1)]
+Label = Annotated[str, BeforeValidator(_numbers_as_text), Field(min_length=1)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Task(SpecPart):
+    """What is learned from which columns."""
+
+    kind: Literal["text-classification"] = "text-classification"
+    """One label for each text."""
+    labels: Annotated[tuple[Label, ...], Field(min_length=2)]
+    """The classes, in the order of the model's outputs."""
+    text: Text = "text"
+    """The column that holds the text."""
+    label: Text = "label"
+    """The column that holds the label: one of `labels`, or its position in them."""
+    max_tokens: Annotated[int, Field(ge=8)] = 128
+    """Tokens of a text that are used; what is longer is cut off."""
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"each label once; given twice: {', '.join(twice)}")
+        return labels
+
+
+class Model(SpecPart):
+    """The pretrained model and what is done to it before training."""
+
+    source: Text
+    """A local folder, a folder in a store (`s3://...`), a run (its URI, or its id in this store),
+    or a name on the Hugging Face hub."""
+    revision: Text | None = None
+    """Commit, tag or branch of a hub model; needed for a hub model, so that a run can be repeated."""
+    precision: Literal["float32", "bfloat16", "auto"] = "auto"
+    """Precision of the forward and backward pass; weights and optimizer stay float32.
+    `auto`: bfloat16 on a GPU that has it, else float32."""
+    freeze: tuple[Text, ...] = ()
+    """Parameters that are not trained: a module's name (`embeddings`, `encoder.layer.0`), matched
+    as whole parts of the parameter's path."""
+    dropout: Fraction | None = None
+    """Dropout of the encoder and the head; null leaves what the model's own configuration says."""
+
+
+class StoreAccess(SpecPart):
+    """How one store is reached; what is absent comes from the standard AWS variables and profiles.
+
+    Secrets are never written here: name a profile, or set the AWS variables.
+    """
+
+    endpoint_url: Text | None = None
+    """URL of an S3-compatible server; null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or AWS itself."""
+    region: Text | None = None
+    """Region of the bucket; null: AWS_REGION, AWS_DEFAULT_REGION or the profile's."""
+    profile: Text | None = None
+    """Profile of the AWS configuration files."""
+    anonymous: bool = False
+    """Send unsigned requests, for public buckets."""
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    """How the bucket is put into the URL; `auto`: path style for an own endpoint, else virtual."""
+    ca_bundle: Text | None = None
+    """File of certificate authorities for the endpoint; null: AWS_CA_BUNDLE or the system's."""
+    server_side_encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
+    """Encryption that is asked for on every write."""
+    kms_key_id: Text | None = None
+    """Key for aws:kms; null: the bucket's own."""
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _endpoint_is_plain(cls, url: str | None) -> str | None:
+        if url is not None:
+            if not re.match(r"https?://[^/]", url):
+                raise ValueError("an http:// or https:// URL is needed")
+            if "@" in url.split("/")[2]:
+                raise ValueError(
+                    "a user or password in the URL would be stored with the run; "
+                    "name a profile or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                )
+        return url
+
+
+class StoreAt(SpecPart):
+    """A place for runs and how it is reached."""
+
+    uri: Text
+    """`s3://bucket/prefix`, or a local folder."""
+    access: StoreAccess = StoreAccess()
+    """Endpoint, region, profile; null keys come from the environment."""
+
+
+def _store_from_text(value: object) -> object:
+    return {"uri": value} if isinstance(value, str) else value
+
+
+class Data(SpecPart):
+    """The data sets, each a folder written by `shoal prepare`, and the order of their rows."""
+
+    train: Text
+    """Folder of the training set: `s3://bucket/prefix` or a local path."""
+    validation: Text | None = None
+    """Folder of the validation set; needed for early stopping and for choosing the best."""
+    test: Text | None = None
+    """Folder of the test set; used twice: before training and, with the best model, after it."""
+    access: StoreAccess = StoreAccess()
+    """How the data's store is reached, where it differs from the environment."""
+    seed: NonNegativeInt = 0
+    """Seed of the order of rows, of dropout and of the new head's weights."""
+    lanes: PositiveInt | Literal["auto"] = "auto"
+    """Runs into which an epoch is cut. A worker count that divides it reads each shard once;
+    `auto`: the worker count."""
+    window: PositiveInt = 16
+    """Row groups of a lane among which rows are shuffled; shrinks to fit `stream_memory`."""
+    stream_memory: Bytes = 2**30
+    """Upper limit for the row groups that one worker holds in memory."""
+    cache_gib: PositiveFloat = 20.0
+    """Local disk, shared by the workers of a node, for fetched row groups and model files."""
+
+
+class Batching(SpecPart):
+    """How many rows make a step, and how they are cut to fit a device."""
+
+    global_batch_size: PositiveInt = 32
+    """Rows in one optimizer step, over all workers."""
+    max_tokens_per_microbatch: PositiveInt = 8192
+    """Tokens, padding included, of one forward and backward pass of one worker. A step takes as
+    many micro-batches as it needs."""
+
+
+class Optimizer(SpecPart):
+    """The optimizer and its learning-rate schedule."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (Loshchilov and Hutter, 2019), or SGD with momentum."""
+    learning_rate: PositiveFloat = 3e-5
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled for adamw, L2 for sgd; not applied to biases and normalisation weights."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of adamw's two moments."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to adamw's denominator."""
+    momentum: Fraction = 0.9
+    """Momentum of sgd."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the learning rate after warmup; linear and cosine end at 0 at the last step."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Global gradient norm to which gradients are clipped; null: no clipping."""
+
+    @model_validator(mode="after")
+    def _only_own_keys(self) -> Optimizer:
+        foreign = {"adamw": {"momentum"}, "sgd": {"betas", "epsilon"}}[self.kind]
+        given = sorted(foreign & self.model_fields_set)
+        differing = [k for k in given if getattr(self, k) != type(self).model_fields[k].default]
+        if differing:
+            raise ValueError(f"{', '.join(differing)} has no effect on {self.kind}; remove it")
+        return self
+
+
+class EarlyStopping(SpecPart):
+    """When training ends because the model no longer improves."""
+
+    metric: Text = "validation/f1"
+    """What is watched: `validation/` and loss, accuracy, f1, precision or recall (macro means)."""
+    mode: Literal["min", "max"] = "max"
+    """Whether smaller or larger is better."""
+    patience: PositiveInt = 3
+    """Evaluations in a row without improvement after which training stops."""
+    min_delta: NonNegativeFloat = 0.0
+    """Smallest change that counts as improvement."""
+
+
+class Train(SpecPart):
+    """How long training goes on and how it is watched."""
+
+    epochs: PositiveInt = 3
+    """Passes over the training set."""
+    evaluate_every_steps: PositiveInt | None = None
+    """Steps between evaluations; null: at the end of each epoch. The last step is always
+    evaluated."""
+    early_stopping: EarlyStopping | None = None
+    """null: train all epochs, and take the lowest validation/loss as the best."""
+    log_every_steps: PositiveInt = 10
+    """Steps between two entries of loss and learning rate in the metrics."""
+    log_rows: bool = False
+    """Debugging: write the ids of the rows of every step to the run folder."""
+
+
+class Checkpoint(SpecPart):
+    """When the state is saved and how much of it is kept."""
+
+    every_steps: PositiveInt = 200
+    """Steps between two checkpoints. Every improving evaluation and the last step save too."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    keep_best: PositiveInt = 1
+    """Best checkpoints that are kept besides."""
+
+
+class Workers(SpecPart):
+    """The processes that train, and what each is given."""
+
+    count: PositiveInt = 1
+    """Number of workers; each holds a copy of the model."""
+    cpus: PositiveInt = 1
+    """CPU cores, and threads of torch, of one worker."""
+    memory_gib: PositiveFloat | None = None
+    """Memory that Ray reserves for one worker; null: not limited."""
+    gpus: Literal[0, 1] = 0
+    """GPUs of one worker."""
+
+
+class Retries(SpecPart):
+    """How often the run starts again by itself."""
+
+    worker_failures: NonNegativeInt = 2
+    """Restarts from the last checkpoint after a worker has died."""
+
+
+class LocalCluster(SpecPart):
+    """This machine, or the Ray cluster that RAY_ADDRESS names."""
+
+    kind: Literal["local"] = "local"
+    """Start Ray here, or attach to RAY_ADDRESS."""
+
+
+class JobSpec(SpecPart):
+    """One fine-tuning job: what to train, on which data, with how many workers."""
+
+    name: str
+    """Start of the run's id: lower-case letters, digits and hyphens, a letter first."""
+    task: Task
+    model: Model
+    data: Data
+    batching: Batching = Batching()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    workers: Workers = Workers()
+    retries: Retries = Retries()
+    store: Annotated[StoreAt, BeforeValidator(_store_from_text)]
+    """Where runs are kept: `s3://bucket/prefix` or a local folder, or `{uri: ..., access: ...}`."""
+    cluster: LocalCluster = LocalCluster()
+    tracking: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    """Where metrics go besides the run folder's own."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_dns(cls, name: str) -> str:
+        limit = MAX_RUN_ID_CHARACTERS - RUN_ID_SUFFIX_CHARACTERS - 1
+        if not _NAME.fullmatch(name) or len(name) > limit:
+            raise ValueError(
+                f"at most {limit} lower-case letters, digits and hyphens are allowed, "
+                "with a letter first and no hyphen last"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _early_stopping_has_data(self) -> JobSpec:
+        if self.train.early_stopping is not None:
+            if self.data.validation is None:
+                raise ValueError(
+                    "train.early_stopping needs data.validation: name the validation set, "
+                    "or remove train.early_stopping"
+                )
+            known = [f"validation/{m}" for m in ("loss", "accuracy", "f1", "precision", "recall")]
+            if self.train.early_stopping.metric not in known:
+                raise ValueError(
+                    f"train.early_stopping.metric is {self.train.early_stopping.metric}, "
+                    f"but this task measures {', '.join(known)}"
+                )
+        return self
+
+    @property
+    def lanes(self) -> int:
+        """Number of lanes of an epoch: data.lanes, or the worker count where it is `auto`."""
+        return self.workers.count if self.data.lanes == "auto" else self.data.lanes
+
+    @property
+    def best(self) -> tuple[str, Literal["min", "max"], float]:
+        """Metric that tells the best checkpoint, its direction, and the least improvement."""
+        stopping = self.train.early_stopping
+        if stopping is None:
+            return "validation/loss", "min", 0.0
+        return stopping.metric, stopping.mode, stopping.min_delta
+
+    def to_json(self) -> str:
+        """The spec as the run folder keeps it: every key, defaults included."""
+        return self.model_dump_json(indent=1)
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of the groups of keys that decide what may change on a resume.
+
+        architecture     must be equal to restore a checkpoint
+        data_order       must be equal to go on inside an epoch
+        hyper_parameters recorded; may differ
+        Everything else (workers, store, cluster, retries, tracking) is free.
+        """
+        whole = self.model_dump(mode="json")
+        groups: dict[str, object] = {
+            "architecture": [whole["task"], whole["model"]["source"], whole["model"]["revision"]],
+            "data_order": [
+                whole["data"]["train"],
+                whole["data"]["seed"],
+                whole["batching"]["global_batch_size"],
+            ],
+            "hyper_parameters": [whole["optimizer"], whole["train"], whole["model"]],
+        }
+        return {
+            group: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
+            for group, part in groups.items()
+        }
+
+
+RESUME_PATHS = ("workers.", "retries.", "cluster.", "checkpoint.", "tracking", "train.epochs")
+"""Paths that `shoal resume --set` may change: operation, and the number of epochs."""
