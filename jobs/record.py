@@ -16,6 +16,7 @@
     tensorboard/...                             event files
     report/index.html, report/report.json
     result.json                                 how the run ended; written last
+    deleting.json                               the run is being deleted; readers refuse it
 
 S3 has no append and no rename, so streams of lines are numbered whole objects. An *attempt* is one
 start of the worker group; a *generation* is one start of the driver, and may have many attempts.
@@ -220,6 +221,15 @@ class Control(Record):
     by: str = ""
 
 
+class Amendment(Record):
+    """Keys that a resume changed; applied in the order of their numbers, for good."""
+
+    overrides: tuple[str, ...]
+    """`path=value`, as after --set."""
+    made_at: float
+    """Unix seconds."""
+
+
 class Result(Record):
     """How the run ended: the last object that a driver writes."""
 
@@ -258,6 +268,10 @@ class RunPaths:
     @property
     def result(self) -> str:
         return self._join("result.json")
+
+    @property
+    def deleting(self) -> str:
+        return self._join("deleting.json")
 
     def amendment(self, number: int) -> str:
         return self._join("amendments", f"{number:04d}.json")
