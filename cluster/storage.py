@@ -1,0 +1,265 @@
+"""Store: one place for objects, on S3 or in a local folder, and the errors that it raises.
+
+Keys are relative to the store's URI, separated by "/"; both kinds of store keep one contract:
+writes are whole or absent, conditional writes have exactly one winner, lists are lazy, and every
+failure that outlives the retries is a StorageError with a hint.
+
+    EnvironmentFault
+      StorageError            the store cannot do it: unreachable, refused, full, damaged
+        ObjectMissing         there is no such object
+        PreconditionFailed    the object is not what a conditional write expected
+          ObjectExists        it should have been absent
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from jobs.errors import EnvironmentFault, Problem, SpecError
+from jobs.spec import StoreAccess
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+
+OWN_FILE_PREFIX = ".shoal-"
+"""File names of a folder store's unfinished writes and locks; no part of a key begins so."""
+
+_S3_URI = re.compile(
+    r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9])(?:/(?P<key>.*))?"
+)
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+class StorageError(EnvironmentFault):
+    """The store could not do what was asked; transient faults have been retried before."""
+
+
+class ObjectMissing(StorageError):  # noqa: N818 - named for what it says, as KeyError is not
+    """There is no object `key`."""
+
+    def __init__(self, key: str, *problems: Problem | str) -> None:
+        super().__init__(*(problems or (f"there is no {key}",)))
+        self.key = key
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, *self.problems)
+
+
+class PreconditionFailed(StorageError):  # noqa: N818
+    """The object `key` is not, or no longer, the one that a conditional write was to replace."""
+
+    def __init__(self, key: str, *problems: Problem | str) -> None:
+        super().__init__(*(problems or (f"{key} was changed by another writer",)))
+        self.key = key
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, *self.problems)
+
+
+class ObjectExists(PreconditionFailed):
+    """The object `key` exists, and a conditional write was to create it."""
+
+    def __init__(self, key: str, *problems: Problem | str) -> None:
+        super().__init__(key, *(problems or (f"{key} exists already",)))
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a list or a head tells of an object."""
+
+    key: str
+    num_bytes: int
+    etag: str
+    """Changes with each change of the object; to be compared only."""
+    modified_at: float
+    """Unix seconds by the store's clock."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How objects are moved: sizes, threads and the time that transient faults are borne."""
+
+    part_bytes: int = 16 * 2**20
+    """Larger objects are written in parts of this size; S3 takes no part below 5 MiB but the last.
+    Downloads read ranges of the same size."""
+    num_threads: int = 8
+    """Parts of one object that move at a time."""
+    retry_seconds: float = 45.0
+    """Time after which a transient fault is no longer retried. A request that hangs is given up
+    after `read_timeout_seconds`, twice, so that a dead store shows after about a minute."""
+    connect_timeout_seconds: float = 5.0
+    read_timeout_seconds: float = 30.0
+    """Longest silence of the server in the middle of an answer."""
+    max_connections: int = 32
+    """Connections kept open by one store; more requests at a time wait for one."""
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Objects below one URI. Thread-safe; pickles without connections and without secrets."""
+
+    @property
+    def uri(self) -> str:
+        """`s3://bucket/prefix`, or the absolute path of a folder; no slash at the end."""
+        ...
+
+    @property
+    def filesystem_root(self) -> str:
+        """Path of this store within `filesystem()`: `bucket/prefix` or the absolute path."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """The whole object; raises ObjectMissing."""
+        ...
+
+    def read_range(self, key: str, *, start: int, end: int) -> bytes:
+        """Bytes [start, end) of the object: exactly end - start of them, or StorageError."""
+        ...
+
+    def head(self, key: str) -> Head | None:
+        """What the store tells of the object; None where it is absent."""
+        ...
+
+    def list(self, prefix: str = "", *, after: str | None = None) -> Iterator[Head]:
+        """All objects whose key begins with `prefix`, sorted by key, page by page.
+
+        Keys not above `after` are left out. Folder markers (keys that end in "/") are no objects.
+        """
+        ...
+
+    def list_folders(self, prefix: str = "") -> Iterator[str]:
+        """Names of the folders right below the folder `prefix`, sorted, without slashes."""
+        ...
+
+    def write(self, key: str, data: bytes | memoryview) -> str:
+        """Create or replace the object, with a checksum; the new ETag."""
+        ...
+
+    def write_if_absent(self, key: str, data: bytes | memoryview) -> str:
+        """Create the object; of several writers one wins, the others get ObjectExists."""
+        ...
+
+    def write_if_match(self, key: str, data: bytes | memoryview, *, etag: str) -> str:
+        """Replace the object that has `etag`; PreconditionFailed where it has not, or is absent."""
+        ...
+
+    def upload(self, key: str, path: Path) -> str:
+        """Create or replace the object from a file, in parallel parts; the new ETag."""
+        ...
+
+    def download(self, key: str, path: Path) -> None:
+        """The object as a file, by parallel ranges; `path` appears whole or not at all."""
+        ...
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove the objects, in batches; absent ones are no error."""
+        ...
+
+    def within(self, prefix: str) -> Store:
+        """The same store with keys relative to the folder `prefix`, over the same connections."""
+        ...
+
+    def filesystem(self) -> pyarrow.fs.FileSystem:
+        """The store for pyarrow's readers, by the same endpoint and credentials.
+
+        Short-lived credentials are those of this moment: ask again, do not keep it for hours.
+        """
+        ...
+
+
+def open_store(
+    uri: str | os.PathLike[str],
+    access: StoreAccess | None = None,
+    *,
+    transfer: Transfer | None = None,
+) -> Store:
+    """The store at `s3://bucket/prefix` or in a local folder, which need not exist yet.
+
+    Nothing is sent or created before the first operation. Raises SpecError for a URI, an
+    endpoint or a file of authorities that cannot be right.
+    """
+    text = os.fspath(uri)
+    if is_s3(text):
+        from cluster.s3 import S3Store
+        from cluster.s3_access import resolve
+
+        bucket, prefix = split_s3_uri(text)
+        settings = resolve(access or StoreAccess(), transfer=transfer or Transfer())
+        return S3Store.open(bucket=bucket, prefix=prefix, settings=settings)
+    from cluster.folder import FolderStore
+
+    return FolderStore(local_path(text))
+
+
+def is_s3(uri: str) -> bool:
+    """Whether the URI names an S3 store rather than a local folder."""
+    return uri.startswith("s3:")
+
+
+def split_s3_uri(uri: str) -> tuple[str, str]:
+    """(bucket, prefix without slashes at its ends) of an S3 URI; raises SpecError."""
+    match = _S3_URI.fullmatch(uri)
+    if match is None:
+        raise SpecError(Problem(f"{uri} is no S3 URI", "write s3://bucket/prefix"))
+    prefix = (match["key"] or "").strip("/")
+    if prefix:
+        check_key(prefix)
+    return match["bucket"], prefix
+
+
+def local_path(uri: str) -> Path:
+    """The absolute path of a local URI: a path, `~/path` or `file:///path`; raises SpecError."""
+    scheme, separator, rest = uri.partition("://")
+    if separator and scheme != "file":
+        raise SpecError(
+            Problem(
+                f"{uri} names no kind of store that is known",
+                "write s3://bucket/prefix or the path of a local folder",
+            )
+        )
+    path = rest if separator else uri
+    if not path:
+        raise SpecError(Problem("a store's URI is empty", "write s3://bucket/prefix or a path"))
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """(URI of the parent folder, last name) of an object's or folder's URI; raises SpecError."""
+    if is_s3(uri):
+        bucket, key = split_s3_uri(uri)
+        parent, _, name = key.rpartition("/")
+        if not name:
+            raise SpecError(Problem(f"{uri} is a whole bucket", "write s3://bucket/key"))
+        return f"s3://{bucket}/{parent}".rstrip("/"), name
+    path = local_path(uri)
+    return str(path.parent), path.name
+
+
+def join_uri(uri: str, key: str) -> str:
+    """The URI of `key` below a store's URI."""
+    return f"{uri.rstrip('/')}/{key}"
+
+
+def check_key(key: str) -> str:
+    """The key, unless it could mean another object on another kind of store (ValueError)."""
+    parts = key.split("/")
+    if (
+        any(part in ("", ".", "..") or part.startswith(OWN_FILE_PREFIX) for part in parts)
+        or _CONTROL_CHARACTER.search(key) is not None
+    ):
+        raise ValueError(f"{key!r} is no key of a store")
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """The prefix of keys (may be empty or end in "/"), checked as `check_key` does."""
+    if prefix.rstrip("/"):
+        check_key(prefix.removesuffix("/"))
+    elif prefix:
+        raise ValueError(f"{prefix!r} is no prefix of keys")
+    return prefix
