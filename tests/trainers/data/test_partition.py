@@ -23,6 +23,7 @@ from trainers.data.partition import (
     stream_bytes,
 )
 
+UNTIMED = settings(deadline=None)
 GROUPS = st.lists(st.sampled_from([0, 1, 1, 2, 3, 7, 20]), min_size=0, max_size=25)
 LANES = st.integers(1, 13)
 WINDOWS = st.integers(1, 6)
@@ -47,12 +48,14 @@ def every_row(groups):
     return sorted((group << 32) | row for group, rows in enumerate(groups) for row in range(rows))
 
 
+@UNTIMED
 @given(groups=GROUPS, lanes=LANES, window=WINDOWS, seed=st.integers(0, 2**70), epoch=WORLDS)
 def test_each_row_comes_exactly_once_an_epoch(groups, lanes, window, seed, epoch):
     order = order_of(groups, seed=seed, epoch=epoch, lanes=lanes, window=window)
     assert sorted(whole(order).tolist()) == every_row(groups)
 
 
+@UNTIMED
 @given(groups=GROUPS, lanes=LANES, window=WINDOWS, world_size=WORLDS, start=st.integers(0, 300))
 def test_interleaved_ranks_give_the_tail_of_one_sequence(groups, lanes, window, world_size, start):
     order = order_of(groups, lanes=lanes, window=window)
@@ -73,6 +76,7 @@ def test_interleaved_ranks_give_the_tail_of_one_sequence(groups, lanes, window, 
     assert read[start:].tolist() == whole(order)[start:].tolist()
 
 
+@UNTIMED
 @given(lanes=LANES, world_size=WORLDS, start=st.integers(0, 100), rank=st.integers(0, 5))
 def test_a_rank_meets_its_lanes_in_turn(lanes, world_size, start, rank):
     rank %= world_size
@@ -89,6 +93,7 @@ def test_a_rank_meets_its_lanes_in_turn(lanes, world_size, start, rank):
         assert (touched % world_size == rank).all()
 
 
+@UNTIMED
 @given(groups=GROUPS, lanes=LANES, window=WINDOWS)
 def test_blocks_tile_each_lane_and_agree_with_positions(groups, lanes, window):
     order = order_of(groups, lanes=lanes, window=window)
@@ -244,6 +249,7 @@ def test_every_order_of_groups_and_of_items_in_a_block_is_equally_likely():
 # ------------------------------------------------------------------------------------- evaluation
 
 
+@UNTIMED
 @given(groups=GROUPS, world_size=WORLDS)
 def test_sequential_shares_cover_every_row_once_and_are_balanced(groups, world_size):
     seen = []
@@ -269,7 +275,7 @@ def test_an_evaluation_cuts_between_row_groups_where_it_can():
 # ----------------------------------------------------------------------------------------- memory
 
 
-@settings(max_examples=50)
+@UNTIMED
 @given(
     window=st.integers(1, 64),
     lanes=LANES,
