@@ -1,0 +1,71 @@
+# Everything a newcomer types. Each target makes its virtual environment when there is none,
+# or when pyproject.toml is newer than the last installation.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	command -v $$name >/dev/null && $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && echo $$name && break; done)
+ARGS ?=
+
+# Settings of the caller's shell that would change what the targets do. Without byte code every
+# process of Ray compiles torch anew (twice the time to start); optimized Python drops the tests'
+# asserts; the demo and the tests have a store and a Ray of their own.
+unexport PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX PYTHONOPTIMIZE PYTHONPATH PYTHONHOME
+unexport PYTHONWARNINGS PYTHONSTARTUP PYTHONSAFEPATH VIRTUAL_ENV __PYVENV_LAUNCHER__
+unexport PIP_NO_COMPILE PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PIP_CONSTRAINT
+unexport AWS_PROFILE AWS_DEFAULT_PROFILE AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN
+unexport AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_REGION AWS_DEFAULT_REGION AWS_CA_BUNDLE
+unexport RAY_ADDRESS RAY_JOB_CONFIG_JSON_ENV_VAR SHOAL_CACHE
+# The store listens on loopback: no proxy on the way to it.
+LOOPBACK := 127.0.0.1,localhost
+export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(shell printf ,))$(LOOPBACK)
+export no_proxy := $(NO_PROXY)
+
+.PHONY: help demo test check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    fine-tune a real model on real data, on two workers, through an S3 store'
+	@echo 'make test    run the tests                    (make test ARGS="-k stream")'
+	@echo 'make check   formatting, lint, types, import fences'
+	@echo 'make clean   stop the demo store; remove .venv, .shoal, .assets and all caches'
+
+demo: $(INSTALLED)
+	@$(PY) examples/demo.py $(ARGS)
+
+test: $(INSTALLED)
+	@$(PY) -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+clean:
+	@if [ -x $(VENV)/bin/shoal ] && [ -d .shoal ]; then $(VENV)/bin/shoal down || true; fi
+	rm -rf $(VENV) .shoal .assets build dist *.egg-info .coverage
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@if [ -z '$(PYTHON)' ]; then \
+		echo 'error: Python 3.11 or later is needed; found: '"$$(python3 --version 2>&1)" >&2; \
+		echo >&2; \
+		echo 'hint: name one, as in: make demo PYTHON=/path/to/python3.12' >&2; exit 2; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: Python 3.11 or later is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; \
+		echo >&2; \
+		echo 'hint: name another, as in: make demo PYTHON=/path/to/python3.12' >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { \
+		echo 'error: $(PYTHON) cannot make virtual environments' >&2; echo >&2; \
+		echo 'hint: on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 2; }
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): $(PY) pyproject.toml
+	@echo 'Installing into $(VENV) (a few minutes, once) ...'
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[train,local,dev]'
+	@touch $@
