@@ -1,0 +1,119 @@
+"""The checkpoints of a run as a list, and whether their bytes are what their manifests say."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import StorageError, Store, join_uri
+from jobs.record import Manifest, Part
+from jobs.runs import RunReader
+
+_NUM_THREADS = 8
+_RANGE_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """One checkpoint as `shoal checkpoints` shows it."""
+
+    manifest: Manifest
+    uri: str
+    is_best: bool
+    is_last: bool
+    faults: tuple[str, ...] | None
+    """What --verify found, empty if nothing; None where it was not asked for."""
+
+    def to_json(self) -> dict[str, Any]:
+        m = self.manifest
+        return {
+            "step": m.step,
+            "epoch": m.stream.epoch,
+            "uri": self.uri,
+            "created_at": m.created_at,
+            "bytes": m.total_bytes,
+            "files": len(m.parts),
+            "attempt": m.attempt,
+            "evaluation": m.evaluation,
+            "is_best": self.is_best,
+            "is_last": self.is_last,
+            "is_whole": None if self.faults is None else not self.faults,
+            "faults": list(self.faults or ()),
+        }
+
+
+def read_checkpoints(reader: RunReader, *, verify: bool) -> list[SavedState]:
+    """Checkpoints that the run, or a resume of it, can use, by step."""
+    best = reader.best_manifest()
+    manifests = reader.live_manifests()
+    return [
+        SavedState(
+            manifest=manifest,
+            uri=join_uri(reader.store.uri, reader.paths.checkpoint(manifest.step).rstrip("/")),
+            is_best=best is not None and manifest.step == best.step,
+            is_last=manifest is manifests[-1],
+            faults=verify_checkpoint(reader, manifest) if verify else None,
+        )
+        for manifest in manifests
+    ]
+
+
+def verify_checkpoint(reader: RunReader, manifest: Manifest) -> tuple[str, ...]:
+    """What is wrong with the parts of a checkpoint, read and hashed in threads."""
+    folder = reader.paths.checkpoint(manifest.step)
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        faults = pool.map(lambda part: _fault(reader.store, folder, part), manifest.parts)
+        return tuple(fault for fault in faults if fault)
+
+
+def _fault(store: Store, folder: str, part: Part) -> str | None:
+    head = store.head(folder + part.name)
+    if head is None:
+        return f"{part.name} is missing"
+    if head.num_bytes != part.bytes:
+        return f"{part.name} has {head.num_bytes} bytes, not {part.bytes}"
+    digest = hashlib.sha256()
+    try:
+        for start in range(0, part.bytes, _RANGE_BYTES):
+            end = min(start + _RANGE_BYTES, part.bytes)
+            digest.update(store.read_range(folder + part.name, start=start, end=end))
+    except StorageError as error:
+        return f"{part.name} cannot be read: {error}"
+    return None if digest.hexdigest() == part.sha256 else f"{part.name} has another sha256"
+
+
+def show_checkpoints(found: Sequence[SavedState]) -> None:
+    """The table of `shoal checkpoints`, on stdout."""
+    from rich.text import Text
+
+    from jobs.spec import format_bytes
+    from jobs.status import format_seconds
+    from jobs.terminal import format_number, print_table
+
+    metrics = sorted({name for state in found for name in state.manifest.evaluation})
+    rows: list[list[str | Text]] = []
+    for state in found:
+        m = state.manifest
+        marks = [mark for mark, on in (("best", state.is_best), ("last", state.is_last)) if on]
+        row: list[str | Text] = [
+            str(m.step),
+            f"{format_seconds(time.time() - m.created_at)} ago",
+            format_bytes(m.total_bytes),
+            *(format_number(m.evaluation.get(name)) for name in metrics),
+            Text(" ".join(marks), style="bold green" if state.is_best else "cyan"),
+        ]
+        if state.faults is not None:
+            row.append(
+                Text("; ".join(state.faults), style="bold red")
+                if state.faults
+                else Text("whole", style="green")
+            )
+        rows.append(row)
+    columns = ["step", "saved", "size", *metrics, "marks"]
+    if any(state.faults is not None for state in found):
+        columns.append("bytes")
+    print_table(columns, rows, right={"step", "size", *metrics})

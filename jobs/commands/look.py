@@ -1,0 +1,86 @@
+"""`shoal list`, `status`, `watch` and `checkpoints`: what runs are doing and have saved."""
+
+from __future__ import annotations
+
+import click
+
+from jobs.commands.target import (
+    json_option,
+    open_run,
+    open_runs,
+    print_json,
+    run_argument,
+    store_option,
+)
+
+
+@click.command("list")
+@store_option
+@json_option
+def list_runs(store: str | None, as_json: bool) -> None:
+    """The runs in a store, the newest first."""
+    from jobs.overview import read_overviews, show_overviews
+
+    overviews = read_overviews(open_runs(store, needed_for="shoal list"))
+    if as_json:
+        print_json({"runs": [overview.to_json() for overview in overviews]})
+    else:
+        show_overviews(overviews)
+
+
+@click.command()
+@run_argument
+@json_option
+def status(run: str, store: str | None, as_json: bool) -> None:
+    """What a run does and why: progress, metrics, attempts, checkpoints, where the time went.
+
+    The exit code is 0 whatever the run's state is; see `state` with --json.
+    """
+    from jobs.status import read_status
+
+    found = read_status(open_run(run, store))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        from jobs.status_view import show_status
+
+        show_status(found)
+
+
+@click.command()
+@run_argument
+@click.pass_context
+def watch(ctx: click.Context, run: str, store: str | None) -> None:
+    """Follow a run live until it ends, and exit as it did.
+
+    Ctrl-C ends the watching, not the run.
+    """
+    from jobs.watch import watch_run
+
+    reader = open_run(run, store)
+    try:
+        ended = watch_run(reader)
+    except KeyboardInterrupt:
+        click.echo(f"the run goes on; stop it with: shoal stop {reader.uri}", err=True)
+        ctx.exit(130)
+    ctx.exit(ended.situation.state.exit_code)
+
+
+@click.command()
+@run_argument
+@click.option("--verify", is_flag=True, help="Read every byte again and compare its sha256.")
+@json_option
+@click.pass_context
+def checkpoints(
+    ctx: click.Context, run: str, store: str | None, verify: bool, as_json: bool
+) -> None:
+    """The checkpoints of a run: step, size, metrics; with --verify, whether they are whole."""
+    from jobs.checkpoints import read_checkpoints, show_checkpoints
+
+    found = read_checkpoints(open_run(run, store), verify=verify)
+    if as_json:
+        print_json({"checkpoints": [checkpoint.to_json() for checkpoint in found]})
+    else:
+        show_checkpoints(found)
+    if any(checkpoint.faults for checkpoint in found):
+        ctx.exit(1)

@@ -1,0 +1,110 @@
+"""Which run or store a command is about, and how its answer is printed as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from jobs.errors import Problem, SpecError
+
+if TYPE_CHECKING:
+    from cluster.storage import Store
+    from jobs.runs import RunReader
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+STORE_VARIABLE = "SHOAL_STORE"
+
+
+def run_argument(command: F) -> F:
+    """RUN and --store; the command gets `run` and `store`, for `open_run`."""
+    return click.argument("run")(store_option(command))
+
+
+def store_option(command: F) -> F:
+    return click.option(
+        "--store",
+        metavar="URI",
+        help="Store of the runs: a URI, or a job file that names it. Default: $SHOAL_STORE.",
+    )(command)
+
+
+def json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def open_run(run: str, store: str | None) -> RunReader:
+    """A reader of the run that the user means; nothing is read yet.
+
+    Raises SpecError where the store of a run id is not known.
+    """
+    from jobs.runs import RunReader
+
+    if not _is_uri(run):
+        return RunReader(open_runs(store, needed_for=f"run {run}"), run)
+    from cluster.storage import open_store, split_uri
+
+    parent, run_id = split_uri(run)
+    if store is not None and not _is_job_file(store):
+        raise SpecError(
+            Problem(
+                f"{run} is a URI already, so --store {store} has no effect",
+                f"remove --store, or write the run's id alone: {run_id}",
+            )
+        )
+    access = None
+    if store is not None:
+        from jobs.parse import load_spec
+
+        access = load_spec(Path(store)).store.access
+    return RunReader(open_store(parent, access), run_id)
+
+
+def open_runs(store: str | None, *, needed_for: str) -> Store:
+    """The store of runs that --store or SHOAL_STORE names; SpecError where neither does."""
+    from cluster.storage import open_store
+
+    given = store or os.environ.get(STORE_VARIABLE)
+    if not given:
+        raise SpecError(
+            Problem(
+                f"{needed_for}: the store of runs is not known",
+                f"add --store URI, or set {STORE_VARIABLE}, as in: "
+                f"export {STORE_VARIABLE}=s3://shoal/runs",
+            )
+        )
+    if _is_job_file(given):
+        from jobs.parse import load_spec
+
+        at = load_spec(Path(given)).store
+        return open_store(at.uri, at.access)
+    return open_store(given)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; numbers that JSON cannot hold (NaN, infinity) become null."""
+    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def _is_uri(run: str) -> bool:
+    return "://" in run or "/" in run or run.startswith((".", "~"))
+
+
+def _is_job_file(store: str) -> bool:
+    return store.endswith((".yaml", ".yml"))

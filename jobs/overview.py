@@ -1,0 +1,141 @@
+"""The runs in a store as a list: a few reads a run, many runs at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Store
+from jobs.errors import SpecError
+from jobs.lines import Line
+from jobs.record import Result, State
+from jobs.runs import RunReader, driver_is_alive, list_run_ids
+from jobs.status import derive_state, format_seconds
+
+_MAX_PARALLEL_RUNS = 8
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One run as `shoal list` shows it."""
+
+    run_id: str
+    uri: str
+    state: State | None
+    """None where the folder holds no readable job."""
+    cause: str | None
+    step: int | None
+    total_steps: int | None
+    metric: str | None
+    value: float | None
+    submitted_at: float
+    workers: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "uri": self.uri,
+            "state": self.state,
+            "cause": self.cause,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "metric": self.metric,
+            "value": self.value,
+            "submitted_at": self.submitted_at,
+            "workers": self.workers,
+        }
+
+
+def read_overviews(store: Store) -> list[Overview]:
+    """All runs of a store, the newest first."""
+    run_ids = list_run_ids(store)
+    if not run_ids:
+        return []
+    with ThreadPoolExecutor(min(_MAX_PARALLEL_RUNS, len(run_ids))) as pool:
+        found = list(pool.map(lambda run_id: read_overview(RunReader(store, run_id)), run_ids))
+    return sorted(found, key=lambda o: (-o.submitted_at, o.run_id))
+
+
+def read_overview(reader: RunReader) -> Overview:
+    """One run, without reading its metrics or checkpoints from the start."""
+    head = reader.store.head(reader.paths.spec)
+    submitted_at = head.modified_at if head else 0.0
+    try:
+        spec = reader.spec()
+    except SpecError as error:
+        return Overview(
+            reader.run_id, reader.uri, None, str(error), None, None, None, None, submitted_at, None
+        )
+    lease, result = reader.lease(), reader.result()
+    situation = derive_state(
+        events=reader.newest_lines("events"),
+        lease=lease,
+        result=result,
+        now=time.time(),
+        driver_alive=driver_is_alive(lease) if lease else None,
+        run=reader.run_id,
+    )
+    attempts = reader.attempts()
+    current = result if result and result.generation == situation.generation else None
+    lines = [line for line in reader.newest_lines("metrics") if isinstance(line.get("step"), int)]
+    steps = [line["step"] for line in lines]
+    restored = (attempts[-1].restored_step or 0) if attempts else None
+    metric, value = _metric(current, lines)
+    return Overview(
+        run_id=reader.run_id,
+        uri=reader.uri,
+        state=situation.state,
+        cause=situation.cause,
+        step=current.step if current else max(steps, default=restored),
+        total_steps=(attempts[-1].total_steps or None) if attempts else None,
+        metric=metric,
+        value=value,
+        submitted_at=submitted_at,
+        workers=spec.workers.count,
+    )
+
+
+def _metric(result: Result | None, lines: Sequence[Line]) -> tuple[str | None, float | None]:
+    """What tells best how good the model is: the final test, an evaluation, or the loss."""
+    outcome = result.outcome if result else None
+    if outcome is not None and outcome.test:
+        value = outcome.test.get("metrics", {}).get("accuracy")
+        if isinstance(value, int | float):
+            return f"{outcome.tested_on or 'test'}/accuracy", float(value)
+    for line in reversed(lines):
+        metrics = line.get("metrics") or {}
+        if line.get("kind") == "evaluation" and isinstance(metrics.get("f1"), int | float):
+            return f"{line.get('split')}/f1", float(metrics["f1"])
+    for line in reversed(lines):
+        if isinstance(line.get("loss"), int | float):
+            return "train/loss", float(line["loss"])
+    return None, None
+
+
+def show_overviews(overviews: Sequence[Overview]) -> None:
+    """The table of `shoal list`, on stdout."""
+    from rich.text import Text
+
+    from jobs.terminal import format_number, print_table, state_text
+
+    rows: list[list[str | Text]] = []
+    for o in overviews:
+        of_total = f"/{o.total_steps}" if o.total_steps else ""
+        rows.append(
+            [
+                o.run_id,
+                state_text(o.state) if o.state else Text("UNREADABLE", style="bold red"),
+                "-" if o.step is None else f"{o.step}{of_total}",
+                f"{o.metric} {format_number(o.value)}" if o.metric else "-",
+                "-" if o.workers is None else str(o.workers),
+                format_seconds(time.time() - o.submitted_at),
+            ]
+        )
+    print_table(
+        ["run", "state", "step", "metric", "workers", "age"],
+        rows,
+        right={"step", "workers", "age"},
+    )

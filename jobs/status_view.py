@@ -1,0 +1,166 @@
+"""What `shoal status` prints: a run's state with its cause, then its numbers."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from jobs.lines import Line
+from jobs.record import Attempt, Outcome
+from jobs.status import RunStatus, format_seconds
+from jobs.terminal import console_for, format_number, format_percent, state_text
+
+TIME_NAMES = {
+    "compute": "compute",
+    "data_wait": "waiting for data",
+    "synchronisation": "synchronisation",
+    "checkpoint": "checkpoints",
+    "evaluation": "evaluation",
+    "start": "start",
+    "other": "other",
+}
+"""Names of the shares of the wall clock, in the order in which they are shown."""
+
+
+def show_status(status: RunStatus) -> None:
+    """Print it all on stdout."""
+    console: Console = console_for(sys.stdout)
+    console.print(status_renderable(status))
+    for problem in status.problems:
+        show_warning(problem)
+
+
+def show_warning(problem: str) -> None:
+    """A warning on stderr, beside the data on stdout."""
+    console_for(sys.stderr).print(Text(f"warning: {problem}", style="yellow"))
+
+
+def status_renderable(status: RunStatus) -> RenderableType:
+    """The whole of `shoal status`."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in _rows(status):
+        table.add_row(name, value)
+    return Group(headline(status), Padding(table, (1, 0, 0, 2)))
+
+
+def headline(status: RunStatus) -> Text:
+    """`sentiment-a1b2c3  RUNNING`, the cause, and what to type."""
+    situation = status.situation
+    text = Text.assemble((status.run_id, "bold"), "  ", state_text(situation.state))
+    if situation.cause:
+        text.append(f"  {situation.cause}")
+    if situation.hint:
+        text.append(f"\nhint: {situation.hint}", style="cyan")
+    return text
+
+
+def _rows(status: RunStatus) -> list[tuple[str, RenderableType]]:
+    rows: list[tuple[str, RenderableType]] = [("run", status.uri)]
+    rows.append(("progress", progress_text(status)))
+    if status.train is not None:
+        rows.append(("training", train_text(status.train)))
+    if status.evaluations:
+        rows.append(("last evaluation", evaluation_text(status.evaluations[-1])))
+    if status.best is not None:
+        value = format_number(status.best.evaluation.get(status.best_metric))
+        rows.append(("best", f"{status.best_metric} {value} at step {status.best.step}"))
+    outcome = status.result.outcome if status.result else None
+    if outcome is not None and outcome.test:
+        rows.append((str(outcome.tested_on), before_and_after(outcome)))
+    if status.checkpoints:
+        steps = ", ".join(str(m.step) for m in status.checkpoints)
+        rows.append(("checkpoints", f"steps {steps}"))
+    for attempt in status.attempts:
+        rows.append(
+            (
+                f"attempt {attempt.attempt}",
+                _attempt_text(attempt, status.outcomes.get(attempt.attempt)),
+            )
+        )
+    if status.seconds:
+        rows.append(("time", _time_text(status)))
+    submitted = datetime.fromtimestamp(status.submitted_at, tz=UTC).astimezone()
+    rows.append(
+        (
+            "submitted",
+            f"{submitted:%Y-%m-%d %H:%M:%S}, {format_seconds(status.seconds_since_submitted)} "
+            + ("until it ended" if status.finished_at else "ago"),
+        )
+    )
+    return rows
+
+
+def progress_text(status: RunStatus) -> str:
+    """`step 420 of 1,200 (35%), epoch 1.05 of 3, about 2m 10s left`."""
+    text = f"step {status.step:,}"
+    if status.total_steps:
+        text += f" of {status.total_steps:,} ({format_percent(status.progress)})"
+    if status.epoch is not None:
+        text += f", epoch {status.epoch:.2f} of {status.epochs}"
+    if status.eta_seconds is not None:
+        text += f", about {format_seconds(status.eta_seconds)} left"
+    return text
+
+
+def train_text(line: Line) -> str:
+    """`loss 0.612, learning rate 2.9e-05, 512 rows/s, data wait 3%`."""
+    parts = [
+        f"loss {format_number(line.get('loss'))}",
+        f"learning rate {format_number(line.get('learning_rate'))}",
+        f"{format_number(line.get('rows_per_second'))} rows/s",
+        f"data wait {format_percent(line.get('data_wait_share'))}",
+    ]
+    return ", ".join(parts)
+
+
+def evaluation_text(line: Line) -> str:
+    """`validation at step 200: loss 0.52, accuracy 0.79, f1 0.788`."""
+    metrics = line.get("metrics") or {}
+    numbers = ", ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
+    return f"{line.get('split')} at step {line.get('step')}: {numbers}"
+
+
+def before_and_after(outcome: Outcome) -> str:
+    """`accuracy 0.511 -> 0.842, f1 0.34 -> 0.841`: the pretrained and the fine-tuned model."""
+    after = (outcome.test or {}).get("metrics") or {}
+    before = (outcome.before or {}).get("metrics") or {}
+    parts = []
+    for name, value in after.items():
+        was = f"{format_number(before[name])} -> " if name in before else ""
+        parts.append(f"{name} {was}{format_number(value)}")
+    return ", ".join(parts)
+
+
+def _attempt_text(attempt: Attempt, outcome: Outcome | None) -> Text:
+    workers = f"{attempt.world_size} worker" + ("s" if attempt.world_size != 1 else "")
+    origin = (
+        "from the start"
+        if attempt.restored_step is None
+        else f"from the checkpoint of step {attempt.restored_step}"
+    )
+    text = Text(f"{workers}, {origin}")
+    if outcome is not None:
+        text.append(", ")
+        text.append_text(state_text(outcome.state))
+        text.append(f" at step {outcome.step}")
+        if outcome.failure and outcome.failure.problems:
+            text.append(f": {outcome.failure.problems[0][0]}")
+    return text
+
+
+def _time_text(status: RunStatus) -> str:
+    total = sum(status.seconds.values()) or 1.0
+    names = [*TIME_NAMES, *(name for name in status.seconds if name not in TIME_NAMES)]
+    return ", ".join(
+        f"{TIME_NAMES.get(name, name)} {format_seconds(status.seconds[name])} "
+        f"({format_percent(status.seconds[name] / total)})"
+        for name in names
+        if status.seconds.get(name)
+    )
