@@ -204,7 +204,11 @@ class Lease(Record):
     holder: str
     """Random id of the driver process."""
     host: str
+    boot: str = ""
+    """Boot and process space of the holder's machine, see cluster.process; empty: unknown."""
     pid: int
+    started: str = ""
+    """When the holder's process started, in its system's own count."""
     renewals: int
     """Grows with each renewal, so that the object's ETag changes."""
     ttl_seconds: float
