@@ -1,0 +1,247 @@
+"""One driver for each run: a lease object, taken and renewed by compare-and-swap.
+
+A lease has a generation that grows by one whenever it is taken; what drivers write carries it, and
+readers ignore what an older generation wrote. No two clocks are compared: a holder stops by its
+own clock before another may take over by its own.
+
+Source of the scheme: C. Gray and D. Cheriton, "Leases", SOSP 1989; fencing by generation: M.
+Kleppmann, "How to do distributed locking", 2016.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import tenacity
+
+from cluster.process import ProcessIdentity, identify
+from cluster.storage import PreconditionFailed, StorageError, Store
+from jobs.errors import ClusterError, Problem
+from jobs.record import Lease
+
+_RENEWALS_PER_TTL = 3
+_HOLDERS_SHARE = 0.9
+"""Part of the time to live after which a holder that could not renew gives up: before any other
+may take over, with some time left to stop."""
+_LOOKS_PER_TTL = 20
+_LONGEST_LOOK_SECONDS = 5.0
+_TAKE_ATTEMPTS = 5
+
+logger = logging.getLogger(__name__)
+
+
+def acquire(
+    store: Store,
+    key: str,
+    *,
+    ttl_seconds: float,
+    wait: bool | Callable[[Lease], None] = False,
+) -> Held:
+    """The lease at `key`, held and renewed in the background until it is released or lost.
+
+    A lease that was released, or whose holder is a process of this machine that has ended, is
+    taken at once. Another one is taken only if `wait` is given and nobody renews it for its time
+    to live, by this machine's clock; a callback as `wait` is told once of the lease that is
+    watched. Raises ClusterError where somebody else holds it.
+    """
+    retrying = tenacity.Retrying(
+        # Another one was faster: what it wrote decides what comes next.
+        retry=tenacity.retry_if_exception_type(PreconditionFailed),
+        stop=tenacity.stop_after_attempt(_TAKE_ATTEMPTS),
+        reraise=True,
+    )
+    return retrying(_take, store, key, ttl_seconds=ttl_seconds, wait=wait)
+
+
+def _take(
+    store: Store, key: str, *, ttl_seconds: float, wait: bool | Callable[[Lease], None]
+) -> Held:
+    found = read_lease(store, key)
+    if found is not None and not _is_free(found.lease):
+        if not wait:
+            raise _held_by(found.lease, store, key)
+        if callable(wait):
+            wait(found.lease)
+        found = _watch(store, key, found)
+    me = identify()
+    lease = Lease(
+        generation=found.lease.generation + 1 if found else 1,
+        holder=uuid.uuid4().hex,
+        host=me.host,
+        boot=me.boot,
+        pid=me.pid,
+        started=me.started,
+        renewals=0,
+        ttl_seconds=ttl_seconds,
+        renewed_at=time.time(),
+    )
+    written_at = _now()
+    if found is None:
+        etag = store.write_if_absent(key, lease.to_bytes())
+    else:
+        etag = store.write_if_match(key, lease.to_bytes(), etag=found.etag)
+    return Held(store, key, lease=lease, etag=etag, written_at=written_at)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A lease as it was read, with the ETag it had or had just before."""
+
+    lease: Lease
+    etag: str
+
+
+def read_lease(store: Store, key: str) -> Found | None:
+    """The lease at `key`, whoever holds it; None where none was ever taken."""
+    head = store.head(key)
+    if head is None:
+        return None
+    # If it is replaced in between, the ETag is the older one: a write by it fails.
+    return Found(Lease.model_validate_json(store.read(key)), head.etag)
+
+
+def _is_free(lease: Lease) -> bool:
+    holder = ProcessIdentity(host=lease.host, boot=lease.boot, pid=lease.pid, started=lease.started)
+    return lease.released or holder.has_ended
+
+
+def _watch(store: Store, key: str, found: Found) -> Found:
+    """The lease once it is free or its time has passed without a renewal.
+
+    Raises ClusterError as soon as it is renewed: its holder lives.
+    """
+    ttl = found.lease.ttl_seconds
+    seen_at = _now()
+    while _now() - seen_at < ttl:
+        time.sleep(min(ttl / _LOOKS_PER_TTL, _LONGEST_LOOK_SECONDS))
+        latest = read_lease(store, key)
+        if latest is None:
+            raise PreconditionFailed(key)
+        if _is_free(latest.lease):
+            return latest
+        if latest.etag != found.etag:
+            raise _held_by(latest.lease, store, key)
+    return found
+
+
+def _held_by(lease: Lease, store: Store, key: str) -> ClusterError:
+    folder = key.rpartition("/")[0] or store.uri
+    return ClusterError(
+        Problem(
+            f"{folder} is driven by process {lease.pid} on {lease.host}",
+            f"stop that one first: shoal stop {folder} (if its machine is gone, its lease ends "
+            f"{lease.ttl_seconds:.0f} s after its last sign)",
+        )
+    )
+
+
+class Held:
+    """A lease that this process holds; a context manager that releases it.
+
+    `lost` is set when another holder is found, or when it could not be renewed in time: the driver
+    must stop then, as another one may have started.
+    """
+
+    def __init__(
+        self, store: Store, key: str, *, lease: Lease, etag: str, written_at: float
+    ) -> None:
+        self.lost = threading.Event()
+        self._store = store
+        self._key = key
+        self._lease = lease
+        self._etag = etag
+        self._deadline = written_at + _HOLDERS_SHARE * lease.ttl_seconds
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=run, name=f"shoal-lease-{run.__name__}", daemon=True)
+            for run in (self._renew, self._guard)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def generation(self) -> int:
+        """Grows by one whenever the lease is taken; belongs into all that the driver writes."""
+        return self._lease.generation
+
+    def check(self) -> None:
+        """Raise ClusterError if the lease is lost."""
+        if self.lost.is_set() or _now() > self._deadline:
+            self.lost.set()
+            raise ClusterError(
+                Problem(
+                    f"the lease {self._store.uri}/{self._key} was lost: another driver may run",
+                    "look who drives the run: shoal status",
+                )
+            )
+
+    def release(self) -> None:
+        """Give the lease back, so that the next driver need not wait; does nothing once lost."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+        if self.lost.is_set():
+            return
+        try:
+            self._write(released=True)
+        except PreconditionFailed:
+            self.lost.set()
+        except StorageError as error:
+            # What the run has done stands; the next driver waits for the lease to run out.
+            logger.warning("the lease %s could not be given back: %s", self._key, error)
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self._lease.ttl_seconds / _RENEWALS_PER_TTL):
+            try:
+                self._write(released=False)
+            except PreconditionFailed:
+                logger.error("another driver has taken the lease %s", self._key)
+                self.lost.set()
+                self._ended.set()
+            except StorageError as error:
+                # The next turn tries again; the guard counts the time.
+                logger.warning("the lease %s could not be renewed: %s", self._key, error)
+
+    def _guard(self) -> None:
+        """Set `lost` at the deadline even while a renewal hangs in the store."""
+        while (left := self._deadline - _now()) > 0:
+            if self._ended.wait(left):
+                return
+        logger.error("the lease %s was not renewed in time", self._key)
+        self.lost.set()
+
+    def _write(self, *, released: bool) -> None:
+        lease = self._lease.model_copy(
+            update={
+                "renewals": self._lease.renewals + 1,
+                "renewed_at": time.time(),
+                "released": released,
+            }
+        )
+        written_at = _now()
+        self._etag = self._store.write_if_match(self._key, lease.to_bytes(), etag=self._etag)
+        self._lease = lease
+        self._deadline = written_at + _HOLDERS_SHARE * lease.ttl_seconds
+
+
+def _now() -> float:
+    """Seconds of a clock that is never set, and that counts while the machine sleeps if it can."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)

@@ -1,0 +1,180 @@
+"""Large objects between S3 and files or memory: parts and ranges that move in parallel."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+from botocore.exceptions import ClientError
+
+from cluster.folder import write_whole
+from cluster.s3_errors import error_code
+from cluster.storage import StorageError, Transfer
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+T = TypeVar("T")
+Span = tuple[int, int]
+"""Bytes [start, end)."""
+ReadSpan = Callable[[Span], bytes]
+Attempt = Callable[[Callable[["S3Client"], Any]], Any]
+"""Runs an action on the client, with retries and described errors."""
+
+_MAX_PARTS = 10_000
+WRITE_TOKEN = "shoal-write"  # noqa: S105 - the name of a metadata entry
+"""Metadata entry with a random value for each write. A write whose answer was lost is sent again
+and meets its own object: by this entry it is told from another writer's."""
+
+logger = logging.getLogger(__name__)
+
+
+def checksum(data: bytes) -> str:
+    """CRC32 as S3 takes it: big-endian, base64."""
+    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+
+
+def write_parts(
+    attempt: Attempt,
+    *,
+    arguments: dict[str, Any],
+    token: str,
+    num_bytes: int,
+    read_part: ReadSpan,
+    transfer: Transfer,
+) -> str:
+    """Write an object in parallel parts, each with its checksum; the object's ETag.
+
+    It appears whole or not at all; after a failure the store is told to drop the parts.
+    `arguments` are those of the object: bucket, key, encryption, content type; `token` is a
+    random text by which this write is known.
+    """
+    place = {name: arguments[name] for name in ("Bucket", "Key")}
+    upload_id: str = attempt(
+        lambda client: client.create_multipart_upload(
+            ChecksumAlgorithm="CRC32", Metadata={WRITE_TOKEN: token}, **arguments
+        )["UploadId"]
+    )
+
+    def send(numbered: tuple[int, Span]) -> dict[str, Any]:
+        number, span = numbered
+        data = read_part(span)
+        crc = checksum(data)
+        etag = attempt(
+            lambda client: client.upload_part(
+                UploadId=upload_id, PartNumber=number, Body=data, ChecksumCRC32=crc, **place
+            )["ETag"]
+        )
+        return {"PartNumber": number, "ETag": etag, "ChecksumCRC32": crc}
+
+    try:
+        spans = part_spans(num_bytes, part_bytes=transfer.part_bytes)
+        parts = _in_parallel(send, enumerate(spans, start=1), num_threads=transfer.num_threads)
+        return _complete(attempt, place=place, upload_id=upload_id, parts=parts, token=token)
+    except BaseException:
+        _abort(attempt, place=place, upload_id=upload_id)
+        raise
+
+
+def _complete(
+    attempt: Attempt, *, place: dict[str, Any], upload_id: str, parts: list[Any], token: str
+) -> str:
+    def complete(client: S3Client) -> str:
+        try:
+            return client.complete_multipart_upload(
+                UploadId=upload_id, MultipartUpload={"Parts": parts}, **place
+            )["ETag"]
+        except ClientError as error:
+            if error_code(error) != "NoSuchUpload":
+                raise
+            # An earlier request may have completed it, and its answer been lost.
+            there = client.head_object(**place)
+            if there["Metadata"].get(WRITE_TOKEN) != token:
+                raise
+            return there["ETag"]
+
+    etag: str = attempt(complete)
+    return etag
+
+
+def _abort(attempt: Attempt, *, place: dict[str, Any], upload_id: str) -> None:
+    """Tell the store to drop the parts; what went wrong before matters more than a failure here."""
+    try:
+        attempt(lambda client: client.abort_multipart_upload(UploadId=upload_id, **place))
+    except StorageError as error:
+        logger.warning("parts of %s are left in the store: %s", place["Key"], error)
+
+
+def download(read_span: ReadSpan, *, path: Path, num_bytes: int, transfer: Transfer) -> None:
+    """The object as a file, by parallel ranges; `path` appears whole or not at all."""
+    spans = part_spans(num_bytes, part_bytes=transfer.part_bytes)
+
+    def fill(file: IO[bytes]) -> None:
+        def fetch(span: Span) -> None:
+            data = memoryview(read_span(span))
+            position = span[0]
+            while data:
+                written = os.pwrite(file.fileno(), data, position)
+                data, position = data[written:], position + written
+
+        _in_parallel(fetch, spans, num_threads=transfer.num_threads)
+
+    write_whole(path, fill)
+
+
+def part_spans(num_bytes: int, *, part_bytes: int) -> list[Span]:
+    """Bytes [0, num_bytes) cut into parts of `part_bytes`, or larger where S3's 10,000 parts would
+    not do; the last is smaller."""
+    step = max(part_bytes, -(-num_bytes // _MAX_PARTS))
+    return [(start, min(start + step, num_bytes)) for start in range(0, num_bytes, step)]
+
+
+class PartReader:
+    """A local file from which threads read parts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("rb")
+        self.num_bytes = os.fstat(self._file.fileno()).st_size
+
+    def read(self, span: Span) -> bytes:
+        """Bytes [start, end); StorageError where the file has become shorter."""
+        chunks: list[bytes] = []
+        position = span[0]
+        while position < span[1]:
+            chunk = os.pread(self._file.fileno(), span[1] - position, position)
+            if not chunk:
+                raise StorageError(f"{self._path} became shorter while it was uploaded")
+            chunks.append(chunk)
+            position += len(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def __enter__(self) -> PartReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def _in_parallel(action: Callable[[Any], T], items: Iterable[Any], *, num_threads: int) -> list[T]:
+    """The results in order; after the first failure nothing more is started."""
+    with ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="shoal-part") as pool:
+        futures = [pool.submit(action, item) for item in items]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = next((f for f in futures if f.done() and f.exception() is not None), None)
+            return [f.result() for f in ([failed] if failed else futures)]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
