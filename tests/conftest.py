@@ -1,0 +1,50 @@
+"""Stores for all tests: one embedded object store a session, and fresh folders in it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import embedded
+from cluster.embedded import EmbeddedStore
+from cluster.storage import Store, open_store
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:
+    """A running embedded store, found by every client through the AWS variables."""
+    with (
+        embedded.running(tmp_path_factory.mktemp("object-store")) as store,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN"):
+            patch.delenv(name, raising=False)
+        for name, value in embedded.environment(store).items():
+            patch.setenv(name, value)
+        # Files of the user must not reach the tests, nor a look for a metadata service slow them.
+        patch.setenv("AWS_CONFIG_FILE", "/nonexistent/config")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent/credentials")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield store
+
+
+@pytest.fixture
+def s3_store(object_store: EmbeddedStore) -> Store:
+    """A store below a prefix that no other test uses."""
+    return open_store(f"s3://{embedded.DEFAULT_BUCKET}/test-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture
+def local_store(tmp_path: Path) -> Store:
+    """A store in a local folder that does not exist yet."""
+    return open_store(tmp_path / "store")
+
+
+@pytest.fixture(params=["s3", "local"])
+def store(request: pytest.FixtureRequest) -> Store:
+    """Each kind of store in turn."""
+    opened: Store = request.getfixturevalue(f"{request.param}_store")
+    return opened
