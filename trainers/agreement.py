@@ -1,0 +1,120 @@
+"""What all ranks decide together: one small all-gather on CPU, a batch ahead of its step.
+
+Every decision that changes what a rank does (stop, save, end with an error, how many micro-batches)
+is taken from the same gathered votes, so all ranks take it at the same step.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_FIELDS = 5
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one rank knows about the coming step."""
+
+    weight: float
+    """Sum of the loss weights of this rank's rows."""
+    num_microbatches: int
+    stop: bool = False
+    save: bool = False
+    failed: bool = False
+    """This rank cannot go on, for a reason that a restart would meet again."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the group does; equal on all ranks."""
+
+    weight: float
+    """Sum of the loss weights of the whole global batch."""
+    num_microbatches: int
+    """Micro-batches of every rank: the largest number that any rank needs."""
+    stop: bool
+    save: bool
+    failed: bool
+
+
+class PendingDecision:
+    """An all-gather under way."""
+
+    def __init__(self, votes: torch.Tensor, work: dist.Work | None) -> None:
+        self._votes = votes
+        self._work = work
+
+    def wait(self) -> Decision:
+        if self._work is not None:
+            self._work.wait()
+        weight, microbatches, stop, save, failed = self._votes.unbind(dim=1)
+        return Decision(
+            weight=float(weight.sum()),
+            num_microbatches=int(microbatches.max()),
+            stop=bool(stop.any()),
+            save=bool(save.any()),
+            failed=bool(failed.any()),
+        )
+
+
+class Agreement:
+    """The group's collectives on CPU, apart from those of the gradients.
+
+    With one rank nothing is sent. Every method is called by all ranks at the same point.
+    """
+
+    def __init__(self, *, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        # Two groups: an all-gather under way must not meet another collective on its own group.
+        self._ahead = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+
+    def start(self, vote: Vote) -> PendingDecision:
+        """Begins to gather the votes on the coming step."""
+        own = torch.tensor(
+            [vote.weight, vote.num_microbatches, vote.stop, vote.save, vote.failed],
+            dtype=torch.float64,
+        )
+        if self._ahead is None:
+            return PendingDecision(own.reshape(1, _FIELDS), None)
+        votes = torch.empty(self.world_size, _FIELDS, dtype=torch.float64)
+        work = dist.all_gather_into_tensor(votes, own, group=self._ahead, async_op=True)
+        return PendingDecision(votes, work)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks of a float64 CPU tensor; exact for integers below 2**53."""
+        if self._group is not None:
+            dist.all_reduce(values, group=self._group)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, by rank."""
+        if self._group is None:
+            return [value]
+        text = json.dumps(value).encode()
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = len(text)
+        dist.all_reduce(sizes, group=self._group)
+        width = int(sizes.max())
+        own = torch.zeros(width, dtype=torch.uint8)
+        own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        rows = torch.empty(self.world_size, width, dtype=torch.uint8)
+        dist.all_gather_into_tensor(rows, own, group=self._group)
+        return [
+            json.loads(bytes(row[: int(size)].tolist()))
+            for row, size in zip(rows, sizes, strict=True)
+        ]
+
+    def first(self, value: Any) -> Any:
+        """Rank 0's JSON value; what the others pass is not looked at."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+    def barrier(self) -> None:
+        """Returns when all ranks have come here."""
+        self.gather(None)

@@ -1,0 +1,72 @@
+"""Folders of a store as folders of this node: fetched once a node, verified, whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from filelock import FileLock
+
+from cluster.storage import Store, StorageError
+from jobs.errors import EnvironmentFault, Problem
+from jobs.record import Part
+
+_BLOCK_BYTES = 2**20
+_THREADS = 4
+
+
+class DamagedPart(StorageError):  # noqa: N818 - named for what it says
+    """A stored file is not what its record says: bytes or sha256 differ."""
+
+
+def local_copy(store: Store, parts: Sequence[Part], folder: Path) -> Path:
+    """`folder`, holding all `parts` of the store (names relative to it).
+
+    A part whose sha256 is empty is checked by its bytes only. Processes of a node that ask at the
+    same time fetch once. Raises DamagedPart, ObjectMissing, StorageError, or EnvironmentFault
+    where the disk has no room.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.is_dir():
+                return folder
+            unfinished = folder.with_name(folder.name + ".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            try:
+                with ThreadPoolExecutor(_THREADS) as pool:
+                    list(pool.map(lambda part: _fetch(store, part, unfinished), parts))
+                unfinished.rename(folder)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise EnvironmentFault(
+            Problem(
+                f"{folder.parent} cannot hold {sum(p.bytes for p in parts)} bytes: {error}",
+                "free disk space there, or set SHOAL_CACHE to a folder on a larger disk",
+            )
+        ) from error
+    return folder
+
+
+def _fetch(store: Store, part: Part, folder: Path) -> None:
+    path = folder / part.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store.download(part.name, path)
+    if path.stat().st_size != part.bytes or (part.sha256 and sha256_of(path) != part.sha256):
+        raise DamagedPart(
+            Problem(f"{store.uri}/{part.name} is damaged: its bytes are not those of its record")
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,419 @@
+"""The training loop: pure torch, no Ray, no storage.
+
+    train           steps, evaluations and commits in their one order, to the end or to a request
+      train_step    micro-batches, backward passes, clipping, optimizer
+
+What the loop needs from outside it gets as functions: rows, evaluation, commit, and where to tell
+what happened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from jobs.errors import Problem, TrainingError
+from jobs.spec import JobSpec
+from trainers.agreement import Agreement, Decision, PendingDecision, Vote
+from trainers.data.stream import RankBatch
+from trainers.evaluation import move
+from trainers.microbatch import cut_microbatches
+from trainers.optim import gradient_norm, learning_rate, set_learning_rate
+from trainers.parallel import (
+    autocast,
+    plain,
+    seed_generators,
+    trained_parameters,
+    without_reduction,
+)
+from trainers.tasks.task import Batch, Evaluation, Task
+from trainers.time_account import TimeAccount
+
+
+class Ending(StrEnum):
+    """Why `train` returned."""
+
+    FINISHED = "finished"
+    """All epochs are done, or early stopping ended them."""
+    STOPPED = "stopped"
+    """On request; the state is committed."""
+    FAILED = "failed"
+    """A rank cannot read its rows; what was trained is committed."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is; with the weights and the optimizer's state, all that a resume needs."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    next_item: int = 0
+    """First position of `epoch` that no step has used."""
+    best_step: int | None = None
+    best_value: float | None = None
+    bad_evaluations: int = 0
+    """Evaluations in a row that brought no improvement."""
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long training is; a pure function of the job and the number of rows."""
+
+    num_rows: int
+    global_batch_size: int
+    epochs: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_rows / self.global_batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The model in training and what trains it."""
+
+    task: Task
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What is worth telling about the steps since the last entry, over all ranks."""
+
+    progress: Progress
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    rows: int
+    tokens: int
+    steps: int
+
+
+class Surroundings(Protocol):
+    """The loop's outside. Every method is called by all ranks at the same points."""
+
+    def rows(self, progress: Progress) -> Iterator[RankBatch]:
+        """This rank's batches from `progress` to the end of its epoch."""
+        ...
+
+    def evaluate(self, progress: Progress) -> Evaluation | None:
+        """The validation metrics of the model as it is; None without a validation set."""
+        ...
+
+    def commit(self, progress: Progress, evaluation: Evaluation | None) -> None:
+        """Makes the state durable, or begins to."""
+        ...
+
+    def stepped(self, batch: RankBatch, progress: Progress) -> None:
+        """A step is done; `progress` stands after it."""
+        ...
+
+    def tell(self, facts: StepFacts) -> None:
+        """Another `log_every_steps` steps are done."""
+        ...
+
+    def requests(self) -> tuple[bool, bool]:
+        """Whether (stop, save) was asked for on this rank since the last call."""
+        ...
+
+
+def train(
+    spec: JobSpec,
+    plan: Plan,
+    trainee: Trainee,
+    progress: Progress,
+    around: Surroundings,
+    *,
+    agreement: Agreement,
+    time: TimeAccount,
+) -> tuple[Ending, Progress, Exception | None]:
+    """Trains from `progress` on; returns how it ended, where, and this rank's error if it has one.
+
+    The order at a step: step, evaluation, early stopping, commit. All that a decision depends on
+    is committed with it, so a run killed anywhere takes the same decisions when it is resumed.
+    Requests are heeded between two steps, at the same step on all ranks.
+
+    Raises TrainingError, on all ranks at the same step, when the gradient is not finite.
+    """
+    feed = _Feed(spec, plan, trainee.task, around, agreement=agreement, time=time)
+    window = _Window(spec.train.log_every_steps)
+    committed_step = progress.step
+    coming = None if progress.finished else feed.next_after(progress)
+    while coming is not None:
+        with time.spent("synchronisation"):
+            decision = coming.pending.wait()
+        if decision.failed or decision.stop or decision.save:
+            if committed_step != progress.step:
+                around.commit(progress, None)
+                committed_step = progress.step
+            if decision.failed:
+                return Ending.FAILED, progress, coming.error
+            if decision.stop:
+                return Ending.STOPPED, progress, None
+
+        assert coming.batch is not None  # a rank without rows has an empty batch, not none
+        advanced = advance(progress, coming.batch, plan)
+        following = feed.next_after(advanced)
+        with time.spent("compute"):
+            facts = train_step(
+                spec, plan, trainee, coming.batch, coming.microbatches, decision,
+                step=progress.step, agreement=agreement,
+            )  # fmt: skip
+        progress = advanced
+        around.stepped(coming.batch, progress)
+        with time.spent("synchronisation"):
+            told = window.add(facts, progress, agreement)
+        if told is not None:
+            around.tell(told)
+
+        evaluation = None
+        if evaluation_is_due(spec, plan, progress):
+            evaluation = around.evaluate(progress)
+            progress = judge(spec, progress, evaluation)
+        if progress.step == plan.total_steps:
+            progress = replace(progress, finished=True)
+        if commit_is_due(spec, progress):
+            around.commit(progress, evaluation)
+            committed_step = progress.step
+        if progress.finished and following is not None:
+            following.pending.wait()
+        coming = None if progress.finished else following
+    return Ending.FINISHED, progress, None
+
+
+# ------------------------------------------------------------------------------ pure decisions
+
+
+def advance(progress: Progress, batch: RankBatch, plan: Plan) -> Progress:
+    """The progress after the step that uses `batch`."""
+    done = batch.next_item >= plan.num_rows
+    return replace(
+        progress,
+        step=progress.step + 1,
+        epoch=progress.epoch + 1 if done else progress.epoch,
+        next_item=0 if done else batch.next_item,
+    )
+
+
+def evaluation_is_due(spec: JobSpec, plan: Plan, progress: Progress) -> bool:
+    """Each `evaluate_every_steps`, else at the end of each epoch; and after the last step."""
+    every = spec.train.evaluate_every_steps
+    if progress.step == plan.total_steps:
+        return True
+    return progress.next_item == 0 if every is None else progress.step % every == 0
+
+
+def judge(spec: JobSpec, progress: Progress, evaluation: Evaluation | None) -> Progress:
+    """The progress with what an evaluation means for the best model and for early stopping."""
+    if evaluation is None:
+        return progress
+    metric, mode, min_delta = spec.best
+    value = evaluation.metrics[metric.removeprefix("validation/")]
+    sign = 1.0 if mode == "max" else -1.0
+    if progress.best_value is None or sign * (value - progress.best_value) > min_delta:
+        return replace(progress, best_step=progress.step, best_value=value, bad_evaluations=0)
+    bad = progress.bad_evaluations + 1
+    stopping = spec.train.early_stopping
+    ended = stopping is not None and bad >= stopping.patience
+    return replace(progress, bad_evaluations=bad, finished=ended)
+
+
+def commit_is_due(spec: JobSpec, progress: Progress) -> bool:
+    """Each `checkpoint.every_steps`, at every improvement, and at the end."""
+    return (
+        progress.step % spec.checkpoint.every_steps == 0
+        or progress.best_step == progress.step
+        or progress.finished
+    )
+
+
+# -------------------------------------------------------------------------------------- a step
+
+
+@dataclass(frozen=True)
+class _LocalFacts:
+    """One rank's share of a step: tensors stay on the device until somebody asks."""
+
+    loss_sum: torch.Tensor
+    grad_norm: torch.Tensor
+    weight: float
+    rows: int
+    tokens: int
+    learning_rate: float
+
+
+def train_step(
+    spec: JobSpec,
+    plan: Plan,
+    trainee: Trainee,
+    batch: RankBatch,
+    microbatches: list[Batch],
+    decision: Decision,
+    *,
+    step: int,
+    agreement: Agreement,
+) -> _LocalFacts:
+    """One optimizer step on this rank's share of a global batch.
+
+    The gradient is that of (sum of the losses of all rows) / (sum of their weights): DDP averages
+    over ranks, so each rank's loss is scaled by world size over the global weight. Every rank runs
+    `decision.num_microbatches` passes; missing ones weigh nothing and come first, so that the
+    last, which reduces the gradients, has work to overlap with.
+    """
+    rate = learning_rate(spec.optimizer, step=step, total_steps=plan.total_steps)
+    set_learning_rate(trainee.optimizer, rate)
+    trainee.optimizer.zero_grad(set_to_none=True)
+    scale = agreement.world_size / (decision.weight or 1.0)
+    padding = decision.num_microbatches - len(microbatches)
+    passes = [trainee.task.empty_batch() for _ in range(padding)] + microbatches
+    loss_sum = torch.zeros((), device=trainee.device)
+    for number, microbatch in enumerate(passes):
+        seed_generators(spec.data.seed, step, agreement.rank, number)
+        on_device = move(microbatch, trainee.device)
+        if number == len(passes) - 1:
+            loss_sum += _backward(trainee, on_device, scale)
+        else:
+            with without_reduction(trainee.model):
+                loss_sum += _backward(trainee, on_device, scale)
+    norm = gradient_norm(
+        trained_parameters(plain(trainee.model)), max_norm=spec.optimizer.max_grad_norm
+    )
+    # On a GPU looking at the norm would wait for it; there the window looks at intervals.
+    if trainee.device.type == "cpu":
+        require_finite(norm, step)
+    trainee.optimizer.step()
+    tokens = sum(int(m["attention_mask"].sum()) for m in microbatches if "attention_mask" in m)
+    weight = sum(float(m["weight"].sum()) for m in microbatches)
+    return _LocalFacts(loss_sum, norm, weight, len(batch.rows), tokens, rate)
+
+
+def _backward(trainee: Trainee, batch: Batch, scale: float) -> torch.Tensor:
+    """Adds one micro-batch's gradients; returns its summed loss, a scalar on the device."""
+    with autocast(trainee.device, trainee.dtype):
+        output = trainee.task.forward(trainee.model, batch)
+        loss_sum = trainee.task.loss(output, batch)
+    (loss_sum * scale).backward()  # type: ignore[no-untyped-call]
+    return loss_sum.detach()
+
+
+def require_finite(norm: torch.Tensor, step: int) -> None:
+    """Raises TrainingError where the gradient norm, equal on all ranks, is not finite."""
+    if not bool(torch.isfinite(norm)):
+        raise TrainingError(
+            Problem(
+                f"step {step}: the gradient is not finite (norm {float(norm)})",
+                "lower optimizer.learning_rate, set optimizer.max_grad_norm, or use "
+                "model.precision float32; the last good checkpoint is kept",
+            )
+        )
+
+
+class _Window:
+    """Adds up the steps between two entries of the metrics, and over the ranks when one is due."""
+
+    def __init__(self, every_steps: int) -> None:
+        self._every_steps = every_steps
+        self._facts: list[_LocalFacts] = []
+
+    def add(self, facts: _LocalFacts, progress: Progress, agreement: Agreement) -> StepFacts | None:
+        self._facts.append(facts)
+        if progress.step % self._every_steps:
+            return None
+        held, self._facts = self._facts, []
+        require_finite(facts.grad_norm, progress.step)
+        loss = torch.stack([f.loss_sum for f in held]).sum().double().cpu()
+        weight, rows, tokens = (
+            float(sum(getattr(f, name) for f in held)) for name in ("weight", "rows", "tokens")
+        )
+        total = agreement.sum(torch.tensor([float(loss), weight, rows, tokens]).double())
+        return StepFacts(
+            progress=progress,
+            loss=float(total[0] / total[1]),
+            learning_rate=facts.learning_rate,
+            grad_norm=float(facts.grad_norm),
+            rows=int(total[2]),
+            tokens=int(total[3]),
+            steps=len(held),
+        )
+
+
+# ------------------------------------------------------------------------------- a batch ahead
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """The next step's rows on this rank, and the agreement on it under way."""
+
+    batch: RankBatch | None
+    microbatches: list[Batch]
+    pending: PendingDecision
+    error: Exception | None
+
+
+class _Feed:
+    """Fetches and collates a batch ahead, and starts the agreement on it."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        plan: Plan,
+        task: Task,
+        around: Surroundings,
+        *,
+        agreement: Agreement,
+        time: TimeAccount,
+    ) -> None:
+        self._spec = spec
+        self._plan = plan
+        self._task = task
+        self._around = around
+        self._agreement = agreement
+        self._time = time
+        self._rows: Iterator[RankBatch] | None = None
+
+    def next_after(self, progress: Progress) -> _Coming | None:
+        """The step that follows `progress`; None where none does."""
+        if progress.step >= self._plan.total_steps:
+            return None
+        stop, save = self._around.requests()
+        batch, microbatches, error, weight = None, list[Batch](), None, 0.0
+        with self._time.spent("data_wait"):
+            try:
+                if self._rows is None or progress.next_item == 0:
+                    self._rows = self._around.rows(progress)
+                batch = next(self._rows)
+                weight = float(self._task.weights(batch.items).sum())
+                microbatches = self._collate(batch)
+            # Whatever kept this rank from its rows, the others must hear of it, not wait for it.
+            except Exception as caught:
+                error = caught
+        vote = Vote(
+            weight=weight,
+            num_microbatches=max(1, len(microbatches)),
+            stop=stop,
+            save=save,
+            failed=error is not None,
+        )
+        return _Coming(batch, microbatches, self._agreement.start(vote), error)
+
+    def _collate(self, batch: RankBatch) -> list[Batch]:
+        cuts = cut_microbatches(
+            self._task.lengths(batch.items),
+            max_tokens=self._spec.batching.max_tokens_per_microbatch,
+        )
+        return [self._task.collate(batch.items.take(cut)) for cut in cuts]

@@ -1,0 +1,95 @@
+"""Optimizer, parameter groups and learning-rate schedules, from the job's `optimizer` part.
+
+The learning rate is a pure function of the step, so a resume needs no scheduler state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from jobs.spec import Optimizer
+
+
+def build_optimizer(model: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer over all parameters that require a gradient, in two groups.
+
+    Matrices and embeddings decay; biases and normalisation weights, which have one dimension, do
+    not (as in BERT's own training, Devlin et al. 2019).
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if spec.kind == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=spec.learning_rate, betas=spec.betas, eps=spec.epsilon, fused=True
+        )
+    return torch.optim.SGD(groups, lr=spec.learning_rate, momentum=spec.momentum, fused=True)
+
+
+def learning_rate(spec: Optimizer, *, step: int, total_steps: int) -> float:
+    """Learning rate of step `step` (the first is 0) of `total_steps`.
+
+    Rises linearly over the warmup, of which the first step already trains, then keeps its height
+    (constant), falls linearly, or falls as half a cosine (Loshchilov and Hutter, 2017) so that it
+    would be 0 at `total_steps`.
+    """
+    if step < spec.warmup_steps:
+        return spec.learning_rate * (step + 1) / (spec.warmup_steps + 1)
+    if spec.schedule == "constant":
+        return spec.learning_rate
+    rest = max(1, total_steps - spec.warmup_steps)
+    done = min(1.0, (step - spec.warmup_steps) / rest)
+    if spec.schedule == "linear":
+        return spec.learning_rate * (1.0 - done)
+    return spec.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Sets the rate of all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], *, max_norm: float | None) -> torch.Tensor:
+    """Global 2-norm of the gradients before clipping, a scalar on their device; clips to max_norm."""
+    trained = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return norm
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `parameter name/state name` -> tensor, without copies."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Puts back what `optimizer_tensors` gave.
+
+    Raises KeyError where the tensors are not those of this model's trained parameters.
+    """
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, state = key.rpartition("/")
+        parameter = named[name]
+        # `step` is a scalar that AdamW keeps beside the parameter only where it is fused.
+        optimizer.state[parameter][state] = value.to(parameter.device, copy=True)

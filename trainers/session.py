@@ -1,0 +1,107 @@
+"""A rank's place in the group of workers, and what its platform tells it.
+
+The worker is written over `Session`. Implementations: `ProcessSession` here (one process, or one
+of those that torchrun started) and the one over Ray Train in `trainers.fit`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from jobs.errors import ClusterError, Problem
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others; longer than any evaluation or upload of one rank."""
+
+
+class Session(Protocol):
+    """Where this rank stands. The process group, where there are several ranks, is up."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def local_rank(self) -> int: ...
+    @property
+    def local_world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def stop_requested(self) -> bool:
+        """Whether the platform asked this rank to end soon, as by a signal."""
+        ...
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Hands metrics to the platform. Called at the same points on every rank."""
+        ...
+
+
+class ProcessSession:
+    """One process alone, or one of a group that torchrun started (RANK, WORLD_SIZE, ...).
+
+    A context manager: sets up the process group and the handlers of SIGINT and SIGTERM, which ask
+    for a stop with a checkpoint; a second signal ends the process at once.
+    """
+
+    def __init__(self, *, use_gpu: bool) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if use_gpu and torch.cuda.device_count() <= self.local_rank:
+            raise ClusterError(
+                Problem(
+                    f"workers.gpus is 1, but rank {self.rank} on {socket.gethostname()} finds "
+                    f"{torch.cuda.device_count()} GPUs for {self.local_world_size} workers",
+                    "set workers.gpus to 0, or start fewer workers on this machine",
+                )
+            )
+        self.device = torch.device("cuda", self.local_rank) if use_gpu else torch.device("cpu")
+        self._stop = threading.Event()
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> ProcessSession:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            dist.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT
+            )
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._stop.set()
+
+    def stop_requested(self) -> bool:
+        return self._stop.is_set()
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Nobody listens: the run folder has the metrics."""

@@ -1,0 +1,302 @@
+"""Text classification: one label for each text, with any Hugging Face encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from jobs import spec as job
+from jobs.errors import DataError, Problem, SpecError
+from trainers.data.index import Index
+from trainers.data.items import Items, Ragged
+from trainers.data.tokenizers import tokenizer_digest
+from trainers.tasks.confusion import ConfusionMetrics
+from trainers.tasks.task import Batch, Evaluation
+
+_DROPOUT_KEYS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "classifier_dropout_prob",
+    "hidden_dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "dropout",
+    "seq_classif_dropout",
+    "embedding_dropout",
+    "embd_pdrop",
+    "resid_pdrop",
+    "attn_pdrop",
+    "mlp_dropout",
+)
+"""Names under which the configurations of transformers' encoders keep their dropout."""
+
+
+class TextClassification:
+    """Cross-entropy over `labels`; texts are cut at `max_tokens`."""
+
+    def __init__(self, spec: job.Task, *, model_folder: Path, index: Index) -> None:
+        self._spec = spec
+        self._tokenizer = load_tokenizer(model_folder)
+        self._pad_id = self._tokenizer.pad_token_id
+        if self._pad_id is None:
+            raise SpecError(
+                Problem(
+                    f"the tokenizer of {spec.kind}'s model has no padding token",
+                    "set pad_token in the model's tokenizer_config.json",
+                )
+            )
+        self._pretokenized = self._check_tokenizer(index)
+        self.columns = ("input_ids" if self._pretokenized else spec.text, spec.label)
+
+    def _check_tokenizer(self, index: Index) -> bool:
+        """Whether the data set holds this tokenizer's tokens; DataError where it holds others."""
+        record = index.tokenizer
+        if record is None:
+            return False
+        own = tokenizer_digest(self._tokenizer)
+        if record.digest != own:
+            raise DataError(
+                Problem(
+                    f"the data set was tokenized with {record.source} (digest {record.digest[:12]}), "
+                    f"but the model's tokenizer is another one (digest {own[:12]})",
+                    "prepare it again with --tokenizer and this model's folder, or without --tokenizer",
+                )
+            )
+        if record.max_tokens != self._spec.max_tokens:
+            raise DataError(
+                Problem(
+                    f"the data set was cut at {record.max_tokens} tokens, "
+                    f"but task.max_tokens is {self._spec.max_tokens}",
+                    f"set task.max_tokens to {record.max_tokens}, or prepare it again with "
+                    f"--max-tokens {self._spec.max_tokens}",
+                )
+            )
+        return True
+
+    # ------------------------------------------------------------------------------------ model
+
+    def build_model(self, folder: Path, *, dropout: float | None, seed: int) -> nn.Module:
+        labels = self._spec.labels
+        config = AutoConfig.from_pretrained(
+            folder,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            problem_type="single_label_classification",
+        )
+        if dropout is not None:
+            held = [key for key in _DROPOUT_KEYS if hasattr(config, key)]
+            if not held:
+                raise SpecError(
+                    Problem(
+                        f"model.dropout is {dropout}, but a {config.model_type} model has none",
+                        "remove model.dropout",
+                    )
+                )
+            for key in held:
+                setattr(config, key, dropout)
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and self._spec.max_tokens > limit:
+            raise SpecError(
+                Problem(
+                    f"task.max_tokens is {self._spec.max_tokens}, "
+                    f"but this model reads at most {limit} tokens",
+                    f"write max_tokens: {limit}, or less",
+                )
+            )
+        torch.manual_seed(seed)
+        try:
+            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SpecError(
+                Problem(
+                    f"model.source holds no model for {self._spec.kind}: {_first_line(error)}",
+                    "name a folder with config.json and safetensors weights of an encoder",
+                )
+            ) from error
+        return model
+
+    def save_extras(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(folder)
+
+    # ------------------------------------------------------------------------------------- rows
+
+    def encode(self, rows: pa.Table, first_row: int) -> Items:
+        return Items(
+            {
+                "input_ids": self._tokens(rows, first_row),
+                "label": self._labels(rows.column(self._spec.label), first_row),
+            }
+        )
+
+    def _tokens(self, rows: pa.Table, first_row: int) -> Ragged:
+        if self._pretokenized:
+            return Ragged.from_arrow(rows.column("input_ids"))
+        texts = rows.column(self._spec.text)
+        if texts.null_count:
+            row = first_row + pc.index(pc.is_null(texts), True).as_py()
+            raise DataError(
+                Problem(
+                    f"row {row}: the text column {self._spec.text} is null",
+                    "drop such rows with: shoal prepare SOURCE --to URI --on-null drop",
+                )
+            )
+        encoded = self._tokenizer(
+            texts.to_pylist(),
+            truncation=True,
+            max_length=self._spec.max_tokens,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        lengths = np.fromiter((len(ids) for ids in encoded), dtype=np.int64, count=len(encoded))
+        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        values = np.fromiter((i for ids in encoded for i in ids), np.int32, count=int(offsets[-1]))
+        return Ragged(values, offsets)
+
+    def _labels(self, column: pa.ChunkedArray, first_row: int) -> npt.NDArray[np.int64]:
+        """Class numbers, shape [n]; the column holds labels, or their positions."""
+        names = pa.array(self._spec.labels, pa.string())
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if pa.types.is_integer(column.type) and not set(self._spec.labels) & {"0", "1"}:
+            codes = pc.cast(column, pa.int64())
+            known = pc.and_(pc.greater_equal(codes, 0), pc.less(codes, len(names)))
+            known = pc.fill_null(known, False)
+        else:
+            codes = pc.index_in(column.cast(pa.string()), value_set=names)
+            known = pc.is_valid(codes)
+        wrong = pc.index(known, False).as_py()
+        if wrong >= 0:
+            raise DataError(
+                Problem(
+                    f"row {first_row + wrong}: the label column {self._spec.label} holds "
+                    f"{column[wrong].as_py()!r}, which is none of {', '.join(self._spec.labels)}",
+                    "add it to task.labels, or leave such rows out when you prepare the data",
+                )
+            )
+        return np.asarray(codes.to_numpy(), dtype=np.int64)
+
+    def lengths(self, items: Items) -> npt.NDArray[np.int64]:
+        return np.diff(_ragged(items).offsets)
+
+    def weights(self, items: Items) -> npt.NDArray[np.float64]:
+        return np.ones(len(items))
+
+    def collate(self, items: Items) -> Batch:
+        """`input_ids` and `attention_mask` [n, longest], `label` and `weight` [n]."""
+        tokens = _ragged(items)
+        lengths = np.diff(tokens.offsets)
+        mask = np.arange(lengths.max(initial=1))[None, :] < lengths[:, None]
+        ids = np.full(mask.shape, self._pad_id, dtype=np.int64)
+        ids[mask] = tokens.values
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "label": torch.from_numpy(np.asarray(items.columns["label"])),
+            "weight": torch.ones(len(items)),
+        }
+
+    def empty_batch(self) -> Batch:
+        return {
+            "input_ids": torch.full((1, 2), self._pad_id),
+            "attention_mask": torch.ones(1, 2, dtype=torch.int64),
+            "label": torch.zeros(1, dtype=torch.int64),
+            "weight": torch.zeros(1),
+        }
+
+    # ------------------------------------------------------------------------- loss and metrics
+
+    def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Logits [n, labels], float32."""
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        logits: torch.Tensor = output.logits.float()
+        return logits
+
+    def loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        losses = nn.functional.cross_entropy(output, batch["label"], reduction="none")
+        return (losses * batch["weight"]).sum()
+
+    def metrics(self) -> TextClassificationMetrics:
+        return TextClassificationMetrics(self)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self._spec.labels
+
+    def predictions(self, output: torch.Tensor, batch: Batch) -> Mapping[str, Any]:
+        probabilities = output.softmax(dim=-1).cpu()
+        best = probabilities.argmax(dim=-1)
+        return {
+            "label": [self.labels[i] for i in batch["label"].tolist()],
+            "predicted": [self.labels[i] for i in best.tolist()],
+            "score": probabilities.amax(dim=-1).tolist(),
+            "probabilities": probabilities.tolist(),
+        }
+
+
+class TextClassificationMetrics:
+    """The confusion matrix of a text classification."""
+
+    def __init__(self, task: TextClassification) -> None:
+        self._task = task
+        self._confusion = ConfusionMetrics(task.labels)
+
+    def update(self, output: torch.Tensor, batch: Batch) -> None:
+        self._confusion.update(
+            true=batch["label"],
+            predicted=output.argmax(dim=-1),
+            loss_sum=self._task.loss(output, batch),
+            weight_sum=float(batch["weight"].sum()),
+        )
+
+    def state(self) -> torch.Tensor:
+        return self._confusion.state()
+
+    def compute(self, state: torch.Tensor) -> Evaluation:
+        return self._confusion.compute(state)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a model folder; SpecError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SpecError(
+            Problem(
+                f"model.source holds no tokenizer that loads: {_first_line(error)}",
+                "put tokenizer.json and tokenizer_config.json beside the weights",
+            )
+        ) from error
+    if not tokenizer.is_fast:
+        raise SpecError(
+            Problem(
+                "the model's tokenizer is written in Python only, which Shoal does not load",
+                "convert it to tokenizer.json with transformers",
+            )
+        )
+    return tokenizer
+
+
+def _ragged(items: Items) -> Ragged:
+    column = items.columns["input_ids"]
+    if not isinstance(column, Ragged):
+        raise TypeError("input_ids must be ragged")
+    return column
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

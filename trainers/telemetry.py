@@ -1,0 +1,215 @@
+"""What a rank or a driver tells the run folder: lines of events, metrics and logs; TensorBoard.
+
+Lines are buffered and flushed every few seconds as numbered whole objects. Telemetry never stops
+training: while the store does not answer, lines wait (up to a bound), and the process's stderr
+says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cluster.storage import Store, StorageError
+from jobs.record import LineKind, RunPaths, Source, State
+
+FLUSH_SECONDS = 2.0
+MAX_WAITING_LINES = 100_000
+"""Lines kept in memory while the store does not answer; the oldest go first after that."""
+
+log = logging.getLogger("shoal")
+
+
+class LineWriter:
+    """One stream of JSON lines; `write` returns at once, a thread flushes."""
+
+    def __init__(self, store: Store, paths: RunPaths, kind: LineKind, source: Source) -> None:
+        self._store = store
+        self._paths = paths
+        self._kind: LineKind = kind
+        self._source = source
+        self._lock = threading.Lock()
+        self._flush_lock = threading.Lock()
+        self._lines: list[str] = []
+        self._number = 1
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"shoal-{kind}-writer", daemon=True)
+        self._thread.start()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Adds a line; `time` is set to now where it is absent."""
+        text = json.dumps({"time": round(time.time(), 3)} | line, default=str)
+        with self._lock:
+            self._lines.append(text)
+            if len(self._lines) > MAX_WAITING_LINES:
+                del self._lines[: MAX_WAITING_LINES // 10]
+
+    def flush(self) -> None:
+        """Makes all lines so far durable, as one object; StorageError leaves them waiting."""
+        with self._flush_lock:
+            with self._lock:
+                lines = list(self._lines)
+            if not lines:
+                return
+            key = self._paths.lines(self._kind, self._source, self._number)
+            self._store.write(key, ("\n".join(lines) + "\n").encode())
+            with self._lock:
+                del self._lines[: len(lines)]
+                self._number += 1
+
+    def close(self) -> None:
+        """Flushes and ends the thread."""
+        self._closing.set()
+        self._thread.join()
+        self._flush_or_say()
+
+    def _run(self) -> None:
+        while not self._closing.wait(FLUSH_SECONDS):
+            self._flush_or_say()
+
+    def _flush_or_say(self) -> None:
+        try:
+            self.flush()
+        except StorageError as error:
+            sys.stderr.write(f"shoal: {self._kind} are not written at present: {error}\n")
+
+
+class LogHandler(logging.Handler):
+    """Sends log records of this process to a stream of lines."""
+
+    def __init__(self, writer: LineWriter, source: Source) -> None:
+        super().__init__()
+        self._writer = writer
+        self._fields = {
+            "rank": source.rank,
+            "attempt": source.number if source.rank is not None else None,
+            "generation": source.number if source.rank is None else None,
+        }
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line: dict[str, Any] = {
+            "time": record.created,
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **self._fields,
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            line["traceback"] = "".join(traceback.format_exception(record.exc_info[1]))
+        self._writer.write(line)
+
+
+class Telemetry:
+    """The streams of one writer. A context manager: closing flushes everything."""
+
+    def __init__(
+        self, store: Store, paths: RunPaths, source: Source, *, rows: bool = False
+    ) -> None:
+        self.source = source
+        self._events = LineWriter(store, paths, "events", source)
+        self._metrics = LineWriter(store, paths, "metrics", source)
+        self._logs = LineWriter(store, paths, "logs", source)
+        self._rows = LineWriter(store, paths, "rows", source) if rows else None
+        self._handler = LogHandler(self._logs, source)
+        self._board: _TensorBoard | None = None
+
+    def __enter__(self) -> Telemetry:
+        root = logging.getLogger()
+        root.addHandler(self._handler)
+        log.setLevel(logging.INFO)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            log.error("%s", error, exc_info=error)
+        logging.getLogger().removeHandler(self._handler)
+        for stream in (self._metrics, self._rows, self._board, self._logs, self._events):
+            if stream is not None:
+                stream.close()
+
+    def with_tensorboard(self, store: Store, paths: RunPaths) -> None:
+        """Also write TensorBoard event files, one per attempt, into the run folder."""
+        self._board = _TensorBoard(store, f"{paths.tensorboard}attempt-{self.source.number:04d}/")
+
+    def event(self, event: str, message: str, **fields: Any) -> None:
+        """An event of the run: state, checkpoint, evaluation, attempt, retention, warning, error."""
+        span = "generation" if self.source.rank is None else "attempt"
+        self._events.write({"event": event, "message": message, span: self.source.number, **fields})
+
+    def state(self, state: State, message: str, **fields: Any) -> None:
+        """A change of the run's state, made durable at once where the store answers."""
+        self.event("state", message, state=state.value, **fields)
+        self._events._flush_or_say()
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """A line of metrics; numbers also go to TensorBoard."""
+        self._metrics.write({"attempt": self.source.number, **line})
+        if self._board is not None:
+            self._board.add(line)
+
+    def rows(self, line: dict[str, Any]) -> None:
+        """The ids of the rows of a step, where the job asks for them."""
+        if self._rows is not None:
+            self._rows.write({"attempt": self.source.number, **line})
+
+    def flush(self) -> None:
+        """Makes metrics and rows so far durable, as far as the store answers."""
+        for stream in (self._metrics, self._rows):
+            if stream is not None:
+                stream._flush_or_say()
+
+
+class _TensorBoard:
+    """An event file that is written locally and uploaded whole, again and again."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._store = store
+        self._prefix = prefix
+        self._folder = tempfile.TemporaryDirectory(prefix="shoal-tensorboard-")
+        self._writer = SummaryWriter(self._folder.name, flush_secs=3600)
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shoal-tensorboard", daemon=True)
+        self._thread.start()
+
+    def add(self, line: dict[str, Any]) -> None:
+        values = line["metrics"] if line["kind"] == "evaluation" else line
+        group = line.get("split", "train")
+        for name, value in values.items():
+            if name not in ("time", "step", "attempt") and isinstance(value, int | float):
+                self._writer.add_scalar(f"{group}/{name}", value, line["step"])
+
+    def _run(self) -> None:
+        while not self._closing.wait(15 * FLUSH_SECONDS):
+            self._upload()
+
+    def _upload(self) -> None:
+        with self._lock:
+            self._writer.flush()
+            for path in Path(self._folder.name).iterdir():
+                try:
+                    self._store.upload(self._prefix + path.name, path)
+                except StorageError as error:
+                    sys.stderr.write(f"shoal: TensorBoard's file is not written: {error}\n")
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._upload()
+        self._writer.close()
+        self._folder.cleanup()
