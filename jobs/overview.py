@@ -12,7 +12,7 @@ from cluster.storage import Store
 from jobs.errors import SpecError
 from jobs.lines import Line
 from jobs.record import Result, State
-from jobs.runs import RunReader, driver_is_alive, list_run_ids
+from jobs.runs import RunReader, driver_has_ended, list_run_ids
 from jobs.status import derive_state, format_seconds
 
 _MAX_PARALLEL_RUNS = 8
@@ -75,7 +75,7 @@ def read_overview(reader: RunReader) -> Overview:
         lease=lease,
         result=result,
         now=time.time(),
-        driver_alive=driver_is_alive(lease) if lease else None,
+        driver_has_ended=lease is not None and driver_has_ended(lease),
         run=reader.run_id,
     )
     attempts = reader.attempts()

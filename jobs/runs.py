@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import psutil
 from pydantic import ValidationError
 
+from cluster.process import ProcessIdentity
 from cluster.storage import Head, ObjectMissing, Store, join_uri
 from jobs.errors import Problem, SpecError
 from jobs.lines import Line, LineReader
@@ -262,11 +261,8 @@ def list_run_ids(store: Store) -> list[str]:
         return sorted(f for f, head in zip(folders, heads, strict=True) if head is not None)
 
 
-def driver_is_alive(lease: Lease) -> bool | None:
-    """Whether the process that holds the lease lives; None where it is on another machine."""
-    if lease.host != socket.gethostname():
-        return None
-    try:
-        return bool(psutil.Process(lease.pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+def driver_has_ended(lease: Lease) -> bool:
+    """Whether the process that holds the lease is known to be gone; only its machine can tell."""
+    return ProcessIdentity(
+        host=lease.host, boot=lease.boot, pid=lease.pid, started=lease.started
+    ).has_ended

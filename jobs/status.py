@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs import runs
 from jobs.lines import Line
 from jobs.record import Attempt, Lease, Manifest, Outcome, Result, State
-from jobs.runs import RunReader, driver_is_alive
+from jobs.runs import RunReader
 
 LOST_AFTER_TTLS = 3.0
 """A lease that was not renewed for so many of its times to live is taken for a dead driver's.
@@ -41,13 +42,13 @@ def derive_state(
     lease: Lease | None,
     result: Result | None,
     now: float,
-    driver_alive: bool | None = None,
+    driver_has_ended: bool = False,
     run: str = "RUN",
 ) -> Situation:
     """The state of a run, from what its folder says at `now` (Unix seconds).
 
-    `driver_alive` is what this machine knows of the driver's process; None: nothing. `run` is
-    the name that hints use. A result counts only if no newer driver has taken the run since.
+    `driver_has_ended`: this machine knows that the driver's process is gone. `run` is the name
+    that hints use. A result counts only if no newer driver has taken the run since.
     """
     resume = f"shoal resume {run}"
     if result is not None and (lease is None or result.generation >= lease.generation):
@@ -55,9 +56,8 @@ def derive_state(
     if lease is None:
         return Situation(State.PENDING, "no driver has started yet", None, 0, is_over=False)
     silence_seconds = now - lease.renewed_at
-    known_dead = driver_alive is False and silence_seconds > lease.ttl_seconds / 2
     given_back = lease.released and silence_seconds > lease.ttl_seconds
-    if known_dead or given_back or silence_seconds > LOST_AFTER_TTLS * lease.ttl_seconds:
+    if driver_has_ended or given_back or silence_seconds > LOST_AFTER_TTLS * lease.ttl_seconds:
         return Situation(
             State.FAILED_INFRA,
             f"its driver is gone (process {lease.pid} on {lease.host}, last heard of "
@@ -261,7 +261,7 @@ def _situation(
         lease=lease,
         result=result,
         now=time.time() if now is None else now,
-        driver_alive=driver_is_alive(lease) if lease else None,
+        driver_has_ended=lease is not None and runs.driver_has_ended(lease),
         run=reader.run_id,
     )
     return situation, lease, result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from datetime import UTC, datetime
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +13,7 @@ from rich.text import Text
 from jobs.lines import Line
 from jobs.record import Attempt, Outcome
 from jobs.status import RunStatus, format_seconds
-from jobs.terminal import console_for, format_number, format_percent, state_text
+from jobs.terminal import format_number, format_percent, print_to, state_text
 
 TIME_NAMES = {
     "compute": "compute",
@@ -22,6 +22,7 @@ TIME_NAMES = {
     "checkpoint": "checkpoints",
     "evaluation": "evaluation",
     "start": "start",
+    "finish": "finishing",
     "other": "other",
 }
 """Names of the shares of the wall clock, in the order in which they are shown."""
@@ -29,15 +30,14 @@ TIME_NAMES = {
 
 def show_status(status: RunStatus) -> None:
     """Print it all on stdout."""
-    console: Console = console_for(sys.stdout)
-    console.print(status_renderable(status))
+    print_to(sys.stdout, status_renderable(status))
     for problem in status.problems:
         show_warning(problem)
 
 
 def show_warning(problem: str) -> None:
     """A warning on stderr, beside the data on stdout."""
-    console_for(sys.stderr).print(Text(f"warning: {problem}", style="yellow"))
+    print_to(sys.stderr, Text(f"warning: {problem}", style="yellow"))
 
 
 def status_renderable(status: RunStatus) -> RenderableType:
@@ -78,12 +78,7 @@ def _rows(status: RunStatus) -> list[tuple[str, RenderableType]]:
         steps = ", ".join(str(m.step) for m in status.checkpoints)
         rows.append(("checkpoints", f"steps {steps}"))
     for attempt in status.attempts:
-        rows.append(
-            (
-                f"attempt {attempt.attempt}",
-                _attempt_text(attempt, status.outcomes.get(attempt.attempt)),
-            )
-        )
+        rows.append((f"attempt {attempt.attempt}", _attempt_text(attempt, status)))
     if status.seconds:
         rows.append(("time", _time_text(status)))
     submitted = datetime.fromtimestamp(status.submitted_at, tz=UTC).astimezone()
@@ -138,7 +133,8 @@ def before_and_after(outcome: Outcome) -> str:
     return ", ".join(parts)
 
 
-def _attempt_text(attempt: Attempt, outcome: Outcome | None) -> Text:
+def _attempt_text(attempt: Attempt, status: RunStatus) -> Text:
+    outcome = status.outcomes.get(attempt.attempt)
     workers = f"{attempt.world_size} worker" + ("s" if attempt.world_size != 1 else "")
     origin = (
         "from the start"
@@ -152,6 +148,8 @@ def _attempt_text(attempt: Attempt, outcome: Outcome | None) -> Text:
         text.append(f" at step {outcome.step}")
         if outcome.failure and outcome.failure.problems:
             text.append(f": {outcome.failure.problems[0][0]}")
+    elif status.situation.is_over or attempt is not status.attempts[-1]:
+        text.append(", ended without a word (killed)", style="yellow")
     return text
 
 

@@ -6,7 +6,7 @@ import math
 import sys
 from typing import IO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +37,18 @@ def console_for(stream: IO[str]) -> Console:
     return Console(file=stream, highlight=False, width=_WIDTH_OF_FILES, no_color=True)
 
 
+def print_to(stream: IO[str], *renderables: RenderableType) -> None:
+    """Print to stdout or stderr, without the blanks at the ends of lines where it is a file."""
+    console = console_for(stream)
+    if console.is_terminal:
+        console.print(*renderables, sep="\n")
+        return
+    with console.capture() as capture:
+        console.print(*renderables, sep="\n")
+    text = capture.get()
+    stream.write("".join(line.rstrip() + "\n" for line in text.splitlines()))
+
+
 def print_table(columns: list[str], rows: list[list[str | Text]], *, right: set[str]) -> None:
     """A table on stdout; the columns in `right` are numbers."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
@@ -46,7 +58,7 @@ def print_table(columns: list[str], rows: list[list[str | Text]], *, right: set[
         )
     for row in rows:
         table.add_row(*row)
-    console_for(sys.stdout).print(table)
+    print_to(sys.stdout, table)
 
 
 def state_text(state: State) -> Text:

@@ -50,22 +50,30 @@ def watch_run(
     reader: RunReader,
     *,
     view: View | None = None,
-    until: Callable[[RunStatus], bool] = lambda status: status.situation.is_over,
+    after_generation: int = 0,
+    give_up: Callable[[], bool] = lambda: False,
     wake: threading.Event | None = None,
 ) -> RunStatus:
-    """Show the run until `until` says so (by default, until it is over); its last status.
+    """Show the run until it is over; its last status.
 
-    `wake` ends the pause between two looks. Raises SpecError if there is no such run.
+    What drivers up to `after_generation` left is not the end that is waited for, nor shown.
+    `give_up` is asked after each look, and ends the watching after one more. `wake` ends the
+    pause between two looks. Raises SpecError if there is no such run.
     """
     pause = wake or threading.Event()
+    last_look = False
     with view or make_view() as shown:
         while True:
             status = read_status(reader)
-            shown.show(status)
-            if until(status):
+            is_new = status.situation.generation > after_generation
+            if is_new or not status.situation.is_over:
+                shown.show(status)
+            if last_look or (is_new and status.situation.is_over):
                 return status
-            pause.wait(POLL_SECONDS)
-            pause.clear()
+            last_look = give_up()
+            if not last_look:
+                pause.wait(POLL_SECONDS)
+                pause.clear()
 
 
 def make_view() -> View:
@@ -109,14 +117,20 @@ class LineView:
         return None
 
     def show(self, status: RunStatus) -> None:
-        for event in status.events:
-            if event.get("event") in _EVENTS and self._is_new("event", event):
-                self._print(event, _event_text(event))
-        for line in status.evaluations:
-            if self._is_new("evaluation", line):
-                self._print(line, evaluation_text(line))
+        new = [
+            (event, _event_text(event))
+            for event in status.events
+            if event.get("event") in _EVENTS and self._is_new("event", event)
+        ]
+        new.extend(
+            (line, evaluation_text(line))
+            for line in status.evaluations
+            if self._is_new("evaluation", line)
+        )
         if status.train is not None and self._is_new("train", status.train):
-            self._print(status.train, _train_line(status))
+            new.append((status.train, _train_line(status)))
+        for line, text in sorted(new, key=lambda pair: float(pair[0]["time"])):
+            self._console.print(Text(f"{_clock(line)} {text}"), soft_wrap=True)
         situation = status.situation
         if situation.is_over and self._state != (situation.state, situation.generation):
             self._state = (situation.state, situation.generation)
@@ -131,9 +145,6 @@ class LineView:
             return False
         self._seen.add(key)
         return True
-
-    def _print(self, line: Line, text: str) -> None:
-        self._console.print(Text(f"{_clock(line)} {text}"), soft_wrap=True)
 
 
 class NoView:

@@ -47,6 +47,8 @@ def open_run(run: str, store: str | None) -> RunReader:
     from jobs.runs import RunReader
 
     if not _is_uri(run):
+        if not run or not run.isprintable() or run.startswith("."):
+            raise SpecError(Problem(f"{run!r} is no run id", "see the runs with: shoal list"))
         return RunReader(open_runs(store, needed_for=f"run {run}"), run)
     from cluster.storage import open_store, split_uri
 

@@ -1,0 +1,94 @@
+"""`shoal delete` and `shoal gc`."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+
+from jobs.commands.ages import to_age_seconds
+from jobs.commands.target import (
+    json_option,
+    open_run,
+    open_runs,
+    print_json,
+    run_argument,
+    store_option,
+)
+
+
+@click.command()
+@run_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(run: str, store: str | None, yes: bool) -> None:
+    """Delete a run with all of its checkpoints. A run that goes on is refused."""
+    from jobs.errors import Problem, SpecError
+    from jobs.retention import delete_run, refuse_running
+    from jobs.spec import format_bytes
+
+    reader = open_run(run, store)
+    heads = list(reader.store.list(f"{reader.run_id}/"))
+    if not heads:
+        reader.spec_head()  # Says that there is no such run, and which are near.
+    refuse_running(reader, now=time.time())
+    num_bytes = sum(head.num_bytes for head in heads)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise SpecError(
+                Problem(
+                    f"{reader.uri} is not deleted without a question, and here nobody can answer",
+                    f"run: shoal delete {reader.uri} --yes",
+                )
+            )
+        click.confirm(
+            f"delete {reader.uri} ({len(heads)} objects, {format_bytes(num_bytes)})?",
+            abort=True,
+            err=True,
+        )
+    delete_run(reader.store, reader.run_id)
+    click.echo(f"deleted {reader.uri}: {len(heads)} objects, {format_bytes(num_bytes)}", err=True)
+
+
+@click.command()
+@store_option
+@click.option(
+    "--older-than",
+    "older_than_seconds",
+    metavar="AGE",
+    default="7d",
+    show_default=True,
+    callback=to_age_seconds,
+    help="Leave what is younger.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@json_option
+def gc(store: str | None, older_than_seconds: float, dry_run: bool, as_json: bool) -> None:
+    """Remove what nobody can use any more.
+
+    That is: checkpoints without a manifest, checkpoints that a later attempt has superseded, and
+    runs whose deletion was cut off. Runs that go on are left alone.
+    """
+    from jobs.retention import collect, find_garbage
+    from jobs.spec import format_bytes
+    from jobs.terminal import print_table
+
+    runs = open_runs(store, needed_for="shoal gc")
+    found = list(find_garbage(runs, older_than_seconds=older_than_seconds, now=time.time()))
+    if not dry_run:
+        for garbage in found:
+            collect(runs, garbage)
+    if as_json:
+        print_json({"removed": not dry_run, "garbage": [g.to_json() for g in found]})
+        return
+    if found:
+        print_table(
+            ["run", "what", "why", "objects", "size"],
+            [
+                [g.run_id, g.what, g.why, str(len(g.heads)), format_bytes(g.num_bytes)]
+                for g in found
+            ],
+            right={"objects", "size"},
+        )
+    total = format_bytes(sum(g.num_bytes for g in found))
+    click.echo(f"{total} {'would be' if dry_run else 'were'} removed", err=True)

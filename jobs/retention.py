@@ -1,0 +1,141 @@
+"""Deleting runs, and what nobody can use any more.
+
+A deletion that is cut off never leaves what looks whole: a mark comes first, then the objects that
+commit something (result, manifests) go, then what they named, and the mark and the job last,
+together, so that no new run takes the name while old objects are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from cluster.storage import Head, Store
+from jobs.errors import Problem, SpecError
+from jobs.record import RunPaths, State
+from jobs.runs import RunReader
+from jobs.status import read_situation
+
+PENDING_GRACE_SECONDS = 120.0
+"""A run that has no driver yet may get one for so long after its submission."""
+
+_NAMES_OF_A_RUN = {
+    *("spec.json", "lease.json", "result.json", "deleting.json", "amendments", "control"),
+    *("attempts", "events", "metrics", "rows", "logs", "checkpoints", "tensorboard", "report"),
+}
+
+
+def refuse_running(reader: RunReader, *, now: float) -> None:
+    """Raises SpecError if a driver works on the run, or is about to."""
+    head = reader.store.head(reader.paths.spec)
+    if head is None:
+        return
+    situation = read_situation(reader, now=now)
+    if situation.is_over:
+        return
+    if situation.state is State.PENDING and now - head.modified_at > PENDING_GRACE_SECONDS:
+        return
+    raise SpecError(
+        Problem(
+            f"{reader.uri} goes on: {situation.state}",
+            f"stop it first: shoal stop {reader.uri} --wait",
+        )
+    )
+
+
+def delete_run(store: Store, run_id: str) -> None:
+    """Delete all objects of a run; to be repeated if it was cut off."""
+    paths = RunPaths(run_id)
+    last = [paths.deleting, paths.spec]
+    store.write(paths.deleting, b"{}")
+    keys = [head.key for head in store.list(f"{run_id}/")]
+    commits = [key for key in keys if key == paths.result or key.endswith("/manifest.json")]
+    store.delete(commits)
+    store.delete(key for key in keys if key not in {*commits, *last})
+    store.delete(last)
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Objects of one run that nobody can use."""
+
+    run_id: str
+    why: str
+    what: str
+    heads: tuple[Head, ...]
+    is_whole_run: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(head.num_bytes for head in self.heads)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "what": self.what,
+            "why": self.why,
+            "objects": len(self.heads),
+            "bytes": self.num_bytes,
+        }
+
+
+def find_garbage(store: Store, *, older_than_seconds: float, now: float) -> Iterator[Garbage]:
+    """What nobody can use in a store of runs; nothing younger than the bound, nothing of a run
+    that goes on, and nothing of a folder that holds what Shoal does not write."""
+    newest = now - older_than_seconds
+    for run_id in store.list_folders():
+        heads = list(store.list(f"{run_id}/"))
+        own_names = {head.key.split("/")[1] for head in heads}
+        if not heads or not own_names <= _NAMES_OF_A_RUN:
+            continue
+        if "spec.json" not in own_names or "deleting.json" in own_names:
+            if max(head.modified_at for head in heads) < newest:
+                yield Garbage(run_id, "a deletion was cut off", "all", tuple(heads), True)
+            continue
+        yield from _garbage_of_run(RunReader(store, run_id), heads, newest=newest, now=now)
+
+
+def _garbage_of_run(
+    reader: RunReader, heads: Sequence[Head], *, newest: float, now: float
+) -> Iterator[Garbage]:
+    if not read_situation(reader, now=now).is_over:
+        return
+    attempts = {attempt.attempt for attempt in reader.attempts()}
+    manifests = {manifest.step: manifest for manifest in reader.manifests()}
+    live = {manifest.step for manifest in reader.live_manifests()}
+    result = reader.result()
+    pinned = {result.best_checkpoint, result.last_checkpoint} if result else set()
+    if reader.problems:
+        return  # With a record missing, a checkpoint may look superseded that is not.
+    for step, folder_heads in _checkpoint_folders(reader.paths, heads):
+        what = f"checkpoints/step-{step:08d}"
+        if what in pinned or max(head.modified_at for head in folder_heads) >= newest:
+            continue
+        manifest = manifests.get(step)
+        if manifest is None:
+            yield Garbage(reader.run_id, "has no manifest", what, folder_heads)
+        elif step not in live and manifest.attempt in attempts:
+            yield Garbage(reader.run_id, "a later attempt went another way", what, folder_heads)
+
+
+def _checkpoint_folders(
+    paths: RunPaths, heads: Iterable[Head]
+) -> Iterator[tuple[int, tuple[Head, ...]]]:
+    """(step, objects) of each folder of a checkpoint."""
+    own = [head for head in heads if head.key.startswith(paths.checkpoints)]
+    for folder, members in groupby(own, key=lambda head: head.key.split("/")[2]):
+        step = folder.removeprefix("step-")
+        if step.isdecimal():
+            yield int(step), tuple(members)
+
+
+def collect(store: Store, garbage: Garbage) -> None:
+    """Delete it, what commits the rest first."""
+    if garbage.is_whole_run:
+        delete_run(store, garbage.run_id)
+        return
+    keys = [head.key for head in garbage.heads]
+    store.delete(key for key in keys if key.endswith("/manifest.json"))
+    store.delete(keys)
