@@ -27,6 +27,7 @@ import xxhash
 
 from cluster.storage import ObjectExists, Store
 from jobs.errors import DataError, Problem
+from trainers.data.columns import LabelValue
 from trainers.data.index import (
     CHUNK,
     CHUNKS,
@@ -48,7 +49,6 @@ from trainers.data.index import (
     side_file_key,
 )
 
-LabelValue = str | int | bool
 MAX_LABELS = 100_000
 """Distinct labels of a data set; more are no classes but a mistaken column."""
 
@@ -124,6 +124,15 @@ class IndexDraft:
             self._labels.append(np.array([*known, -1], np.int32)[report.label_codes])
 
     @property
+    def num_rows(self) -> int:
+        return sum(shard.num_rows for shard in self._shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the shards that were added."""
+        return sum(shard.num_bytes for shard in self._shards)
+
+    @property
     def label_values(self) -> set[LabelValue]:
         """Labels that its rows have."""
         return set(self._label_codes)
@@ -150,10 +159,10 @@ class IndexDraft:
         self._files.close()
         return IndexRecord(
             digest=digest,
-            num_rows=sum(s.num_rows for s in self._shards),
+            num_rows=self.num_rows,
             num_row_groups=len(group_rows),
             num_shards=len(self._shards),
-            bytes=sum(s.num_bytes for s in self._shards),
+            bytes=self.num_bytes,
             max_row_group_bytes=self._max_group_bytes,
             columns=tuple(
                 ColumnRecord(name=name, type=kind, null_count=int(nulls), leaves=leaves)
