@@ -302,6 +302,34 @@ def refuse_small_memory(
     )
 
 
+def refuse_small_cache(
+    *,
+    uri: str,
+    lanes: int,
+    window: int,
+    num_groups: int,
+    stored_bytes: int,
+    cache_bytes: int,
+) -> None:
+    """SpecError if the node's cache cannot hold the blocks that are read at a time, all lanes
+    together. For worker counts that do not divide the lanes: their row groups would be evicted
+    before the other workers of the node have read them.
+
+    `stored_bytes` are those of all shards; a row group is taken to have the mean of them.
+    """
+    in_use = min(num_groups, lanes * 2 * window)
+    need = -(-stored_bytes * in_use // max(1, num_groups))
+    if need > cache_bytes:
+        raise SpecError(
+            Problem(
+                f"data.cache_gib is {cache_bytes / 2**30:.3g} ({format_bytes(cache_bytes)}), but "
+                f"the windows of {uri} in {lanes} lanes need {format_bytes(need)} of it",
+                f"set data.cache_gib to {need / 2**30 * 1.01:.3g}, or data.lanes to a multiple of "
+                "the worker count",
+            )
+        )
+
+
 # ----------------------------------------------------------------------------------------- random
 
 

@@ -1,0 +1,306 @@
+"""Lanes of a rank as they are read: blocks load in threads, and their items are dealt in turn."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from trainers.data.index import Index
+from trainers.data.items import Items
+from trainers.data.partition import Block, EpochOrder, IntArray
+from trainers.data.reader import VerifiedReader
+
+Encode = Callable[[pa.Table, int], Items]
+"""(rows, id of the first row) -> one item a row; raises DataError that names a wrong row."""
+
+Args = ParamSpec("Args")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a rank is to take from a block, in the order in which it is served."""
+
+    block: Block
+    num_items: int
+    offsets: Callable[[], IntArray]
+    """Rows of the joined pieces, in order; shape [num_items]. Called once, in a thread."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from and what is made of them."""
+
+    reader: VerifiedReader
+    index: Index
+    encode: Encode
+
+
+@dataclass
+class Waits:
+    """Time in which rows were asked for that were not there yet."""
+
+    seconds: float = 0.0
+
+
+def shuffled_plans(order: EpochOrder, *, lane: int, item: int, step: int) -> Iterator[Plan]:
+    """Plans for each `step`-th item of a lane, from `item` on; one at a time, at little cost."""
+    while item < order.lane_items(lane):
+        block = order.block(lane, order.block_of(lane, item))
+        start = item - block.first_item
+        num_items = -(-(block.num_items - start) // step)
+        yield Plan(block, num_items, partial(_shuffled_from, order, block, start, step))
+        item += num_items * step
+
+
+def sequential_plans(blocks: Iterator[Block]) -> Iterator[Plan]:
+    """Plans for all rows of the blocks, unshuffled."""
+    for block in blocks:
+        yield Plan(block, block.num_items, partial(np.arange, block.num_items))
+
+
+def _shuffled_from(order: EpochOrder, block: Block, start: int, step: int) -> IntArray:
+    return order.shuffled(block)[start::step]
+
+
+class Dealer:
+    """Items of a rank in the order of its positions: one of each lane in turn.
+
+    A lane holds the block that is served and `num_ahead` later ones. Close it in any case.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Iterator[Plan]],
+        source: Source,
+        *,
+        num_ahead: int,
+        num_threads: int,
+        waits: Waits,
+    ) -> None:
+        """`plans` of each lane, in the order in which the rank's positions meet the lanes."""
+        self._loader = _Loader(num_threads, waits)
+        self._lanes = [_Lane(lane, source, self._loader) for lane in plans]
+        self._turn = 0
+        # What is served first is asked for first, of all lanes.
+        for num_blocks in range(1, num_ahead + 2):
+            for lane in self._lanes:
+                lane.hold(num_blocks)
+
+    @property
+    def num_ready(self) -> int:
+        """Items that can be dealt before a lane must go on to its next block."""
+        num_lanes = len(self._lanes)
+        return min(
+            (
+                (number - self._turn) % num_lanes + lane.num_left * num_lanes
+                for number, lane in enumerate(self._lanes)
+                if lane.has_next
+            ),
+            default=sys.maxsize,
+        )
+
+    def deal(self, count: int) -> tuple[IntArray, Items | None]:
+        """Row ids and items of the next `count` positions of the rank; None for no items.
+
+        There are as many. Raises what went wrong in the blocks that they need.
+        """
+        rows = np.empty(count, dtype=np.int64)
+        places: list[IntArray] = []
+        parts: list[Items] = []
+        num_lanes = len(self._lanes)
+        for first in range(min(count, num_lanes)):
+            lane = self._lanes[(self._turn + first) % num_lanes]
+            place = np.arange(first, count, num_lanes)
+            for at, ids, items in lane.take(len(place)):
+                rows[place[at]] = ids
+                places.append(place[at])
+                parts.append(items)
+        self._turn = (self._turn + count) % num_lanes
+        if not parts:
+            return rows, None
+        position = np.empty(count, dtype=np.int64)
+        position[np.concatenate(places)] = np.arange(count)
+        return rows, Items.concat(parts).take(position)
+
+    def close(self) -> None:
+        """Cancels what has not begun and joins the threads. May be called from any thread."""
+        self._loader.close()
+
+
+class _Lane:
+    """The items of one lane in their order."""
+
+    def __init__(self, plans: Iterator[Plan], source: Source, loader: _Loader) -> None:
+        self._plans = plans
+        self._source = source
+        self._loader = loader
+        self._num_blocks = 0
+        self._blocks: deque[_LoadingBlock] = deque()
+        self._served = 0
+
+    def hold(self, num_blocks: int) -> None:
+        """Begin to load until there are `num_blocks`, now and after each one that is served."""
+        self._num_blocks = num_blocks
+        for plan in islice(self._plans, num_blocks - len(self._blocks)):
+            self._blocks.append(_LoadingBlock(plan, self._source, self._loader))
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the current block is not the last one."""
+        return len(self._blocks) > 1
+
+    @property
+    def num_left(self) -> int:
+        """Items of the current block that have not been taken."""
+        return self._blocks[0].num_items - self._served if self._blocks else 0
+
+    def take(self, count: int) -> Iterator[tuple[IntArray, IntArray, Items]]:
+        """(place among the `count` items, row id, item) of the next items, in any order of places.
+
+        A block is let go of with its last item, and the one after the next begins to load.
+        """
+        first = 0
+        while first < count:
+            stop = min(count, first + self.num_left)
+            block, start = self._blocks[0], self._served
+            for at, ids, items in block.take(start, start + stop - first):
+                yield at + first, ids, items
+            self._served += stop - first
+            first = stop
+            if not self.num_left:
+                del block
+                self._blocks.popleft()
+                self._served = 0
+                self.hold(self._num_blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrangement:
+    """Which rows of a block are kept, and where they are found."""
+
+    offsets: IntArray
+    """In the joined pieces, as they are served; shape [num_items]."""
+    piece_starts: IntArray
+    """Where each piece begins in the joined ones; shape [pieces]."""
+    piece_rows: IntArray
+    """Id of the first row of each piece; shape [pieces]."""
+    kept: IntArray | None
+    """`offsets` in ascending order, as they are held; None where all rows are kept."""
+
+    @classmethod
+    def of(cls, plan: Plan, index: Index) -> _Arrangement:
+        block = plan.block
+        offsets = plan.offsets()
+        if block.num_items < 2**31:  # half the memory
+            offsets = offsets.astype(np.int32)
+        first_rows = [index.first_row(int(group)) for group in block.groups]
+        return cls(
+            offsets=offsets,
+            piece_starts=np.cumsum(block.piece_rows) - block.piece_rows,
+            piece_rows=np.array(first_rows, dtype=np.int64) + block.starts,
+            kept=None if len(offsets) == block.num_items else np.sort(offsets),
+        )
+
+    def kept_of(self, piece: int, num_rows: int) -> IntArray | None:
+        """Rows of a piece that are kept, ascending, counted in the piece; None for all."""
+        if self.kept is None:
+            return None
+        start = self.piece_starts[piece]
+        low, high = np.searchsorted(self.kept, [start, start + num_rows])
+        rows: IntArray = self.kept[low:high] - start
+        return rows
+
+
+class _LoadingBlock:
+    """A block whose pieces are read, verified, decoded and encoded in threads."""
+
+    def __init__(self, plan: Plan, source: Source, loader: _Loader) -> None:
+        self.num_items = plan.num_items
+        self._plan = plan
+        self._source = source
+        self._loader = loader
+        # It is in the queue before the pieces that wait for it, so they never wait in vain.
+        self._arrangement = loader.submit(_Arrangement.of, plan, source.index)
+        self._parts = [loader.submit(self._load, k) for k in range(len(plan.block.groups))]
+
+    def take(self, start: int, stop: int) -> Iterator[tuple[IntArray, IntArray, Items]]:
+        """(place among the items, row id, item) of the items [start, stop), piece by piece.
+
+        Waits for the whole block: its items are shuffled over all pieces.
+        """
+        arrangement = self._loader.wait(self._arrangement)
+        parts = [self._loader.wait(part) for part in self._parts]
+        offsets = arrangement.offsets[start:stop].astype(np.int64)
+        piece = np.searchsorted(arrangement.piece_starts, offsets, side="right") - 1
+        ids = arrangement.piece_rows[piece] + offsets - arrangement.piece_starts[piece]
+        if arrangement.kept is None:
+            held = offsets - arrangement.piece_starts[piece]
+        else:
+            first_held = np.searchsorted(arrangement.kept, arrangement.piece_starts)
+            held = np.searchsorted(arrangement.kept, offsets) - first_held[piece]
+        by_piece = np.argsort(piece, kind="stable")
+        ends = np.cumsum(np.bincount(piece, minlength=len(parts)))
+        for part, at in zip(parts, np.split(by_piece, ends[:-1]), strict=True):
+            if len(at):
+                assert part is not None
+                yield at, ids[at], part.take(held[at])
+
+    def _load(self, number: int) -> Items | None:
+        """The kept items of a piece, in the order of rows; None where none is kept."""
+        block = self._plan.block
+        arrangement = self._arrangement.result()
+        num_rows = int(block.piece_rows[number])
+        kept = arrangement.kept_of(number, num_rows)
+        if kept is not None and not len(kept):
+            return None
+        table = self._source.reader.read(int(block.groups[number]))
+        self._loader.go_on()
+        table = table.slice(int(block.starts[number]), num_rows)
+        items = self._source.encode(table, int(arrangement.piece_rows[number]))
+        if len(items) != num_rows:
+            raise ValueError(f"encode gave {len(items)} items for {num_rows} rows")
+        return items if kept is None or len(kept) == num_rows else items.take(kept)
+
+
+class _Loader:
+    """A few threads that work in the order in which they were asked."""
+
+    def __init__(self, num_threads: int, waits: Waits) -> None:
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="shoal-stream")
+        self._waits = waits
+        self._is_closed = False
+
+    def submit(
+        self, function: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs
+    ) -> Future[Value]:
+        return self._pool.submit(function, *args, **kwargs)
+
+    def wait(self, future: Future[Value]) -> Value:
+        """The result; RuntimeError where `close` came first."""
+        began = time.perf_counter()
+        try:
+            return future.result()
+        except CancelledError:
+            raise RuntimeError("the stream was closed while it was read") from None
+        finally:
+            self._waits.seconds += time.perf_counter() - began
+
+    def go_on(self) -> None:
+        """In a thread, between two long parts of its work: end it where `close` was called."""
+        if self._is_closed:
+            raise CancelledError
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,255 @@
+"""RankStream: one rank's share of every global batch, read in the background.
+
+    batches -> Dealer.deal -> lane -> block -> [thread] VerifiedReader.read -> encode
+
+The order is `partition.EpochOrder`'s. Each lane of the rank holds two blocks: the one that is
+served and the next one, whose row groups are read, verified, decoded and encoded by a few threads
+meanwhile. Rows are gathered by numpy, for several batches at a time; no Python object per row.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.storage import Store
+from trainers.data.cache import NodeCache
+from trainers.data.index import Index
+from trainers.data.items import Items
+from trainers.data.lanes import (
+    Dealer,
+    Encode,
+    Plan,
+    Source,
+    Waits,
+    sequential_plans,
+    shuffled_plans,
+)
+from trainers.data.partition import (
+    EpochOrder,
+    IntArray,
+    item_step,
+    lanes_of_rank,
+    positions_before,
+    rank_lanes,
+    refuse_small_cache,
+    rows_in_groups,
+    sequential_share,
+)
+from trainers.data.reader import VerifiedReader
+
+_FETCH_THREADS = 4
+_RUN_ROWS = 4096
+"""Rows that are gathered at once and then cut into batches."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class RankBatch:
+    """A rank's share of the global batch of positions [first_item, next_item), in their order."""
+
+    epoch: int
+    first_item: int
+    next_item: int
+    rows: IntArray
+    """Id of each row: its number in the index; shape [n]."""
+    items: Items
+    """n items, all columns also where n is 0."""
+
+
+class RankStream:
+    """The batches of one rank, from one data set. One thread iterates; `close` may be called by
+    any, and at any time."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        index: Index,
+        columns: Sequence[str],
+        encode: Encode,
+        rank: int,
+        world_size: int,
+        seed: int,
+        lanes: int,
+        window: int,
+        cache: NodeCache,
+        fetch_threads: int = _FETCH_THREADS,
+    ) -> None:
+        """`store` is the data set's folder, `window` comes from `fit_window`. Reads nothing.
+
+        Raises DataError where a column is missing, and SpecError where ranks would share row groups
+        through a cache that is too small for them.
+        """
+        self._index = index
+        self._source = Source(
+            reader=VerifiedReader(store=store, index=index, columns=columns, cache=cache),
+            index=index,
+            encode=encode,
+        )
+        self._rank = rank
+        self._world_size = world_size
+        self._seed = seed
+        self._lanes = lanes
+        self._window = window
+        self._fetch_threads = fetch_threads
+        self._dealers: set[Dealer] = set()
+        self._is_closed = False
+        self._waits = Waits()
+        self._no_items: Items | None = None
+        if item_step(lanes, world_size) > 1:
+            refuse_small_cache(
+                uri=store.uri,
+                lanes=lanes,
+                window=window,
+                num_groups=index.num_groups,
+                stored_bytes=index.record.bytes,
+                cache_bytes=cache.limit_bytes,
+            )
+            if rank == 0:
+                _log.warning(
+                    "%d workers do not divide the %d lanes of %s: the order of rows is the same, "
+                    "but %d workers read each row group; set data.lanes to a multiple of the "
+                    "worker count for a new run",
+                    world_size,
+                    lanes,
+                    store.uri,
+                    item_step(lanes, world_size),
+                )
+
+    @property
+    def bytes_fetched(self) -> int:
+        """Bytes that came from the store; what the node's cache held is not counted."""
+        return self._source.reader.bytes_fetched
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time in which a batch was asked for and its rows were not there yet."""
+        return self._waits.seconds
+
+    def batches(self, *, epoch: int, next_item: int, global_batch_size: int) -> Iterator[RankBatch]:
+        """The rank's batches from position `next_item` to the end of the epoch, one a step.
+
+        Every rank gets the same number of batches, some of them empty where rows run out; the
+        last step has what is left. Errors of the background (DataError, StorageError) are raised
+        at the first batch that needs the block in which they happened.
+        """
+        order = EpochOrder(
+            self._index.group_rows,
+            seed=self._seed,
+            epoch=epoch,
+            lanes=self._lanes,
+            window=self._window,
+        )
+        touched, items = rank_lanes(
+            lanes=self._lanes, rank=self._rank, world_size=self._world_size, start=next_item
+        )
+        step = item_step(self._lanes, self._world_size)
+        plans = [
+            shuffled_plans(order, lane=int(lane), item=int(item), step=step)
+            for lane, item in zip(touched, items, strict=True)
+        ]
+        steps_of_run = max(1, _RUN_ROWS * self._world_size // global_batch_size)
+        with self._dealer(plans, num_ahead=1) as dealer:
+            first = next_item
+            while first < order.num_items:
+                stops = np.arange(1, steps_of_run + 1) * global_batch_size + first
+                stops = stops[: int(np.searchsorted(stops, order.num_items)) + 1]
+                stops[-1] = min(int(stops[-1]), order.num_items)
+                ends = positions_before(
+                    stops, rank=self._rank, world_size=self._world_size
+                ) - positions_before(first, rank=self._rank, world_size=self._world_size)
+                num_steps = max(1, int(np.searchsorted(ends, dealer.num_ready, side="right")))
+                yield from self._run(
+                    dealer, epoch=epoch, first=first, stops=stops[:num_steps], ends=ends[:num_steps]
+                )
+                first = int(stops[num_steps - 1])
+
+    def sequential(self, *, batch_rows: int) -> Iterator[RankBatch]:
+        """Every row of the data set once over all ranks, unshuffled, for evaluation.
+
+        A rank has one run of rows, cut between row groups where that is near enough to even; its
+        batches have `batch_rows` rows, the last one fewer. Numbers of batches differ by rank, and
+        a rank without rows has none. `first_item` and `next_item` count rows of the index.
+        """
+        first, stop = sequential_share(
+            self._index.group_rows, rank=self._rank, world_size=self._world_size
+        )
+        blocks = rows_in_groups(self._index.group_rows, first=first, stop=stop)
+        held = 2 * self._window * lanes_of_rank(self._lanes, self._world_size)
+        num_ahead = min(self._fetch_threads, held - 1)
+        with self._dealer([sequential_plans(blocks)], num_ahead=num_ahead) as dealer:
+            while first < stop:
+                steps = max(1, min(dealer.num_ready, _RUN_ROWS) // batch_rows)
+                stops = np.minimum(np.arange(1, steps + 1) * batch_rows + first, stop)
+                stops = stops[: int(np.searchsorted(stops, stop)) + 1]
+                yield from self._run(dealer, epoch=0, first=first, stops=stops, ends=stops - first)
+                first = int(stops[-1])
+
+    def close(self) -> None:
+        """Ends all iterations and joins their threads; an iterator in use raises when it needs
+        more rows."""
+        self._is_closed = True
+        for dealer in tuple(self._dealers):
+            dealer.close()
+
+    def __enter__(self) -> RankStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------------------------- one run
+
+    def _run(
+        self, dealer: Dealer, *, epoch: int, first: int, stops: IntArray, ends: IntArray
+    ) -> Iterator[RankBatch]:
+        """Batches up to each of `stops`; the rank has `ends` rows before them, from `first` on."""
+        if self._is_closed:
+            raise RuntimeError("the stream was closed while it was read")
+        rows, items = dealer.deal(int(ends[-1]))
+        begin = 0
+        for stop, end in zip(stops.tolist(), ends.tolist(), strict=True):
+            yield RankBatch(
+                epoch=epoch,
+                first_item=first,
+                next_item=stop,
+                rows=rows[begin:end],
+                items=items.slice(begin, end) if items is not None else self._none(),
+            )
+            first, begin = stop, end
+        if items is not None and self._no_items is None:
+            self._no_items = items.take(np.empty(0, dtype=np.int64))
+
+    def _none(self) -> Items:
+        """No items, with the columns that items have: their names and types are the task's."""
+        if self._no_items is None:
+            rows = self._index.group_rows
+            group = int(np.argmin(np.where(rows == 0, np.iinfo(rows.dtype).max, rows)))
+            row = self._source.reader.read(group).slice(0, 1)
+            one = self._source.encode(row, self._index.first_row(group))
+            self._no_items = one.take(np.empty(0, dtype=np.int64))
+        return self._no_items
+
+    @contextmanager
+    def _dealer(self, plans: Sequence[Iterator[Plan]], *, num_ahead: int) -> Iterator[Dealer]:
+        if self._is_closed:
+            raise RuntimeError("the stream is closed")
+        dealer = Dealer(
+            plans,
+            self._source,
+            num_ahead=num_ahead,
+            num_threads=self._fetch_threads,
+            waits=self._waits,
+        )
+        self._dealers.add(dealer)
+        try:
+            yield dealer
+        finally:
+            dealer.close()
+            self._dealers.discard(dealer)
