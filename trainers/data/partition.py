@@ -296,7 +296,7 @@ def refuse_small_memory(
             f"data.stream_memory is {format_bytes(stream_memory)}, but two windows of {uri} in "
             f"{touched} {'lane' if touched == 1 else 'lanes'} of a worker need "
             f"{format_bytes(need)} ({groups} row groups of {format_bytes(max_row_group_bytes)})",
-            f"{fewer_lanes}set data.stream_memory to {need}, "
+            f"{fewer_lanes}set data.stream_memory to {-(-need // 2**20)} MiB, "
             f"or run: shoal prepare {uri} --to {uri.rstrip('/')}-small",
         )
     )

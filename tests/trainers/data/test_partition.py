@@ -306,4 +306,4 @@ def test_too_little_memory_says_what_to_type():
     )
     assert problem.hint is not None
     assert "set data.lanes to 2" in problem.hint
-    assert f"data.stream_memory to {1200 * mib}" in problem.hint
+    assert "data.stream_memory to 1200 MiB" in problem.hint
