@@ -176,9 +176,12 @@ class RunReader:
         complete = []
         for line in self._all_lines("metrics"):
             try:
-                int(line["step"]), int(line["attempt"]), str(line["kind"])
+                int(line["step"]), int(line["attempt"])
+                is_whole = line["kind"] != "evaluation" or isinstance(line["metrics"], dict)
             except (KeyError, TypeError, ValueError):
-                self._complain("a line of metrics has no step, attempt or kind")
+                is_whole = False
+            if not is_whole:
+                self._complain("a line of metrics has no step, attempt, kind or metrics")
                 continue
             complete.append(line)
         return complete

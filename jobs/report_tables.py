@@ -1,0 +1,149 @@
+"""What the tables of the report show, as plain rows for its template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from jobs.spec import format_bytes
+from jobs.status import format_seconds
+from jobs.status_view import TIME_NAMES
+from jobs.terminal import format_number
+
+_HUGE_MATRIX, _LARGE_MATRIX, _MEDIUM_MATRIX = 4, 10, 24
+"""Up to so many classes each cell shows count and share, the first in bigger cells; up to so many
+the count alone. Beyond, cells are only colored, and tell their count when pointed at."""
+_MOST_SIDE_BY_SIDE = 60
+"""Classes up to which two matrices stand beside each other on a wide screen."""
+_CONFUSIONS_SHOWN = 10
+
+Evaluation = Mapping[str, Any] | None
+
+
+def time_shares(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Where the wall clock went, in a fixed order, without what took nothing."""
+    total = sum(seconds.values())
+    names = [*TIME_NAMES, *(name for name in seconds if name not in TIME_NAMES)]
+    return [
+        {
+            "key": name if name in TIME_NAMES else "other",
+            "name": TIME_NAMES.get(name, name),
+            "seconds": seconds[name],
+            "share": seconds[name] / total,
+        }
+        for name in names
+        if total > 0 and seconds.get(name, 0) > 0
+    ]
+
+
+def class_rows(after: Evaluation, before: Evaluation) -> list[dict[str, Any]]:
+    """Precision, recall, F1 and support of each class, with its F1 before fine-tuning."""
+    was = {row["label"]: row.get("f1") for row in (before or {}).get("per_class") or []}
+    return [
+        {
+            **row,
+            "before": was.get(row["label"]),
+            "change": None
+            if was.get(row["label"]) is None or row["f1"] is None
+            else row["f1"] - was[row["label"]],
+        }
+        for row in (after or {}).get("per_class") or []
+    ]
+
+
+def matrices(after: Evaluation, before: Evaluation) -> list[dict[str, Any]]:
+    """The confusion matrices, before and after, with the share of each cell in its row."""
+    found = []
+    for title, evaluation in (("before fine-tuning", before), ("after", after)):
+        confusion = (evaluation or {}).get("confusion")
+        if not evaluation or not confusion:
+            continue
+        labels = _labels(evaluation)
+        n = len(labels)
+        rows = []
+        for i, counts in enumerate(confusion):
+            total = sum(counts)
+            cells = [
+                {
+                    "count": count,
+                    "share": count / total if total else 0.0,
+                    "predicted": labels[j],
+                    "hit": i == j,
+                }
+                for j, count in enumerate(counts)
+            ]
+            rows.append({"label": labels[i], "cells": cells})
+        side_by_side = n <= _MOST_SIDE_BY_SIDE
+        found.append(
+            {
+                "title": title,
+                "labels": labels,
+                "rows": rows,
+                "size": _matrix_size(n),
+                "side_by_side": side_by_side,
+                "cell_pixels": max(3, min(14, (400 if side_by_side else 950) // n - 1)),
+            }
+        )
+    return found
+
+
+def _matrix_size(num_classes: int) -> str:
+    if num_classes <= _HUGE_MATRIX:
+        return "huge large"
+    if num_classes <= _LARGE_MATRIX:
+        return "large"
+    return "medium" if num_classes <= _MEDIUM_MATRIX else "small"
+
+
+def top_confusions(after: Evaluation, before: Evaluation) -> list[dict[str, Any]]:
+    """The most frequent mistakes of the fine-tuned model, with how often each was made before."""
+    confusion = (after or {}).get("confusion")
+    if not after or not confusion:
+        return []
+    labels = _labels(after)
+    was = (before or {}).get("confusion")
+    mistakes = [
+        {
+            "true": labels[i],
+            "predicted": labels[j],
+            "count": count,
+            "share": count / sum(counts),
+            "before": was[i][j] if was else None,
+        }
+        for i, counts in enumerate(confusion)
+        for j, count in enumerate(counts)
+        if i != j and count
+    ]
+    return sorted(mistakes, key=lambda m: -m["count"])[:_CONFUSIONS_SHOWN]
+
+
+def _labels(evaluation: Mapping[str, Any]) -> list[str]:
+    rows = evaluation.get("per_class") or []
+    n = len(evaluation["confusion"])
+    return [str(row["label"]) for row in rows] if len(rows) == n else [str(i) for i in range(n)]
+
+
+def _as_moment(unix_seconds: float | None) -> str:
+    if unix_seconds is None:
+        return "-"
+    return f"{datetime.fromtimestamp(unix_seconds, tz=UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _as_signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _as_score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+FILTERS = {
+    "number": format_number,
+    "seconds": lambda value: "-" if value is None else format_seconds(value),
+    "moment": _as_moment,
+    "bytes": format_bytes,
+    "signed": _as_signed,
+    "score": _as_score,
+    "percent": lambda value: "-" if value is None else f"{value:.1%}",
+}
