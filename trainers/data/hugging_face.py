@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ class HuggingFaceDataset:
     num_bytes: int | None = None
 
     def __init__(
-        self, dataset: Any, *, uri: str, identity: object, files: Sequence[str] = ()
+        self,
+        dataset: Any,
+        *,
+        uri: str,
+        identity: object,
+        files: Sequence[str] = (),
     ) -> None:
         self._dataset = dataset
         self.uri, self.identity = uri, identity
@@ -35,10 +41,14 @@ class HuggingFaceDataset:
             for column, feature in (dataset.features or {}).items()
             if type(feature).__name__ == "ClassLabel"
         }
-        first = next(iter(self._tables(columns=None)), None)
-        if first is None:
-            raise DataError(Problem(f"{uri} is empty", "name a dataset that holds rows"))
-        self.schema = first.schema
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """That of the first rows; DataError where there are none."""
+        with _explained(self.uri):
+            for table in self._tables(columns=None):
+                return table.schema
+        raise DataError(Problem(f"{self.uri} is empty", "name a dataset that holds rows"))
 
     @classmethod
     def from_hub(cls, name: str, choice: SourceChoice) -> HuggingFaceDataset:

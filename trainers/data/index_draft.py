@@ -52,7 +52,7 @@ from trainers.data.index import (
 MAX_LABELS = 100_000
 """Distinct labels of a data set; more are no classes but a mistaken column."""
 
-_NPY_HEADER_BYTES = 128
+_NPY_HEADER_BYTES = 192
 _BLOCK_ITEMS = 2**18
 
 
@@ -338,7 +338,7 @@ class _NpyFile:
 
 
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """The header of an .npy file of version 1.0, padded to 128 bytes whatever the shape."""
+    """The header of an .npy file of version 1.0, padded to 192 bytes whatever the shape."""
     sink = io.BytesIO()
     described = {
         "descr": np.lib.format.dtype_to_descr(dtype),

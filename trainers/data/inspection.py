@@ -7,6 +7,8 @@ inspect_shard    its report: every byte of its columns is read once, a row group
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +34,7 @@ _FIRST_READ_BYTES = 2**16
 
 def shard_schema(store: Store, name: str) -> pa.Schema:
     """Schema of a Parquet file, without metadata; DataError where its footer is broken."""
-    return _PartialFile(store, name).metadata.schema.to_arrow_schema().remove_metadata()
+    return _PartialFile.open(store, name).metadata.schema.to_arrow_schema().remove_metadata()
 
 
 def inspect_shard(store: Store, name: str, *, schema: pa.Schema, roles: Roles) -> ShardReport:
@@ -40,7 +42,7 @@ def inspect_shard(store: Store, name: str, *, schema: pa.Schema, roles: Roles) -
 
     Raises DataError where the file is broken, has another schema, or has a null text or label.
     """
-    file = _PartialFile(store, name)
+    file = _PartialFile.open(store, name)
     metadata = file.metadata
     found = metadata.schema.to_arrow_schema().remove_metadata()
     check_same_schema(found, schema, f"{store.uri}/{name}")
@@ -51,8 +53,7 @@ def inspect_shard(store: Store, name: str, *, schema: pa.Schema, roles: Roles) -
     max_group_bytes = 0
     first_row = 0
     for group in range(metadata.num_row_groups):
-        for record in ranges[group]:
-            data = file.fetch(int(record["start"]), int(record["length"]))
+        for record, data in zip(ranges[group], file.fetch(ranges[group]), strict=True):
             record["xxh3"] = xxhash.xxh3_64_intdigest(data)
         table = file.read_row_group(group)
         max_group_bytes = max(max_group_bytes, table.nbytes)
@@ -98,36 +99,54 @@ def inspect_shard(store: Store, name: str, *, schema: pa.Schema, roles: Roles) -
 class _PartialFile(io.RawIOBase):
     """A Parquet file of which only the footer and the last fetched chunks are held."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, num_bytes: int) -> None:
         self._store, self._name = store, name
-        head = store.head(name)
-        self.num_bytes = head.num_bytes if head else 0
+        self.num_bytes = num_bytes
+        self.footer_start = num_bytes
+        self.footer = b""
         self._position = 0
         self._pieces: list[tuple[int, bytes]] = []
-        if self.num_bytes < FOOTER_TAIL_BYTES + 4:
-            raise self._broken("it is too short to be Parquet")
-        tail_start = max(0, self.num_bytes - _FIRST_READ_BYTES)
-        tail = store.read_range(name, start=tail_start, end=self.num_bytes)
+
+    @classmethod
+    def open(cls, store: Store, name: str) -> _PartialFile:
+        """Read the footer; DataError where there is none."""
+        head = store.head(name)
+        file = cls(store, name, head.num_bytes if head else 0)
+        if file.num_bytes < FOOTER_TAIL_BYTES + 4:
+            raise file._broken("it is too short to be Parquet")
+        tail_start = max(0, file.num_bytes - _FIRST_READ_BYTES)
+        tail = store.read_range(name, start=tail_start, end=file.num_bytes)
         try:
-            self.footer_start = footer_start(tail[-FOOTER_TAIL_BYTES:], self.num_bytes)
+            file.footer_start = footer_start(tail[-FOOTER_TAIL_BYTES:], file.num_bytes)
         except ValueError as error:
-            raise self._broken(str(error)) from error
-        if self.footer_start < tail_start:
-            tail = store.read_range(name, start=self.footer_start, end=self.num_bytes)
-            tail_start = self.footer_start
-        self.footer = tail[self.footer_start - tail_start :]
+            raise file._broken(str(error)) from error
+        if file.footer_start < tail_start:
+            tail = store.read_range(name, start=file.footer_start, end=file.num_bytes)
+            tail_start = file.footer_start
+        file.footer = tail[file.footer_start - tail_start :]
+        return file
+
+    @cached_property
+    def metadata(self) -> pq.FileMetaData:
         try:
-            self.metadata = pq.read_metadata(pa.PythonFile(self, mode="r"))
+            return pq.read_metadata(pa.PythonFile(self, mode="r"))
         except (pa.ArrowException, OSError) as error:
             raise self._broken(str(error)) from error
 
-    def fetch(self, start: int, length: int) -> bytes:
-        """Read a chunk and hold it for `read_row_group`."""
-        if start + length > self.footer_start:
+    def fetch(self, chunks: Array) -> Iterator[memoryview]:
+        """Read the chunks of a row group, at one go, and hold them for `read_row_group`.
+
+        Writers lay them one after the other, but for page indexes and the like in between.
+        """
+        start = int(chunks["start"].min())
+        end = int((chunks["start"] + chunks["length"]).max())
+        if end > self.footer_start:
             raise self._broken("a column chunk reaches into its footer")
-        data = self._store.read_range(self._name, start=start, end=start + length)
-        self._pieces.append((start, data))
-        return data
+        data = self._store.read_range(self._name, start=start, end=end)
+        self._pieces = [(start, data)]
+        view = memoryview(data)
+        for first, length in zip(chunks["start"].tolist(), chunks["length"].tolist(), strict=True):
+            yield view[first - start : first - start + length]
 
     def read_row_group(self, group: int) -> pa.Table:
         """Decode a row group whose chunks have been fetched; they are dropped."""

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -149,8 +149,12 @@ class ShardWorkers:
         take_report(report)
 
 
+_stores: dict[str, Store] = {}
+"""Of this process, with their connections: each task brings its own, without any."""
+
+
 def _run(task: Task) -> ShardReport:
-    return task.run()
+    return replace(task, store=_stores.setdefault(task.store.uri, task.store)).run()
 
 
 def _start_process() -> None:

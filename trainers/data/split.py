@@ -42,7 +42,7 @@ def parse_split(text: str) -> dict[str, Fraction | int]:
             near = difflib.get_close_matches(name, PARTS, n=1, cutoff=0.2)
             hint = f"did you mean {near[0]}?" if near else _EXAMPLE
             raise SpecError(
-                Problem(f"--split: {name or item!r} is none of {', '.join(PARTS)}", hint)
+                Problem(f"--split: {name or repr(item)} is none of {', '.join(PARTS)}", hint)
             )
         if name in given:
             raise SpecError(Problem(f"--split: {name} is given twice", _EXAMPLE))

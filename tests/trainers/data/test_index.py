@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +84,9 @@ def write(store: Store, folder: Path, reports: list[ShardReport] = REPORTS) -> I
 
 
 @pytest.fixture
-def opened(store: Store, tmp_path: Path) -> Iterator[tuple[Store, Index]]:
+def opened(store: Store, tmp_path: Path) -> tuple[Store, Index]:
     write(store, tmp_path / "draft")
-    yield store, open_index(store)
+    return store, open_index(store)
 
 
 def test_an_index_says_where_rows_and_groups_lie(opened: tuple[Store, Index]) -> None:
@@ -178,7 +177,7 @@ def test_a_damaged_or_later_index_is_refused(tmp_path: Path) -> None:
 def test_numpy_reads_the_headers_of_side_files() -> None:
     for dtype, shape in ((np.dtype("<u4"), (3,)), (CHUNK, (2, 5)), (CHUNK, (10**12, 10**4))):
         header = npy_header(dtype, shape)
-        assert len(header) == 128
+        assert len(header) == 192
         stream = io.BytesIO(header)
         assert np.lib.format.read_magic(stream) == (1, 0)
         assert np.lib.format.read_array_header_1_0(stream) == (shape, False, dtype)
