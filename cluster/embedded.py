@@ -51,6 +51,7 @@ _START_SECONDS = 60.0
 _STOP_SECONDS = 20.0
 _HEALTH_SECONDS = 3.0
 _POLL_SECONDS = 0.05
+_SOCKET_FOLDER = Path("/tmp")  # noqa: S108 - fixed in the server
 _READY_KEY = "shoal-ready"
 _ACCESS_KEY_BYTES, _SECRET_KEY_BYTES = 8, 24
 
@@ -260,6 +261,8 @@ def _launch(program: str, store: EmbeddedStore) -> EmbeddedStore:
         # As S3 does: a wrong name of a bucket is an error.
         "-s3.autoCreateBucket=false",
         "-master.telemetry=false",
+        # A single server has nobody to tell that it goes.
+        "-volume.preStopSeconds=0",
         f"-master.volumeSizeLimitMB={_VOLUME_MEGABYTES}",
     ]
     foreign = ("AWS_", "S3_", "WEED_")
@@ -339,11 +342,16 @@ def _end(store: EmbeddedStore) -> None:
     """End the server, by its own process group: gracefully, and by force after a while."""
     for stop_signal in (signal.SIGTERM, signal.SIGKILL):
         if not store.is_running or store.process is None:
-            return
+            break
         with contextlib.suppress(ProcessLookupError):
             os.killpg(store.process.pid, stop_signal)
         with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
             psutil.Process(store.process.pid).wait(timeout=_STOP_SECONDS)
+    # The server leaves some of its sockets behind, all of them when it is killed.
+    for port in store.ports.values():
+        for number in (port, port + _GRPC_OFFSET):
+            for path in _SOCKET_FOLDER.glob(f"seaweedfs-*-{number}.sock"):
+                path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------- state file

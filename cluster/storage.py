@@ -126,14 +126,20 @@ class Store(Protocol):
         ...
 
     def list(self, prefix: str = "", *, after: str | None = None) -> Iterator[Head]:
-        """All objects whose key begins with `prefix`, sorted by key, page by page.
+        """All objects whose key begins with `prefix`, fetched page by page.
 
-        Keys not above `after` are left out. Folder markers (keys that end in "/") are no objects.
+        Objects of one folder come sorted by name, and `after` leaves out those up to that key.
+        Where a folder stands among its siblings is the server's choice: AWS and local folders sort
+        whole keys (`a-b` before `a/x`), SeaweedFS walks the tree (`a/x` before `a-b`). Whoever
+        needs one order over folders sorts. Keys that end in "/" are folders, not objects.
         """
         ...
 
     def list_folders(self, prefix: str = "") -> Iterator[str]:
-        """Names of the folders right below the folder `prefix`, sorted, without slashes."""
+        """Names of the folders right below the folder `prefix`, sorted, without slashes.
+
+        Some servers (SeaweedFS) still name a folder some time after its last object was deleted.
+        """
         ...
 
     def write(self, key: str, data: bytes | memoryview) -> str:

@@ -31,10 +31,16 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS
         yield store
 
 
+@pytest.fixture(scope="session")
+def bucket(object_store: EmbeddedStore) -> Store:
+    """The whole bucket; stores within it share its connections."""
+    return open_store(f"s3://{embedded.DEFAULT_BUCKET}")
+
+
 @pytest.fixture
-def s3_store(object_store: EmbeddedStore) -> Store:
+def s3_store(bucket: Store) -> Store:
     """A store below a prefix that no other test uses."""
-    return open_store(f"s3://{embedded.DEFAULT_BUCKET}/test-{uuid.uuid4().hex[:12]}")
+    return bucket.within(f"test-{uuid.uuid4().hex[:12]}")
 
 
 @pytest.fixture

@@ -1,0 +1,266 @@
+"""A run has one driver: races, take-overs, and holders that freeze."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cluster.lease import Held, acquire, read_lease
+from cluster.process import ProcessIdentity, identify
+from cluster.storage import StorageError, Store
+from jobs.errors import ClusterError
+from jobs.record import Lease
+
+KEY = "run-1/lease.json"
+LONG = 600.0
+SHORT = 0.6
+
+
+@pytest.fixture
+def another(store: Store) -> Lease:
+    """A lease whose holder sits on another machine, so that nobody here can tell if it lives."""
+    lease = Lease(
+        generation=3,
+        holder="elsewhere",
+        host="another-host",
+        boot="another-boot",
+        pid=1,
+        started="1",
+        renewals=0,
+        ttl_seconds=SHORT,
+    )
+    store.write(KEY, lease.to_bytes())
+    return lease
+
+
+def held_at(store: Store) -> Lease:
+    found = read_lease(store, KEY)
+    assert found is not None
+    return found.lease
+
+
+def test_the_first_driver_gets_the_first_generation(store: Store) -> None:
+    with acquire(store, KEY, ttl_seconds=LONG) as held:
+        assert held.generation == 1
+        assert not held.lost.is_set()
+        held.check()
+        assert not held_at(store).released
+    assert held_at(store).released
+
+
+def test_a_released_lease_is_taken_at_once_with_the_next_generation(store: Store) -> None:
+    for generation in (1, 2, 3):
+        with acquire(store, KEY, ttl_seconds=LONG) as held:
+            assert held.generation == generation
+
+
+def test_a_held_lease_is_refused_with_its_holder(store: Store) -> None:
+    with acquire(store, KEY, ttl_seconds=LONG):
+        with pytest.raises(ClusterError, match=f"process {os.getpid()} on ") as caught:
+            acquire(store, KEY, ttl_seconds=LONG)
+        assert "shoal stop run-1" in str(caught.value.problems[0].hint)
+
+
+def test_of_eight_that_ask_at_once_one_gets_it(store: Store) -> None:
+    acquire(store, KEY, ttl_seconds=LONG).release()
+    barrier = threading.Barrier(8)
+
+    def ask(_: int) -> Held | None:
+        barrier.wait()
+        try:
+            return acquire(store, KEY, ttl_seconds=LONG)
+        except ClusterError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [held for held in pool.map(ask, range(8)) if held is not None]
+    assert [held.generation for held in winners] == [2]
+    winners[0].release()
+
+
+def test_a_lease_of_another_machine_is_not_taken_unless_asked_to_wait(
+    store: Store, another: Lease
+) -> None:
+    with pytest.raises(ClusterError, match="process 1 on another-host"):
+        acquire(store, KEY, ttl_seconds=LONG)
+    assert held_at(store) == another
+
+
+def test_a_lease_that_nobody_renews_is_taken_after_its_time(store: Store, another: Lease) -> None:
+    told: list[Lease] = []
+    started = time.monotonic()
+    with acquire(store, KEY, ttl_seconds=LONG, wait=told.append) as held:
+        assert time.monotonic() - started >= SHORT
+        assert held.generation == another.generation + 1
+    assert told == [another]
+
+
+def test_a_lease_that_is_renewed_while_watched_is_refused(store: Store, another: Lease) -> None:
+    def renew(lease: Lease) -> None:
+        store.write(KEY, lease.model_copy(update={"renewals": 1}).to_bytes())
+
+    with pytest.raises(ClusterError, match="another-host"):
+        acquire(store, KEY, ttl_seconds=LONG, wait=renew)
+
+
+def test_a_lease_that_is_released_while_watched_is_taken(store: Store, another: Lease) -> None:
+    def release(lease: Lease) -> None:
+        store.write(KEY, lease.model_copy(update={"released": True}).to_bytes())
+
+    with acquire(store, KEY, ttl_seconds=LONG, wait=release) as held:
+        assert held.generation == another.generation + 1
+
+
+def test_a_held_lease_is_renewed_past_its_time(local_store: Store) -> None:
+    with acquire(local_store, KEY, ttl_seconds=2.0) as held:
+        assert not held.lost.wait(2.2)
+        held.check()
+        assert held_at(local_store).renewals >= 2
+        with pytest.raises(ClusterError):
+            acquire(local_store, KEY, ttl_seconds=LONG, wait=True)
+
+
+def test_a_holder_that_finds_another_one_has_lost(store: Store) -> None:
+    with acquire(store, KEY, ttl_seconds=SHORT) as held:
+        other = held_at(store).model_copy(update={"holder": "other", "generation": 2})
+        store.write(KEY, other.to_bytes())
+        assert held.lost.wait(10)
+        with pytest.raises(ClusterError, match="was lost"):
+            held.check()
+    assert held_at(store) == other
+
+
+class FaultyStore:
+    """A store whose next renewals take until they are let go, then fail."""
+
+    def __init__(self, store: Store, *, num_faults: int) -> None:
+        self.store = store
+        self.num_faults = num_faults
+        self.let_go = threading.Event()
+        self.has_renewed = threading.Event()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.store, name)
+
+    def write_if_match(self, key: str, data: bytes, *, etag: str) -> str:
+        if self.num_faults:
+            self.num_faults -= 1
+            self.let_go.wait()
+            raise StorageError("the store is gone")
+        self.has_renewed.set()
+        return self.store.write_if_match(key, data, etag=etag)
+
+
+def test_a_holder_whose_store_hangs_knows_in_time_that_it_has_lost(local_store: Store) -> None:
+    store = FaultyStore(local_store, num_faults=1)
+    held = acquire(store, KEY, ttl_seconds=SHORT)  # type: ignore[arg-type]
+    assert held.lost.wait(10)
+    store.let_go.set()
+    held.release()
+
+
+def test_a_renewal_that_fails_once_is_made_up_for(local_store: Store) -> None:
+    store = FaultyStore(local_store, num_faults=1)
+    store.let_go.set()
+    with acquire(store, KEY, ttl_seconds=3.0) as held:  # type: ignore[arg-type]
+        assert store.has_renewed.wait(10)
+        held.check()
+
+
+def test_a_lease_that_cannot_be_given_back_does_not_fail_the_run(local_store: Store) -> None:
+    store = FaultyStore(local_store, num_faults=1)
+    store.let_go.set()
+    acquire(store, KEY, ttl_seconds=LONG).release()  # type: ignore[arg-type]
+    assert not held_at(local_store).released
+
+
+HOLDER = """
+import sys
+from cluster.lease import acquire
+from cluster.storage import open_store
+held = acquire(open_store(sys.argv[1]), sys.argv[2], ttl_seconds=float(sys.argv[3]))
+print("held", flush=True)
+held.lost.wait()
+print("lost", flush=True)
+"""
+
+
+def start_holder(store: Store, *, ttl_seconds: float) -> subprocess.Popen[str]:
+    """Another process that holds the lease."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, store.uri, KEY, str(ttl_seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.fixture
+def holders() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that are ended after the test."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_the_lease_of_a_killed_process_of_this_machine_is_taken_at_once(
+    store: Store, holders: list[subprocess.Popen[str]]
+) -> None:
+    holders.append(start_holder(store, ttl_seconds=LONG))
+    with pytest.raises(ClusterError, match=f"process {holders[0].pid} on "):
+        acquire(store, KEY, ttl_seconds=LONG)
+    holders[0].kill()
+    holders[0].wait()
+    with acquire(store, KEY, ttl_seconds=LONG) as held:
+        assert held.generation == 2
+
+
+def test_a_frozen_holder_loses_the_lease_and_finds_out_when_it_wakes(
+    local_store: Store, holders: list[subprocess.Popen[str]]
+) -> None:
+    frozen = start_holder(local_store, ttl_seconds=SHORT)
+    holders.append(frozen)
+    frozen.send_signal(signal.SIGSTOP)
+    with acquire(local_store, KEY, ttl_seconds=LONG, wait=True) as held:
+        assert held.generation == 2
+        frozen.send_signal(signal.SIGCONT)
+        assert frozen.stdout is not None
+        assert frozen.stdout.readline() == "lost\n"
+        assert held_at(local_store).generation == 2
+
+
+def test_a_process_is_known_by_more_than_its_number() -> None:
+    me = identify()
+    assert me.is_alive
+    assert not me.has_ended
+    later = ProcessIdentity(host=me.host, boot=me.boot, pid=me.pid, started="12")
+    assert later.has_ended
+    assert not later.is_alive
+    for unknown in (
+        ProcessIdentity(host="another", boot=me.boot, pid=me.pid, started="12"),
+        ProcessIdentity(host=me.host, boot="another", pid=me.pid, started="12"),
+        ProcessIdentity(host=me.host, boot="", pid=me.pid, started="12"),
+    ):
+        assert not unknown.has_ended
+
+
+def test_a_zombie_has_ended() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    identity = identify(child.pid)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert identity.has_ended
+    child.wait()
+    assert identity.has_ended

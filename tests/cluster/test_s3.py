@@ -1,0 +1,334 @@
+"""What only S3 has: pages, parts, wrong keys, and a network that fails."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import boto3
+import pytest
+from faulty_proxy import FaultyProxy, Kind, proxy_to
+
+from cluster.embedded import EmbeddedStore
+from cluster.storage import (
+    ObjectExists,
+    ObjectMissing,
+    PreconditionFailed,
+    StorageError,
+    Store,
+    Transfer,
+    open_store,
+)
+from jobs.errors import render_error
+from jobs.spec import StoreAccess
+
+MIB = 2**20
+PARTS = Transfer(part_bytes=5 * MIB, num_threads=3, retry_seconds=20)
+IMPATIENT = Transfer(retry_seconds=0.3, connect_timeout_seconds=1, read_timeout_seconds=0.5)
+
+
+@pytest.fixture
+def proxy(object_store: EmbeddedStore) -> Iterator[FaultyProxy]:
+    with proxy_to(object_store.endpoint_url) as running:
+        yield running
+
+
+@pytest.fixture
+def shaky(proxy: FaultyProxy, s3_store: Store) -> Store:
+    """The same objects as `s3_store`, through the proxy."""
+    return through(proxy, s3_store, PARTS)
+
+
+def through(proxy: FaultyProxy, store: Store, transfer: Transfer) -> Store:
+    return open_store(store.uri, StoreAccess(endpoint_url=proxy.url), transfer=transfer)
+
+
+def unfinished_uploads(store: Store) -> int:
+    bucket, _, prefix = store.filesystem_root.partition("/")
+    client = boto3.client("s3", region_name="us-east-1")
+    uploads = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+    client.close()
+    return sum(upload["Key"].startswith(prefix) for upload in uploads)
+
+
+# ----------------------------------------------------------------------------- many and large
+
+
+def test_a_list_has_as_many_pages_as_it_needs(s3_store: Store) -> None:
+    written = [f"page/{n:05d}" for n in range(1_005)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: s3_store.write(key, b""), written))
+    assert [head.key for head in s3_store.list("page/")] == written
+    assert [h.key for h in s3_store.list("page/", after=written[1_001])] == written[1_002:]
+    s3_store.delete(written)
+    assert list(s3_store.list()) == []
+
+
+def test_a_list_asks_for_the_next_page_only_when_it_is_needed(
+    proxy: FaultyProxy, shaky: Store
+) -> None:
+    shaky.write("a", b"")
+    listed = shaky.list()
+    assert proxy.count("GET") == 0
+    next(listed)
+    assert proxy.count("GET") == 1
+
+
+def test_large_objects_move_in_parts(proxy: FaultyProxy, shaky: Store, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(os.urandom(11 * MIB))
+    etag = shaky.upload("large", source)
+    assert sum("partNumber" in r for r in proxy.requests) == 3
+    head = shaky.head("large")
+    assert head is not None
+    assert (head.etag, head.num_bytes) == (etag, 11 * MIB)
+    before = proxy.count("GET")
+    shaky.download("large", target)
+    assert proxy.count("GET") - before == 3
+    assert target.read_bytes() == source.read_bytes()
+    assert unfinished_uploads(shaky) == 0
+
+
+def test_large_bytes_move_in_parts(proxy: FaultyProxy, shaky: Store) -> None:
+    data = os.urandom(6 * MIB)
+    shaky.write("large", memoryview(data))
+    assert sum("partNumber" in r for r in proxy.requests) == 2
+    assert shaky.read("large") == data
+
+
+def test_an_upload_that_fails_leaves_nothing_behind(
+    proxy: FaultyProxy, s3_store: Store, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(bytes(11 * MIB))
+    proxy.fail("drop", "PUT", "partNumber=2", times=1_000)
+    transfer = Transfer(part_bytes=5 * MIB, retry_seconds=0.3)
+    with pytest.raises(StorageError, match="cannot write"):
+        through(proxy, s3_store, transfer).upload("large", source)
+    assert s3_store.head("large") is None
+    assert unfinished_uploads(s3_store) == 0
+
+
+def test_an_object_replaced_during_a_download_is_not_mixed(
+    proxy: FaultyProxy, shaky: Store, s3_store: Store, tmp_path: Path
+) -> None:
+    s3_store.write("large", bytes(11 * MIB))
+    replaced = iter([True])
+    original = proxy.take_fault
+
+    def take_fault(method: str, path: str) -> Kind | None:
+        if method == "GET" and next(replaced, False):
+            s3_store.write("large", b"\x01" * 11 * MIB)
+        return original(method, path)
+
+    proxy.take_fault = take_fault  # type: ignore[method-assign]
+    with pytest.raises(PreconditionFailed, match="replaced while it was read"):
+        shaky.download("large", tmp_path / "target")
+    assert os.listdir(tmp_path) == []
+
+
+# ----------------------------------------------------------------------------- transient faults
+
+
+@pytest.mark.parametrize("kind", ["slow down", "fail after", "drop", "lose answer", "cut body"])
+def test_reads_outlive_a_fault(proxy: FaultyProxy, shaky: Store, kind: Kind) -> None:
+    data = os.urandom(50_000)
+    shaky.write("k", data)
+    proxy.fail(kind, "GET", times=3)
+    assert shaky.read("k") == data
+    proxy.fail(kind, "GET")
+    assert shaky.read_range("k", start=10, end=40_000) == data[10:40_000]
+    proxy.fail(kind, "GET")
+    assert [head.key for head in shaky.list()] == ["k"]
+
+
+def test_a_read_whose_bytes_were_changed_is_read_again(proxy: FaultyProxy, shaky: Store) -> None:
+    shaky.write("k", b"hello")
+    proxy.fail("corrupt answer", "GET")
+    assert shaky.read("k") == b"hello"
+    assert proxy.count("GET") == 2
+
+
+@pytest.mark.parametrize("kind", ["fail after", "drop", "lose answer"])
+def test_writes_outlive_a_fault(
+    proxy: FaultyProxy, shaky: Store, kind: Kind, tmp_path: Path
+) -> None:
+    proxy.fail(kind, "PUT")
+    shaky.write("k", b"1")
+    assert shaky.read("k") == b"1"
+    (tmp_path / "large").write_bytes(os.urandom(6 * MIB))
+    proxy.fail(kind, "PUT", "partNumber")
+    proxy.fail(kind, "POST", times=3)
+    shaky.upload("large", tmp_path / "large")
+    assert shaky.read("large") == (tmp_path / "large").read_bytes()
+    proxy.fail(kind, "POST", "delete")
+    shaky.delete(["k", "large"])
+    proxy.fail(kind, "HEAD")
+    assert shaky.head("k") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"), [("lose answer", 1), ("lose answer", 3), ("fail after", 3), ("slow down", 1)]
+)
+def test_a_conditional_write_whose_answer_was_lost_has_still_won(
+    proxy: FaultyProxy, shaky: Store, kind: Kind, times: int
+) -> None:
+    proxy.fail(kind, "PUT", times=times)
+    etag = shaky.write_if_absent("k", b"1")
+    proxy.fail(kind, "PUT", times=times)
+    etag = shaky.write_if_match("k", b"2", etag=etag)
+    assert shaky.read("k") == b"2"
+    assert shaky.head("k").etag == etag  # type: ignore[union-attr]
+
+
+def test_a_lost_answer_does_not_take_what_another_wrote_for_its_own(
+    proxy: FaultyProxy, shaky: Store, s3_store: Store
+) -> None:
+    s3_store.write_if_absent("k", b"the same bytes")
+    proxy.fail("drop", "PUT", times=3)
+    with pytest.raises(ObjectExists):
+        shaky.write_if_absent("k", b"the same bytes")
+
+
+def test_bytes_changed_on_their_way_up_are_never_stored(
+    proxy: FaultyProxy, s3_store: Store
+) -> None:
+    proxy.fail("corrupt request", "PUT", times=1_000)
+    store = through(proxy, s3_store, IMPATIENT)
+    with pytest.raises(StorageError, match="cannot write"):
+        store.write("k", b"hello")
+    assert s3_store.head("k") is None
+
+
+def test_a_wrong_checksum_surfaces(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.s3.checksum", lambda data: "AAAAAA==")
+    store = open_store(s3_store.uri, transfer=IMPATIENT)
+    with pytest.raises(StorageError, match="BadDigest"):
+        store.write("k", b"hello")
+    assert s3_store.head("k") is None
+
+
+# ----------------------------------------------------------------------------- what users see
+
+
+def hint_of(error: StorageError) -> str:
+    return error.problems[0].hint or ""
+
+
+def test_a_store_that_hangs_surfaces(proxy: FaultyProxy, s3_store: Store) -> None:
+    s3_store.write("k", b"1")
+    proxy.fail("hang", "GET", times=1_000)
+    with pytest.raises(StorageError, match=r"does not answer \(ReadTimeoutError\)") as caught:
+        through(proxy, s3_store, IMPATIENT).read("k")
+    assert "shoal up" in hint_of(caught.value)
+
+
+def test_a_body_that_is_always_cut_surfaces(proxy: FaultyProxy, s3_store: Store) -> None:
+    s3_store.write("k", b"12345678")
+    proxy.fail("cut body", "GET", times=1_000)
+    with pytest.raises(StorageError, match="does not answer"):
+        through(proxy, s3_store, IMPATIENT).read("k")
+
+
+def test_a_dead_endpoint_surfaces(object_store: EmbeddedStore) -> None:
+    store = open_store(
+        "s3://shoal/x", StoreAccess(endpoint_url="http://127.0.0.1:9"), transfer=IMPATIENT
+    )
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:9 does not answer") as caught:
+        store.read("k")
+    assert time.monotonic() - started < 10
+    assert caught.value.exit_code == 3
+
+
+def test_a_missing_bucket_is_named(s3_store: Store, tmp_path: Path) -> None:
+    store = open_store("s3://no-such-bucket/x")
+    for use in (
+        lambda: store.read("k"),
+        lambda: store.head("k"),
+        lambda: store.write("k", b""),
+        lambda: store.write_if_match("k", b"", etag='"x"'),
+        lambda: list(store.list()),
+        lambda: list(store.list_folders()),
+        lambda: store.download("k", tmp_path / "k"),
+    ):
+        with pytest.raises(StorageError, match="no bucket no-such-bucket") as caught:
+            use()
+        assert not isinstance(caught.value, ObjectMissing | PreconditionFailed)
+        assert "s3 mb s3://no-such-bucket" in hint_of(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "SignatureDoesNotMatch"),
+        ("AWS_ACCESS_KEY_ID", "InvalidAccessKeyId"),
+    ],
+)
+def test_wrong_keys_are_told_without_showing_them(
+    s3_store: Store, monkeypatch: pytest.MonkeyPatch, name: str, code: str
+) -> None:
+    monkeypatch.setenv(name, "wrong-and-private")
+    store = open_store(s3_store.uri)
+    for use in (lambda: store.read("k"), lambda: store.head("k"), lambda: store.write("k", b"")):
+        with pytest.raises(StorageError, match=code) as caught:
+            use()
+        text = render_error(caught.value) + repr(caught.value)
+        assert "the credentials in AWS_ACCESS_KEY_ID" in text
+        assert "wrong-and-private" not in text
+        assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text
+
+
+def test_no_credentials_at_all_are_told(
+    object_store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StorageError, match="no credentials were found") as caught:
+        open_store("s3://shoal/x").read("k")
+    assert "AWS_PROFILE" in hint_of(caught.value)
+
+
+def test_an_anonymous_request_that_is_refused_is_told(object_store: EmbeddedStore) -> None:
+    with pytest.raises(StorageError, match="access denied for an anonymous request") as caught:
+        open_store("s3://shoal/x", StoreAccess(anonymous=True)).read("k")
+    assert "s3:GetObject" in hint_of(caught.value)
+
+
+def test_a_certificate_of_an_unknown_authority_is_told_at_once(object_store: EmbeddedStore) -> None:
+    # The embedded store speaks plain HTTP: what it answers is no TLS at all.
+    url = object_store.endpoint_url.replace("http:", "https:")
+    with pytest.raises(StorageError) as caught:
+        open_store("s3://shoal/x", StoreAccess(endpoint_url=url), transfer=IMPATIENT).read("k")
+    assert "AWS_CA_BUNDLE" in hint_of(caught.value)
+
+
+def test_encryption_is_asked_for_on_every_write(s3_store: Store, tmp_path: Path) -> None:
+    access = StoreAccess(server_side_encryption="AES256")
+    store = open_store(s3_store.uri, access, transfer=PARTS)
+    (tmp_path / "large").write_bytes(bytes(6 * MIB))
+    store.write("small", b"1")
+    store.write_if_absent("new", b"1")
+    store.upload("large", tmp_path / "large")
+    bucket, _, prefix = store.filesystem_root.partition("/")
+    client = boto3.client("s3", region_name="us-east-1")
+    for key in ("small", "new", "large"):
+        head = client.head_object(Bucket=bucket, Key=f"{prefix}/{key}")
+        assert head["ServerSideEncryption"] == "AES256"
+    client.close()
+
+
+def test_a_store_goes_on_in_a_forked_process(s3_store: Store) -> None:
+    s3_store.write("k", b"1")
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if s3_store.read("k") == b"1" else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pickle.loads(pickle.dumps(s3_store)).read("k") == b"1"
