@@ -323,7 +323,7 @@ def _answers(store: EmbeddedStore, buckets: Sequence[str]) -> bool:
 def _use(store: EmbeddedStore, buckets: Sequence[str], *, retry_seconds: float) -> None:
     """Make the buckets and write an object, with the store's own keys."""
     settings = resolve(
-        StoreAccess(endpoint_url=store.endpoint_url, region=REGION),
+        StoreAccess(endpoint_url=store.endpoint_url, region=REGION, addressing_style="path"),
         transfer=Transfer(retry_seconds=retry_seconds, read_timeout_seconds=_STOP_SECONDS),
     )
     keys = Keys(store.access_key, store.secret_key)

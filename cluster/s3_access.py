@@ -65,6 +65,12 @@ class S3Settings:
     transfer: Transfer
 
     @property
+    def is_loopback(self) -> bool:
+        """Whether the endpoint is on this machine, where no proxy could reach it."""
+        host = urlsplit(self.endpoint_url or "").hostname or ""
+        return host in ("localhost", "::1") or host.startswith("127.")
+
+    @property
     def encryption(self) -> dict[str, Any]:
         """Arguments of the writing requests that ask for encryption."""
         arguments: dict[str, Any] = {}
@@ -143,6 +149,8 @@ def make_client(session: boto3.session.Session, settings: S3Settings) -> S3Clien
         # `resolve` has looked at them; looking twice could find two endpoints.
         "ignore_configured_endpoint_urls": True,
     }
+    if settings.is_loopback:
+        options["proxies"] = {}
     if settings.anonymous:
         options["signature_version"] = botocore.UNSIGNED
     return session.client(
@@ -171,7 +179,9 @@ def make_filesystem(
         "connect_timeout": settings.transfer.connect_timeout_seconds,
         "request_timeout": settings.transfer.read_timeout_seconds,
         "retry_strategy": pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_ARROW_ATTEMPTS),
-        "proxy_options": botocore.utils.get_environ_proxies(url.geturl()).get(url.scheme),
+        "proxy_options": None
+        if settings.is_loopback
+        else botocore.utils.get_environ_proxies(url.geturl()).get(url.scheme),
     }
     if settings.anonymous:
         return pyarrow.fs.S3FileSystem(anonymous=True, **arguments)

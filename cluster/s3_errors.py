@@ -205,7 +205,9 @@ def _explain_answer(
 def _action(operation: str) -> str:
     """The permission of IAM that an operation needs."""
     return {
-        "HeadObject": "s3:GetObject",
+        # Without the right to list, S3 answers so for absent objects too.
+        "GetObject": "s3:GetObject and s3:ListBucket",
+        "HeadObject": "s3:GetObject and s3:ListBucket",
         "ListObjectsV2": "s3:ListBucket",
         "HeadBucket": "s3:ListBucket",
         "DeleteObjects": "s3:DeleteObject",

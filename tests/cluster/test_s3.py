@@ -322,6 +322,19 @@ def test_encryption_is_asked_for_on_every_write(s3_store: Store, tmp_path: Path)
     client.close()
 
 
+def test_a_store_on_this_machine_is_not_looked_for_behind_a_proxy(
+    s3_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    store = open_store(s3_store.uri, transfer=IMPATIENT)
+    store.write("k", b"1")
+    path = f"{store.filesystem_root}/k"
+    assert store.filesystem().get_file_info(path).size == 1
+
+
 def test_a_store_goes_on_in_a_forked_process(s3_store: Store) -> None:
     s3_store.write("k", b"1")
     child = os.fork()
