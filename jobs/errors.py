@@ -62,7 +62,7 @@ class TrainingError(ShoalError):
     exit_code = 1
 
 
-class EnvironmentFault(ShoalError):
+class EnvironmentFault(ShoalError):  # noqa: N818 - a fault of the place, not a wrong call
     """The environment (storage, cluster, disk) is not usable."""
 
     exit_code = 3

@@ -4,24 +4,27 @@
     spec_from_json(text)       -> JobSpec      what a run folder holds; what every worker reads
 
 Unknown keys are refused with the nearest known one, and all problems of a file are reported
-together.
+together. What a key may hold is said from the JSON schema of the job file, so that messages,
+editors and validation cannot differ.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from jobs.errors import Problem, SpecError
-from jobs.spec import JobSpec, SpecPart
+from jobs.problems import Sources, no_group, problems_of
+from jobs.schema import job_schema
+from jobs.spec import JobSpec, no_validation_set
+from jobs.strict_yaml import read_yaml
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
@@ -29,25 +32,22 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
 
     Raises SpecError with every problem of the file and of the overrides at once.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
-        hint = (
-            f"did you mean {path.parent / near[0]}?"
-            if near
-            else "name a job file, as in: shoal run job.yaml"
+    document = read_yaml(_read_text(path), where=str(path))
+    if not isinstance(document.value, dict):
+        found = "is empty" if document.value is None else f"holds {_kind(document.value)}"
+        raise SpecError(
+            Problem(
+                f"{path} {found}, but a job is a group of keys",
+                "start from examples/sentiment.yaml; name, task, model, data and store are needed",
+            )
         )
-        raise SpecError(Problem(f"{path}: no such file", hint)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(Problem(f"{path} cannot be read: {error}")) from error
-    try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise SpecError(Problem(f"{path} is not valid YAML: {error}")) from error
-    if not isinstance(tree, dict):
-        raise SpecError(Problem(f"{path} holds no job: keys such as name, task, model are needed"))
-    return parse_spec(apply_overrides(tree, overrides), where=str(path))
+    tree, problems = _with_overrides(document.value, overrides)
+    sources = Sources(str(path), lines=document.lines, overrides=overrides)
+    spec, more = _validate(tree, sources)
+    problems = [*document.repeated, *problems, *more]
+    if spec is None or problems:
+        raise SpecError(*problems)
+    return spec
 
 
 def spec_from_json(text: str | bytes) -> JobSpec:
@@ -56,203 +56,177 @@ def spec_from_json(text: str | bytes) -> JobSpec:
 
 
 def parse_spec(tree: Mapping[str, Any], *, where: str) -> JobSpec:
-    """The job in a tree of plain values; raises SpecError with every problem, each led by `where`."""
-    try:
-        return JobSpec.model_validate(tree)
-    except ValidationError as error:
-        raise SpecError(*(_problem(e, where) for e in error.errors())) from None
+    """The job in a tree of plain values; raises SpecError with every problem, led by `where`."""
+    spec, problems = _validate(tree, Sources(where))
+    if spec is None:
+        raise SpecError(*problems)
+    return spec
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `tree` in which each `dotted.path=value` is set; values are read as YAML."""
-    result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
-    problems = []
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        if not equals or not path:
-            problems.append(
-                Problem(
-                    f"--set {override}: a path, '=' and a value are needed",
-                    "write --set optimizer.learning_rate=1e-4",
-                )
-            )
-            continue
-        try:
-            value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError as error:
-            problems.append(Problem(f"--set {override}: the value is not valid YAML: {error}"))
-            continue
-        node = result
-        *parents, leaf = path.split(".")
-        for depth, part in enumerate(parents):
-            child = node.setdefault(part, {})
-            if child is None or (part == "store" and isinstance(child, str)):
-                child = node[part] = {} if child is None else {"uri": child}
-            if not isinstance(child, dict):
-                held = ".".join(parents[: depth + 1])
-                problems.append(
-                    Problem(f"--set {override}: {held} is {child!r}, not a group of keys")
-                )
-                break
-            node = child
-        else:
-            node[leaf] = value
+    """A copy of `tree` in which each `dotted.path=value` is set; values are read as YAML.
+
+    Raises SpecError with every override that cannot be applied.
+    """
+    result, problems = _with_overrides(tree, overrides)
     if problems:
         raise SpecError(*problems)
     return result
 
 
+RESUME_PATHS = ("workers", "retries", "cluster", "checkpoint", "tracking", "train.epochs")
+"""What `shoal resume --set` may change: operation, and the number of epochs."""
+
+
+def check_resume_overrides(overrides: Sequence[str]) -> None:
+    """Raises SpecError for each override of a key that a resume may not change."""
+    problems = []
+    for override in overrides:
+        path = override.partition("=")[0]
+        if not any(path == allowed or path.startswith(allowed + ".") for allowed in RESUME_PATHS):
+            problems.append(
+                Problem(
+                    f"--set {override}: a resume goes on with the same training, so {path} cannot "
+                    "change",
+                    f"change {', '.join(RESUME_PATHS)}, or start a new run with model.source "
+                    "naming this run",
+                )
+            )
+    if problems:
+        raise SpecError(*problems)
+
+
+def with_absolute_paths(spec: JobSpec) -> JobSpec:
+    """The job with its local paths made absolute: workers have other working folders."""
+
+    def absolute(uri: str | None) -> str | None:
+        if uri is None or "://" in uri:
+            return uri
+        return os.path.abspath(os.path.expanduser(uri))
+
+    data, source = spec.data, spec.model.source
+    is_folder = "://" not in source and Path(source).expanduser().is_dir()
+    return spec.model_copy(
+        update={
+            "data": data.model_copy(
+                update={
+                    "train": absolute(data.train),
+                    "validation": absolute(data.validation),
+                    "test": absolute(data.test),
+                }
+            ),
+            "store": spec.store.model_copy(update={"uri": absolute(spec.store.uri)}),
+            "model": spec.model.model_copy(
+                update={"source": absolute(source) if is_folder else source}
+            ),
+        }
+    )
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON schema of the job file, from which editors complete and check it."""
-    schema = JobSpec.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "Shoal job"
-    store = schema["properties"]["store"]
-    reference = store.pop("$ref", None)
-    if reference:
-        store["anyOf"] = [{"type": "string"}, {"$ref": reference}]
-    return schema
+    return job_schema()
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-5 is a number, and in which a key given twice is an error."""
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        files = [str(p) for p in _siblings(path)]
+        near = difflib.get_close_matches(str(path), files, n=1)
+        hint = f"did you mean {near[0]}?" if near else "name a job file: shoal run job.yaml"
+        raise SpecError(Problem(f"{path}: no such file", hint)) from None
+    except IsADirectoryError:
+        files = [str(p) for p in _siblings(path / "job.yaml")]
+        hint = f"did you mean {files[0]}?" if files else "name a job file: shoal run job.yaml"
+        raise SpecError(Problem(f"{path} is a folder, but a job is a YAML file", hint)) from None
+    except UnicodeDecodeError as error:
+        raise SpecError(
+            Problem(
+                f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}",
+                "save it as UTF-8",
+            )
+        ) from error
+    except OSError as error:
+        raise SpecError(Problem(f"{path} cannot be read: {error.strerror}")) from error
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+
+def _validate(tree: Mapping[str, Any], sources: Sources) -> tuple[JobSpec | None, list[Problem]]:
+    try:
+        return JobSpec.model_validate(_lists_as_tuples(tree)), []
+    except ValidationError as error:
+        problems = problems_of(error, sources)
+    if _stops_early_without_validation(tree):
+        # Pydantic looks at rules across parts only where every part is right.
+        unfit = no_validation_set()
+        across = Problem(f"{sources.where}: {unfit}", unfit.hint)
+        problems += [] if across in problems else [across]
+    return None, problems
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+|[-+]?\.\d+[eE][-+]?\d+"),
-    list("-+0123456789."),
-)
+def _with_overrides(
+    tree: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], list[Problem]]:
+    result = copy.deepcopy(dict(tree))
+    problems: list[Problem] = []
+    for override in overrides:
+        try:
+            _apply(result, override)
+        except SpecError as error:
+            problems.extend(error.problems)
+    return result, problems
 
 
-def _problem(error: ErrorDetails, where: str) -> Problem:
-    """One validation error as where, what was given, the limit, and what to type."""
-    path = [
-        part for part in error["loc"] if part not in ("int", "literal['auto']", "constrained-int")
-    ]
-    dotted = ".".join(str(part) for part in path)
-    given = error["input"]
-    kind = error["type"]
-    context = error.get("ctx", {})
-    if kind == "extra_forbidden":
-        return _unknown_key(path, where)
-    if kind == "missing":
-        hint = _hint_for(path)
-        return Problem(
-            f"{where}: {dotted} is missing", f"add {dotted}: {hint}" if hint else f"add {dotted}"
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    parts = path.strip().split(".")
+    where = f"--set {override}"
+    if not equals or not all(parts):
+        raise SpecError(
+            Problem(
+                f"{where}: a path, '=' and a value are needed",
+                "write --set optimizer.learning_rate=1e-4",
+            )
         )
-    if kind == "literal_error":
-        allowed = str(context["expected"])
-        near = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", allowed), n=1)
-        return Problem(
-            f"{where}: {dotted} is {given!r}, but must be {allowed}",
-            f"write {path[-1]}: {near[0]}" if near else None,
-        )
-    message = error["msg"].removeprefix("Value error, ")
-    if not dotted:
-        return Problem(f"{where}: {message}")
-    if isinstance(given, bool) and kind != "value_error":
-        message += (
-            f" (YAML reads yes, no, on and off as booleans; this one became {str(given).lower()})"
-        )
-    message = message[0].lower() + message[1:]
-    return Problem(
-        f"{where}: {dotted} is {_shown(given)}: {message}", _hint_of_limit(kind, path, context)
+    document = read_yaml(text, where=where)
+    if document.repeated:
+        raise SpecError(*document.repeated)
+    node = tree
+    for depth, part in enumerate(parts[:-1]):
+        held = node.get(part)
+        if held is None:
+            held = {}
+        elif depth == 0 and part == "store" and isinstance(held, str):
+            held = {"uri": held}
+        elif not isinstance(held, dict):
+            raise SpecError(no_group(parts[: depth + 1], held, where=where))
+        node[part] = held
+        node = held
+    node[parts[-1]] = document.value
+
+
+def _lists_as_tuples(value: Any) -> Any:
+    """YAML and JSON know lists only; the spec holds tuples, because it is frozen."""
+    if isinstance(value, Mapping):
+        # A key that YAML reads as a number or as nothing is an unknown key like another.
+        return {str(key): _lists_as_tuples(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return tuple(_lists_as_tuples(inner) for inner in value)
+    return value
+
+
+def _stops_early_without_validation(tree: Mapping[str, Any]) -> bool:
+    train, data = tree.get("train"), tree.get("data")
+    return (
+        isinstance(train, Mapping)
+        and train.get("early_stopping") is not None
+        and isinstance(data, Mapping)
+        and data.get("validation") is None
     )
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _hint_of_limit(kind: str, path: Sequence[int | str], context: Mapping[str, Any]) -> str | None:
-    bound = context.get("ge", context.get("le"))
-    if bound is not None:
-        return f"write {path[-1]}: {bound}, or {'more' if 'ge' in context else 'less'}"
-    if kind.startswith(("int_", "float_", "string_type", "greater_than", "less_than")):
-        default = _hint_for(path)
-        return f"write for example {path[-1]}: {default}" if default else None
-    return None
-
-
-_EXAMPLES = {
-    "name": "sentiment",
-    "task": "{kind: text-classification, labels: [negative, positive]}",
-    "task.labels": "[negative, positive]",
-    "model": "{source: s3://models/minilm}",
-    "model.source": "s3://models/minilm",
-    "data": "{train: s3://lake/reviews/train}",
-    "data.train": "s3://lake/reviews/train",
-    "store": "s3://shoal/runs",
-}
-
-
-def _hint_for(path: Sequence[int | str]) -> str | None:
-    dotted = ".".join(str(part) for part in path)
-    if dotted in _EXAMPLES:
-        return _EXAMPLES[dotted]
-    part: Any = JobSpec
-    for key in path:
-        field = getattr(part, "model_fields", {}).get(key)
-        if field is None:
-            return None
-        part = _part_class(field.annotation) or field
-    default = getattr(part, "default", None)
-    return None if default is None or isinstance(part, type) else str(default)
-
-
-def _part_class(annotation: Any) -> type[SpecPart] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, SpecPart):
-            return candidate
-    return None
-
-
-def known_paths() -> list[str]:
-    """Every dotted path of the job file."""
-    return list(_paths(JobSpec, ""))
-
-
-def _paths(part: type[SpecPart], prefix: str) -> Iterator[str]:
-    for name, field in part.model_fields.items():
-        yield prefix + name
-        inner = _part_class(field.annotation)
-        if inner is not None:
-            yield from _paths(inner, f"{prefix}{name}.")
-
-
-def _unknown_key(path: Sequence[int | str], where: str) -> Problem:
-    dotted = ".".join(str(part) for part in path)
-    *parents, key = (str(part) for part in path)
-    parent = ".".join(parents)
-    paths = known_paths()
-    siblings = [p for p in paths if p.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(key, [s.rpartition(".")[2] for s in siblings], n=1)
-    if near:
-        return Problem(
-            f"{where}: {dotted} is not a known key",
-            f"did you mean {'.'.join([*parents, near[0]])}?",
-        )
-    elsewhere = [p for p in paths if p.rpartition(".")[2] == key]
-    if elsewhere:
-        return Problem(f"{where}: {dotted} is not a known key", f"did you mean {elsewhere[0]}?")
-    names = ", ".join(s.rpartition(".")[2] for s in siblings)
-    return Problem(
-        f"{where}: {dotted} is not a known key",
-        f"known {'in ' + parent if parent else 'here'}: {names}",
-    )
+def _kind(value: object) -> str:
+    return "a list" if isinstance(value, list) else "a single value"
 
 
 def _siblings(path: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -28,35 +29,33 @@ MAX_RUN_ID_CHARACTERS = 47
 """KubeRay derives other names from a RayJob's name; 47 keeps all of them under DNS-1035's 63."""
 RUN_ID_SUFFIX_CHARACTERS = 6
 
-_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+RUN_ID_PATTERN = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*")
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 class SpecPart(BaseModel):
-    """A frozen part of the job file that refuses unknown keys."""
+    """A frozen part of the job file that refuses unknown keys and values of another type."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
 
-def _refuse_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError(
-            f"a text is needed, but YAML reads this word as the boolean {str(value).lower()}; "
-            'quote it: "no", "yes", "on", "off"'
-        )
-    return value
+class UnfitError(ValueError):
+    """A value that its key cannot take; `hint` says what to type instead."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
-def _numbers_as_text(value: object) -> object:
-    _refuse_bool(value)
-    return str(value) if isinstance(value, int) else value
+def _integer_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def parse_bytes(value: object) -> object:
-    """Bytes from `1.5 GiB`, `512 MiB` or a plain number of bytes."""
+    """Bytes from `1.5 GiB`, `512 MiB` or a plain number; ValueError for any other text."""
     if isinstance(value, str):
         match = _BYTES.fullmatch(value)
         if match is None:
@@ -73,9 +72,26 @@ def format_bytes(num_bytes: float) -> str:
     return f"{int(num_bytes)} B"
 
 
-Text = Annotated[str, BeforeValidator(_refuse_bool), Field(min_length=1)]
-Label = Annotated[str, BeforeValidator(_numbers_as_text), Field(min_length=1)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+Label = Annotated[
+    str,
+    BeforeValidator(_integer_as_text),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer"}]}),
+]
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    Field(gt=0),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": f"^{_BYTES.pattern}$"},
+                {"type": "integer", "exclusiveMinimum": 0},
+            ]
+        }
+    ),
+]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -98,7 +114,9 @@ class Task(SpecPart):
     def _labels_are_distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
-            raise ValueError(f"each label once; given twice: {', '.join(twice)}")
+            raise UnfitError(
+                f"must hold each label once; given twice: {', '.join(twice)}", "remove the second"
+            )
         return labels
 
 
@@ -109,7 +127,7 @@ class Model(SpecPart):
     """A local folder, a folder in a store (`s3://...`), a run (its URI, or its id in this store),
     or a name on the Hugging Face hub."""
     revision: Text | None = None
-    """Commit, tag or branch of a hub model; needed for a hub model, so that a run can be repeated."""
+    """Commit, tag or branch of a hub model; needed for one, so that a run can be repeated."""
     precision: Literal["float32", "bfloat16", "auto"] = "auto"
     """Precision of the forward and backward pass; weights and optimizer stay float32.
     `auto`: bfloat16 on a GPU that has it, else float32."""
@@ -148,11 +166,14 @@ class StoreAccess(SpecPart):
     def _endpoint_is_plain(cls, url: str | None) -> str | None:
         if url is not None:
             if not re.match(r"https?://[^/]", url):
-                raise ValueError("an http:// or https:// URL is needed")
+                raise UnfitError(
+                    "must be an http:// or https:// URL",
+                    "write the whole URL, as in: endpoint_url: https://s3.example.com",
+                )
             if "@" in url.split("/")[2]:
-                raise ValueError(
-                    "a user or password in the URL would be stored with the run; "
-                    "name a profile or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                raise UnfitError(
+                    "must not hold a user or password: the job file is stored with the run",
+                    "name a profile, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
                 )
         return url
 
@@ -232,15 +253,25 @@ class Optimizer(SpecPart):
         given = sorted(foreign & self.model_fields_set)
         differing = [k for k in given if getattr(self, k) != type(self).model_fields[k].default]
         if differing:
-            raise ValueError(f"{', '.join(differing)} has no effect on {self.kind}; remove it")
+            raise UnfitError(
+                f"has {' and '.join(differing)}, without effect on {self.kind}",
+                f"remove optimizer.{differing[0]}, or write optimizer.kind: "
+                f"{'sgd' if self.kind == 'adamw' else 'adamw'}",
+            )
         return self
 
 
 class EarlyStopping(SpecPart):
     """When training ends because the model no longer improves."""
 
-    metric: Text = "validation/f1"
-    """What is watched: `validation/` and loss, accuracy, f1, precision or recall (macro means)."""
+    metric: Literal[
+        "validation/loss",
+        "validation/accuracy",
+        "validation/f1",
+        "validation/precision",
+        "validation/recall",
+    ] = "validation/f1"
+    """What is watched; f1, precision and recall are means over the classes."""
     mode: Literal["min", "max"] = "max"
     """Whether smaller or larger is better."""
     patience: PositiveInt = 3
@@ -303,6 +334,14 @@ class LocalCluster(SpecPart):
     """Start Ray here, or attach to RAY_ADDRESS."""
 
 
+def no_validation_set() -> UnfitError:
+    """What is wrong with a job that stops early and measures nothing."""
+    return UnfitError(
+        "train.early_stopping needs a validation set, but data.validation is not given",
+        "give data.validation the folder of the set, or remove train.early_stopping",
+    )
+
+
 class JobSpec(SpecPart):
     """One fine-tuning job: what to train, on which data, with how many workers."""
 
@@ -327,27 +366,19 @@ class JobSpec(SpecPart):
     @classmethod
     def _name_is_dns(cls, name: str) -> str:
         limit = MAX_RUN_ID_CHARACTERS - RUN_ID_SUFFIX_CHARACTERS - 1
-        if not _NAME.fullmatch(name) or len(name) > limit:
-            raise ValueError(
-                f"at most {limit} lower-case letters, digits and hyphens are allowed, "
-                "with a letter first and no hyphen last"
+        if not RUN_ID_PATTERN.fullmatch(name) or len(name) > limit:
+            near = re.sub("[^a-z0-9]+", "-", name.lower()).lstrip("-0123456789")[:limit].strip("-")
+            raise UnfitError(
+                f"must be at most {limit} lower-case letters, digits and hyphens, "
+                "with a letter first and no hyphen last",
+                f"write name: {near or 'sentiment'}",
             )
         return name
 
     @model_validator(mode="after")
     def _early_stopping_has_data(self) -> JobSpec:
-        if self.train.early_stopping is not None:
-            if self.data.validation is None:
-                raise ValueError(
-                    "train.early_stopping needs data.validation: name the validation set, "
-                    "or remove train.early_stopping"
-                )
-            known = [f"validation/{m}" for m in ("loss", "accuracy", "f1", "precision", "recall")]
-            if self.train.early_stopping.metric not in known:
-                raise ValueError(
-                    f"train.early_stopping.metric is {self.train.early_stopping.metric}, "
-                    f"but this task measures {', '.join(known)}"
-                )
+        if self.train.early_stopping is not None and self.data.validation is None:
+            raise no_validation_set()
         return self
 
     @property
@@ -389,7 +420,3 @@ class JobSpec(SpecPart):
             group: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
             for group, part in groups.items()
         }
-
-
-RESUME_PATHS = ("workers.", "retries.", "cluster.", "checkpoint.", "tracking", "train.epochs")
-"""Paths that `shoal resume --set` may change: operation, and the number of epochs."""
