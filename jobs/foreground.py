@@ -82,7 +82,7 @@ def attend(
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=30)  # The result is there; the rest is tidying up.
     print_to(sys.stdout, summary(status))
-    return situation.state.exit_code
+    return status.result.exit_code
 
 
 class _Killed(BaseException):

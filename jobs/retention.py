@@ -24,6 +24,7 @@ PENDING_GRACE_SECONDS = 120.0
 _NAMES_OF_A_RUN = {
     *("spec.json", "lease.json", "result.json", "deleting.json", "amendments", "control"),
     *("attempts", "events", "metrics", "rows", "logs", "checkpoints", "tensorboard", "report"),
+    "ray",
 }
 
 

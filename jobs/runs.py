@@ -48,7 +48,9 @@ _MAX_PARALLEL_READS = 16
 class RunReader:
     """The parts of one run. Objects that never change are fetched once; `store` holds the runs."""
 
-    def __init__(self, store: Store, run_id: str) -> None:
+    def __init__(self, store: Store, run_id: str, *, ending: Result | None = None) -> None:
+        """`ending` is the result of a run whose driver has not recorded it yet."""
+        self._ending = ending
         self.store = store
         self.run_id = run_id
         self.paths = RunPaths(run_id)
@@ -101,9 +103,11 @@ class RunReader:
         where = f"{self.uri}/spec.json"
         try:
             tree = json.loads(self.store.read(self.paths.spec))
+            if not isinstance(tree, dict):
+                raise ValueError("it holds no keys")
             overrides = [o for amendment in amendments for o in amendment.overrides]
             return parse_spec(apply_overrides(tree, overrides), where=where)
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise SpecError(
                 Problem(
                     f"{where} is not a job: {error}",
@@ -158,7 +162,7 @@ class RunReader:
 
     def result(self) -> Result | None:
         """How the newest driver that ended has ended; None if none has."""
-        return self._read_now(self.paths.result, Result)
+        return self._ending or self._read_now(self.paths.result, Result)
 
     # --------------------------------------------------------------------------------- lines
 

@@ -34,6 +34,8 @@ class Situation:
     """Number of drivers so far; 0: none has started."""
     is_over: bool
     """Whether no driver works on it any more."""
+    exit_code: int = 0
+    """For a command that waited for the end."""
 
 
 def derive_state(
@@ -65,6 +67,7 @@ def derive_state(
             resume,
             lease.generation,
             is_over=True,
+            exit_code=State.FAILED_INFRA.exit_code,
         )
     state, message = _last_state(events, lease.generation)
     return Situation(state or State.STARTING, message, None, lease.generation, is_over=False)
@@ -82,7 +85,14 @@ def _ended(result: Result, events: Iterable[Line], resume: str) -> Situation:
         cause = message if state == result.state else None
     if result.state in (State.STOPPED, State.FAILED_INFRA, State.FAILED_RESOURCES):
         hint = f"{hint}; then: {resume}" if hint else resume
-    return Situation(result.state, cause, hint, result.generation, is_over=True)
+    return Situation(
+        result.state,
+        cause,
+        hint,
+        result.generation,
+        is_over=True,
+        exit_code=result.exit_code,
+    )
 
 
 def _last_state(events: Iterable[Line], generation: int) -> tuple[State | None, str | None]:

@@ -63,7 +63,7 @@ def watch(ctx: click.Context, run: str, store: str | None) -> None:
     except KeyboardInterrupt:
         click.echo(f"the run goes on; stop it with: shoal stop {reader.uri}", err=True)
         ctx.exit(130)
-    ctx.exit(ended.situation.state.exit_code)
+    ctx.exit(ended.situation.exit_code)
 
 
 @click.command()

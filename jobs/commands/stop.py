@@ -33,4 +33,4 @@ def stop(ctx: click.Context, run: str, store: str | None, wait: bool) -> None:
     if wait:
         from jobs.watch import watch_run
 
-        ctx.exit(watch_run(reader).situation.state.exit_code)
+        ctx.exit(watch_run(reader).situation.exit_code)

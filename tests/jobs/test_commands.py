@@ -1,0 +1,330 @@
+"""The commands over real run folders: what they print, as text and as JSON, and refuse."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from synthetic import START, running, succeeded
+from test_cli import run_main
+
+from cluster.storage import Store
+from jobs.record import Failure, RunPaths, State
+
+RUN = "sentiment-a1b2c3"
+
+
+class Shell:
+    """Runs commands against one store and takes what they print."""
+
+    def __init__(self, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+        self.store = store
+        self._capsys = capsys
+
+    def run(self, *arguments: str, code: int = 0) -> str:
+        """What the command printed to stdout; its errors are in `error`."""
+        self._capsys.readouterr()
+        ended = run_main(*arguments)
+        shown = self._capsys.readouterr()
+        self.error = shown.err
+        assert ended == code, shown.err
+        return shown.out
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        return json.loads(self.run(*arguments, "--json", code=code))
+
+
+@pytest.fixture
+def shell(
+    local_store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Shell:
+    monkeypatch.setenv("SHOAL_STORE", local_store.uri)
+    return Shell(local_store, capsys)
+
+
+# ------------------------------------------------------------------------------------ list, status
+
+
+def test_list_shows_each_run_with_state_step_and_metric(shell: Shell) -> None:
+    succeeded(shell.store)
+    running(shell.store, now=time.time(), run_id="live-000001")
+    shell.store.write(RunPaths("broken-1").spec, b"{")
+    shell.store.write("notes/readme.txt", b"no run")
+    shown = shell.run("list").splitlines()
+    assert [line.split()[:3] for line in shown[1:]] == [
+        ["broken-1", "UNREADABLE", "-"],
+        ["live-000001", "RUNNING", "120/300"],
+        [RUN, "SUCCEEDED", "300/300"],
+    ]
+    runs = {run["run_id"]: run for run in shell.json("list")["runs"]}
+    assert runs[RUN]["metric"] == "test/accuracy"
+    assert runs["live-000001"]["metric"] == "validation/f1"
+    assert runs["broken-1"]["state"] is None
+
+
+def test_list_of_an_empty_store_is_empty(shell: Shell) -> None:
+    assert shell.json("list") == {"runs": []}
+
+
+def test_status_tells_state_progress_and_where_the_time_went(shell: Shell) -> None:
+    running(shell.store, now=time.time())
+    shown = shell.run("status", RUN)
+    assert shown.startswith(f"{RUN}  RUNNING  training\n")
+    assert "step 120 of 300 (40%), epoch 1.20 of 3, about 1m" in shown
+    assert "2 workers, from the start" in shown
+    assert "compute 47s (70%)" in shown
+    assert not any(line.endswith(" ") for line in shown.splitlines())
+
+
+def test_status_json_has_the_numbers(shell: Shell) -> None:
+    succeeded(shell.store)
+    shown = shell.json("status", RUN)
+    assert (shown["state"], shown["step"], shown["progress"]) == ("SUCCEEDED", 300, 1.0)
+    assert shown["best"]["step"] in shown["checkpoints"]
+    assert shown["tested_on"] == "test"
+    assert shown["test"]["accuracy"] > shown["before"]["accuracy"]
+    assert [a["restored_step"] for a in shown["attempts"]] == [None, 100]
+    assert shown["last_evaluation"]["split"] == "validation"
+
+
+def test_status_of_a_run_whose_driver_is_gone_says_how_to_go_on(shell: Shell) -> None:
+    running(shell.store, now=time.time() - 3600)
+    shown = shell.run("status", RUN)
+    assert "FAILED_INFRA  its driver is gone (process 4242 on node-7" in shown
+    assert f"hint: shoal resume {RUN}" in shown
+    assert "ended without a word (killed)" in shown
+
+
+def test_a_run_is_found_by_its_uri_too(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = succeeded(shell.store)
+    monkeypatch.delenv("SHOAL_STORE")
+    uri = f"{shell.store.uri}/{made.run_id}"
+    assert shell.json("status", uri)["run_id"] == RUN
+    shell.run("status", uri, "--store", "s3://other/runs", code=2)
+    assert "--store s3://other/runs has no effect" in shell.error
+    assert shell.json("status", RUN, "--store", shell.store.uri)["run_id"] == RUN
+
+
+def test_commands_work_on_s3(
+    s3_store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeeded(s3_store)
+    monkeypatch.setenv("SHOAL_STORE", s3_store.uri)
+    shell = Shell(s3_store, capsys)
+    assert shell.json("list")["runs"][0]["uri"] == f"{s3_store.uri}/{RUN}"
+    assert shell.json("status", RUN)["state"] == "SUCCEEDED"
+    assert len(shell.json("checkpoints", f"{s3_store.uri}/{RUN}", "--verify")["checkpoints"]) == 6
+    load = shell.json("report", RUN)["commands"]
+    assert load["download"].startswith(f"aws s3 cp --recursive {s3_store.uri}/{RUN}/checkpoints/")
+    shell.run("delete", RUN, "--yes")
+    assert list(s3_store.list()) == []
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "watch", "checkpoints", "report", "delete"])
+def test_a_run_that_is_not_there_is_the_users_error(shell: Shell, command: str) -> None:
+    succeeded(shell.store)
+    assert shell.run(command, "sentiment-a1b2c4", code=2) == ""
+    assert "did you mean sentiment-a1b2c3?" in shell.error
+
+
+@pytest.mark.parametrize("run", ["..", ".hidden", ""])
+def test_what_cannot_be_a_run_id_is_refused(shell: Shell, run: str) -> None:
+    shell.run("status", run, code=2)
+    assert shell.error.startswith("error:")
+    assert "Traceback" not in shell.error
+
+
+# -------------------------------------------------------------------------------------------- logs
+
+
+def test_logs_are_merged_by_time_over_driver_and_ranks(shell: Shell) -> None:
+    succeeded(shell.store)
+    messages = [line.partition(" ")[2] for line in shell.run("logs", RUN).splitlines()]
+    assert [m.split(" ", 1)[1] for m in messages] == [
+        "driver  the driver starts",
+        "rank 0  rank 0 loads the model",
+        "rank 1  rank 1 loads the model",
+        "rank 1  warning: a shard was read twice",
+        "driver  error: rank 1 died",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        (["--rank", "1"], ["rank 1 loads the model", "a shard was read twice"]),
+        (["--attempt", "2"], []),
+        (["--level", "warning"], ["a shard was read twice", "rank 1 died"]),
+        (["--rank", "0", "--level", "debug"], ["rank 0 loads the model", "bucket layout fixed"]),
+        (["--since", "2026-09-21T14:13:24+00:00"], ["rank 1 died"]),
+        (["--since", "10m"], []),
+        (["--follow", "--level", "error"], ["rank 1 died"]),
+    ],
+)
+def test_logs_are_chosen_by_rank_attempt_level_and_time(
+    shell: Shell, options: list[str], messages: list[str]
+) -> None:
+    succeeded(shell.store)
+    shown = shell.run("logs", RUN, *options, "--json")
+    lines = (
+        [json.loads(line) for line in shown.splitlines()]
+        if "--follow" in options
+        else json.loads(shown)["lines"]
+    )
+    assert [line["message"] for line in lines] == messages
+
+
+def test_a_time_that_is_none_says_what_to_write(shell: Shell) -> None:
+    shell.run("logs", RUN, "--since", "yesterday", code=2)
+    assert "write an age such as 10m" in shell.error
+
+
+# ------------------------------------------------------------------------------------------- watch
+
+
+def test_watch_prints_plain_lines_by_time_where_there_is_no_terminal(shell: Shell) -> None:
+    succeeded(shell.store)
+    assert shell.run("watch", RUN) == ""
+    lines = shell.error.splitlines()
+    clocks = [line.split()[0] for line in lines[:-1]]
+    assert clocks == sorted(clocks)
+    assert "validation at step 50: loss 0.4016, accuracy 0.77" in shell.error
+    assert "step 300/300 (100%) loss" in shell.error
+    assert lines[-1] == f"{RUN}  SUCCEEDED  all epochs are done"
+
+
+def test_watch_exits_as_the_run_did(shell: Shell) -> None:
+    made = running(shell.store, now=START)
+    failure = Failure(state=State.FAILED_USER, problems=(("the loss is not finite", None),))
+    made.finish(State.FAILED_USER, attempt=1, step=120, time=START, failure=failure)
+    shell.run("watch", RUN, code=1)
+    assert "FAILED_USER  the loss is not finite" in shell.error
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoints_marks_best_and_last(shell: Shell) -> None:
+    succeeded(shell.store)
+    found = shell.json("checkpoints", RUN)["checkpoints"]
+    assert [c["step"] for c in found] == [50, 100, 150, 200, 250, 300]
+    assert [c["step"] for c in found if c["is_last"]] == [300]
+    assert len([c for c in found if c["is_best"]]) == 1
+    assert {c["is_whole"] for c in found} == {None}
+    assert "best" in shell.run("checkpoints", RUN)
+
+
+def test_verify_finds_changed_short_and_missing_parts(shell: Shell) -> None:
+    made = succeeded(shell.store)
+    part = "model/model.safetensors"
+    data = shell.store.read(made.paths.checkpoint(50) + part)
+    shell.store.write(made.paths.checkpoint(50) + part, b"X" + data[1:])
+    shell.store.write(made.paths.checkpoint(100) + part, data[:-1])
+    shell.store.delete([made.paths.checkpoint(150) + part])
+    found = shell.json("checkpoints", RUN, "--verify", code=1)["checkpoints"]
+    assert {c["step"]: c["faults"] for c in found if not c["is_whole"]} == {
+        50: [f"{part} has another sha256"],
+        100: [f"{part} has 511 bytes, not 512"],
+        150: [f"{part} is missing"],
+    }
+
+
+# ------------------------------------------------------------------------------------------ delete
+
+
+def test_delete_refuses_a_run_that_goes_on(shell: Shell) -> None:
+    running(shell.store, now=time.time())
+    shell.run("delete", RUN, "--yes", code=2)
+    assert "goes on: RUNNING" in shell.error
+    assert f"{RUN} --wait" in shell.error
+    assert shell.json("list")["runs"]
+
+
+def test_delete_asks_and_does_nothing_where_nobody_can_answer(shell: Shell) -> None:
+    succeeded(shell.store)
+    shell.run("delete", RUN, code=2)
+    assert "--yes" in shell.error
+    assert shell.json("list")["runs"]
+
+
+def test_delete_leaves_nothing(shell: Shell) -> None:
+    succeeded(shell.store)
+    shell.run("delete", RUN, "--yes")
+    assert list(shell.store.list()) == []
+
+
+# ---------------------------------------------------------------------------------------------- gc
+
+
+def test_gc_removes_what_nobody_can_use_and_nothing_else(shell: Shell) -> None:
+    made = succeeded(shell.store)
+    shell.store.write(made.paths.checkpoint(260) + "model/model.safetensors", b"half")
+    made.checkpoint(1, 130, time=START)  # attempt 2 went on from step 100
+    shell.store.write("left-over/checkpoints/step-00000001/part", b"x")
+    shell.store.write("foreign/data.csv", b"not ours")
+    alive = running(shell.store, now=time.time(), run_id="live-000001")
+    shell.store.write(alive.paths.checkpoint(110) + "part", b"being written")
+
+    assert shell.json("gc", "--dry-run")["garbage"] == []  # all of it is younger than a week
+    planned = shell.json("gc", "--dry-run", "--older-than", "0s")
+    assert [(g["run_id"], g["what"]) for g in planned["garbage"]] == [
+        ("left-over", "all"),
+        (RUN, "checkpoints/step-00000130"),
+        (RUN, "checkpoints/step-00000260"),
+    ]
+    assert not planned["removed"]
+    before = len(list(shell.store.list()))
+    shown = shell.run("gc", "--older-than", "0s")
+    assert "a later attempt went another way" in shown
+    assert before - len(list(shell.store.list())) == 5
+    assert shell.json("gc", "--older-than", "0s")["garbage"] == []
+    assert shell.json("checkpoints", RUN, "--verify")["checkpoints"][-1]["is_whole"]
+    assert shell.store.head("foreign/data.csv")
+
+
+def test_gc_leaves_checkpoints_alone_where_a_record_is_damaged(shell: Shell) -> None:
+    made = succeeded(shell.store)
+    made.checkpoint(1, 130, time=START)
+    shell.store.write(made.paths.attempt(2), b"garbage")
+    assert shell.json("gc", "--dry-run", "--older-than", "0s")["garbage"] == []
+
+
+def test_gc_refuses_an_age_that_is_none(shell: Shell) -> None:
+    shell.run("gc", "--older-than", "week", code=2)
+    assert "write for example 30m, 12h or 7d" in shell.error
+
+
+# --------------------------------------------------------------------------------------------- run
+
+
+def test_a_job_file_names_the_store_too(
+    shell: Shell, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = succeeded(shell.store)
+    tree = json.loads(made.spec.to_json()) | {"store": {"uri": shell.store.uri}}
+    job = tmp_path / "job.yaml"
+    job.write_text(json.dumps(tree))  # JSON is YAML
+    monkeypatch.delenv("SHOAL_STORE")
+    assert shell.json("status", RUN, "--store", str(job))["state"] == "SUCCEEDED"
+
+
+def test_stop_of_a_run_that_has_ended_is_refused(shell: Shell) -> None:
+    pytest.importorskip("jobs.submit")
+    succeeded(shell.store)
+    shell.run("stop", RUN, code=2)
+    assert "has ended already: SUCCEEDED" in shell.error
+
+
+def test_evaluate_without_torch_says_what_to_install(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "torch" else found(name, *a)
+    )
+    shell.run("evaluate", RUN, "--data", "s3://lake/new", code=3)
+    assert 'pip install "shoal[train]"' in shell.error

@@ -1,0 +1,63 @@
+"""A deletion that is cut off at any point leaves nothing that looks whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from synthetic import START, succeeded
+
+from cluster.storage import StorageError, Store
+from jobs.errors import SpecError
+from jobs.retention import collect, delete_run, find_garbage
+from jobs.runs import RunReader
+
+
+class DyingStore:
+    """A store that fails after so many deletions."""
+
+    def __init__(self, store: Store, *, deletions: int) -> None:
+        self._store = store
+        self._left = deletions
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if self._left == 0:
+                raise StorageError("the store has gone away")
+            self._left -= 1
+            self._store.delete([key])
+
+
+@pytest.mark.parametrize("deletions", [0, 1, 5, 9, 20])
+def test_a_deletion_that_is_cut_off_never_looks_whole(local_store: Store, deletions: int) -> None:
+    made = succeeded(local_store)
+    with pytest.raises(StorageError):
+        delete_run(DyingStore(local_store, deletions=deletions), made.run_id)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="is being deleted"):
+        RunReader(local_store, made.run_id).spec()
+    manifests = [h.key for h in local_store.list() if h.key.endswith("manifest.json")]
+    parts = [h.key for h in local_store.list() if h.key.endswith("model.safetensors")]
+    assert len(parts) == 6 or not manifests
+
+
+def test_gc_finishes_a_deletion_that_was_cut_off(local_store: Store) -> None:
+    made = succeeded(local_store)
+    with pytest.raises(StorageError):
+        delete_run(DyingStore(local_store, deletions=9), made.run_id)  # type: ignore[arg-type]
+    mark = local_store.head(made.paths.deleting)
+    assert mark is not None
+    later = mark.modified_at + 60
+    assert list(find_garbage(local_store, older_than_seconds=120, now=later)) == []
+    (garbage,) = find_garbage(local_store, older_than_seconds=30, now=later)
+    collect(local_store, garbage)
+    assert list(local_store.list()) == []
+
+
+def test_the_best_checkpoint_of_a_result_is_never_garbage(local_store: Store) -> None:
+    made = succeeded(local_store)
+    local_store.delete([made.paths.manifest(200)])  # the result names it as the best
+    assert list(find_garbage(local_store, older_than_seconds=0, now=START + 10**9)) == []

@@ -1,0 +1,165 @@
+"""The state of a run, derived from what its folder says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jobs.record import Attempt, Failure, Lease, Outcome, Result, State
+from jobs.status import derive_state, format_seconds, seconds_spent
+
+NOW = 1_790_000_000.0
+
+
+def lease(**changes: Any) -> Lease:
+    values: dict[str, Any] = {
+        "generation": 2,
+        "holder": "x",
+        "host": "node-7",
+        "pid": 42,
+        "renewals": 1,
+        "ttl_seconds": 10.0,
+        "renewed_at": NOW - 3,
+    }
+    return Lease(**values | changes)
+
+
+def result(state: State, *, generation: int = 2, failure: Failure | None = None) -> Result:
+    return Result(
+        run_id="r", state=state, generation=generation, step=9, finished_at=NOW, failure=failure
+    )
+
+
+def event(state: str, *, generation: int | None = 2, message: str = "") -> dict[str, Any]:
+    return {
+        "time": NOW,
+        "event": "state",
+        "state": state,
+        "generation": generation,
+        "message": message,
+    }
+
+
+def test_a_run_without_a_driver_is_pending() -> None:
+    found = derive_state(events=[], lease=None, result=None, now=NOW)
+    assert (found.state, found.is_over, found.generation) == (State.PENDING, False, 0)
+
+
+def test_a_driver_that_has_said_nothing_is_starting() -> None:
+    assert derive_state(events=[], lease=lease(), result=None, now=NOW).state is State.STARTING
+
+
+def test_the_last_state_that_the_driver_told_counts() -> None:
+    events = [event("STARTING"), event("RUNNING"), event("RECOVERING", message="rank 1 died")]
+    found = derive_state(events=events, lease=lease(), result=None, now=NOW)
+    assert (found.state, found.cause) == (State.RECOVERING, "rank 1 died")
+
+
+def test_what_an_older_driver_told_does_not_count() -> None:
+    events = [event("RUNNING", generation=1)]
+    assert derive_state(events=events, lease=lease(), result=None, now=NOW).state is State.STARTING
+
+
+def test_a_state_of_a_later_version_is_passed_over() -> None:
+    events = [event("RUNNING"), event("HIBERNATING")]
+    assert derive_state(events=events, lease=lease(), result=None, now=NOW).state is State.RUNNING
+
+
+@pytest.mark.parametrize("silence_seconds", [0, 10, 29])
+def test_a_driver_that_renews_late_is_not_given_up(silence_seconds: float) -> None:
+    held = lease(renewed_at=NOW - silence_seconds)
+    assert not derive_state(events=[], lease=held, result=None, now=NOW).is_over
+
+
+def test_a_driver_silent_for_several_ttl_is_gone() -> None:
+    found = derive_state(
+        events=[event("RUNNING")],
+        lease=lease(renewed_at=NOW - 31),
+        result=None,
+        now=NOW,
+        run="sentiment-1",
+    )
+    assert (found.state, found.is_over, found.exit_code) == (State.FAILED_INFRA, True, 3)
+    assert found.cause == "its driver is gone (process 42 on node-7, last heard of 31s ago)"
+    assert found.hint == "shoal resume sentiment-1"
+
+
+def test_a_driver_whose_process_has_ended_is_gone_at_once() -> None:
+    found = derive_state(events=[], lease=lease(), result=None, now=NOW, driver_has_ended=True)
+    assert found.state is State.FAILED_INFRA
+
+
+def test_a_lease_given_back_without_a_result_is_a_driver_that_is_gone() -> None:
+    held = lease(released=True, renewed_at=NOW - 11)
+    found = derive_state(events=[event("RUNNING")], lease=held, result=None, now=NOW)
+    assert (found.state, found.is_over) == (State.FAILED_INFRA, True)
+
+
+def test_a_result_tells_state_cause_and_exit_code() -> None:
+    events = [event("SUCCEEDED", message="all epochs are done")]
+    found = derive_state(
+        events=events, lease=lease(released=True), result=result(State.SUCCEEDED), now=NOW + 999
+    )
+    assert (found.state, found.cause) == (State.SUCCEEDED, "all epochs are done")
+    assert (found.is_over, found.exit_code, found.hint) == (True, 0, None)
+
+
+def test_a_failure_gives_its_own_cause_and_hint() -> None:
+    failure = Failure(
+        state=State.FAILED_INFRA,
+        problems=(("disk full", "free some"),),
+        where="rank 3",
+        exit_code=3,
+    )
+    found = derive_state(
+        events=[], lease=lease(), result=result(State.FAILED_INFRA, failure=failure), now=NOW
+    )
+    assert found.cause == "rank 3: disk full"
+    assert found.hint == "free some; then: shoal resume RUN"
+    assert found.exit_code == 3
+
+
+def test_a_stopped_run_says_how_to_go_on() -> None:
+    found = derive_state(events=[], lease=lease(), result=result(State.STOPPED), now=NOW)
+    assert (found.hint, found.exit_code) == ("shoal resume RUN", 130)
+
+
+def test_a_result_of_an_older_driver_does_not_count() -> None:
+    found = derive_state(
+        events=[event("RUNNING")],
+        lease=lease(),
+        result=result(State.STOPPED, generation=1),
+        now=NOW,
+    )
+    assert (found.state, found.is_over) == (State.RUNNING, False)
+
+
+def test_time_of_a_killed_attempt_comes_from_its_last_line() -> None:
+    attempts = [
+        Attempt(
+            attempt=n,
+            generation=1,
+            world_size=1,
+            restored_step=None,
+            started_at=NOW,
+            start_seconds=5.0,
+        )
+        for n in (1, 2)
+    ]
+    outcome = Outcome(attempt=2, state=State.SUCCEEDED, step=9, seconds={"compute": 7.0})
+    lines = [
+        {"attempt": 1, "seconds": {"compute": 1.0}},
+        {"attempt": 1, "seconds": {"compute": 2.0, "data_wait": 0.5}},
+        {"attempt": 2, "seconds": {"compute": 6.0}},
+    ]
+    spent = seconds_spent(lines, attempts=attempts, outcomes={2: outcome})
+    assert spent == {"start": 5.0, "compute": 9.0, "data_wait": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0s"), (59, "59s"), (200, "3m 20s"), (7500, "2h 05m"), (360_000, "4d 4h")],
+)
+def test_durations_show_their_two_largest_units(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
