@@ -7,33 +7,31 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from trainers.agreement import Agreement
 from trainers.data.stream import RankBatch
 from trainers.microbatch import IntArray, cut_microbatches
 from trainers.parallel import autocast
-from trainers.tasks.task import Batch, Evaluation, Task
+from trainers.tasks.task import Batch, Metrics, Task
 
 OnOutput = Callable[[IntArray, torch.Tensor, Batch], None]
 """Called with row ids [n], the model's output [n, ...] and the batch."""
 
 
-def evaluate(
+def measure(
     model: nn.Module,
     task: Task,
     batches: Iterable[RankBatch],
+    metrics: Metrics,
     *,
-    agreement: Agreement,
     device: torch.device,
     dtype: torch.dtype,
     max_tokens: int,
     on_output: OnOutput | None = None,
-) -> Evaluation:
-    """The evaluation of `model` (without its replication) on the rows of `batches`.
+) -> None:
+    """Updates `metrics` with what `model` (without its replication) says of the rows of `batches`.
 
-    `batches` are this rank's share. The ranks' states are added once at the end, so the result is
-    the same on every rank and does not depend on how rows are shared out.
+    Talks to no other rank: add the states of all ranks afterwards, so that the result does not
+    depend on how rows are shared out.
     """
-    metrics = task.metrics()
     was_training = model.training
     model.eval()
     try:
@@ -47,7 +45,6 @@ def evaluate(
                         on_output(batch.rows[cut], output, collated)
     finally:
         model.train(was_training)
-    return metrics.compute(agreement.sum(metrics.state()))
 
 
 def move(batch: Batch, device: torch.device) -> Batch:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from cluster.storage import Store, StorageError
+from cluster.storage import StorageError, Store
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import Part
 

@@ -58,7 +58,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], *, max_norm: float | None) -> torch.Tensor:
-    """Global 2-norm of the gradients before clipping, a scalar on their device; clips to max_norm."""
+    """Global 2-norm of the gradients before they are clipped to `max_norm`; a scalar tensor."""
     trained = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if max_norm is not None:

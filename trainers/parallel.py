@@ -47,7 +47,7 @@ def plain(model: nn.Module) -> nn.Module:
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which backward passes add gradients up on this rank only."""
     if isinstance(model, DistributedDataParallel):
-        return model.no_sync()  # type: ignore[no-any-return]
+        return model.no_sync()
     return contextlib.nullcontext()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cluster.storage import Store, StorageError
+from cluster.storage import StorageError, Store
 from jobs.record import LineKind, RunPaths, Source, State
 
 FLUSH_SECONDS = 2.0
@@ -145,7 +145,7 @@ class Telemetry:
         self._board = _TensorBoard(store, f"{paths.tensorboard}attempt-{self.source.number:04d}/")
 
     def event(self, event: str, message: str, **fields: Any) -> None:
-        """An event of the run: state, checkpoint, evaluation, attempt, retention, warning, error."""
+        """An event: state, checkpoint, evaluation, attempt, retention, warning or error."""
         span = "generation" if self.source.rank is None else "attempt"
         self._events.write({"event": event, "message": message, span: self.source.number, **fields})
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+import transformers
 from torch import nn
 
 from jobs.errors import SpecError
@@ -122,6 +123,9 @@ class Task(Protocol):
 
 def build_task(spec: JobSpec, *, model_folder: Path, index: Index) -> Task:
     """The task that the job names, ready for a data set and a model's tokenizer."""
+    # The run has its own progress and its own account of what is new in the head.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if spec.task.kind == "text-classification":
         from trainers.tasks.text_classification import TextClassification
 

@@ -56,7 +56,10 @@ class TextClassification:
                 )
             )
         self._pretokenized = self._check_tokenizer(index)
-        self.columns = ("input_ids" if self._pretokenized else spec.text, spec.label)
+        self.columns: tuple[str, ...] = (
+            "input_ids" if self._pretokenized else spec.text,
+            spec.label,
+        )
 
     def _check_tokenizer(self, index: Index) -> bool:
         """Whether the data set holds this tokenizer's tokens; DataError where it holds others."""
@@ -67,9 +70,11 @@ class TextClassification:
         if record.digest != own:
             raise DataError(
                 Problem(
-                    f"the data set was tokenized with {record.source} (digest {record.digest[:12]}), "
-                    f"but the model's tokenizer is another one (digest {own[:12]})",
-                    "prepare it again with --tokenizer and this model's folder, or without --tokenizer",
+                    f"the data set was tokenized with {record.source} (digest "
+                    f"{record.digest[:12]}), but the model's tokenizer is another one (digest "
+                    f"{own[:12]})",
+                    "prepare it again with --tokenizer naming this model's folder, "
+                    "or without --tokenizer",
                 )
             )
         if record.max_tokens != self._spec.max_tokens:
@@ -143,7 +148,7 @@ class TextClassification:
 
     def _tokens(self, rows: pa.Table, first_row: int) -> Ragged:
         if self._pretokenized:
-            return Ragged.from_arrow(rows.column("input_ids"))
+            return Ragged.from_arrow(rows.column("input_ids"), first_row=first_row)
         texts = rows.column(self._spec.text)
         if texts.null_count:
             row = first_row + pc.index(pc.is_null(texts), True).as_py()

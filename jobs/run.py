@@ -1,0 +1,197 @@
+"""The program that drives a run, the same on a laptop and in a cluster: `python -m jobs.run URI`.
+
+    main -> drive        lease, result, report
+              _fit       Ray, signals, the workers
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+import click
+import psutil
+
+from cluster.lease import Held, acquire
+from cluster.ray_runtime import ray_cluster
+from cluster.storage import StorageError, Store, open_store, split_uri
+from jobs.capture import captured_output
+from jobs.errors import ShoalError, render_error
+from jobs.record import Failure, Lease, Outcome, Result, RunPaths, Source, State
+from jobs.report import write_report
+from jobs.runs import RunReader
+from jobs.spec import StoreAccess
+from jobs.submit import request_stop
+from trainers.attempt import Assignment
+from trainers.finish import build_result
+from trainers.telemetry import Telemetry
+
+LEASE_SECONDS = 30.0
+_WATCH_SECONDS = 0.5
+
+log = logging.getLogger("shoal.run")
+
+
+@click.command()
+@click.argument("run_uri")
+@click.option("--store-access", default="{}", help="JSON of the store's access, without secrets.")
+@click.option("--controls-seen", type=int, default=0, help="Requests up to this one are old.")
+@click.option("--attended-by", type=int, help="Stop the run if this process is gone.")
+def main(run_uri: str, store_access: str, controls_seen: int, attended_by: int | None) -> None:
+    """Drive a run to its end; the exit code says how it ended."""
+    try:
+        parent, run_id = split_uri(run_uri)
+        store = open_store(parent, StoreAccess.model_validate_json(store_access))
+        code = drive(store, run_id, controls_seen=controls_seen, attended_by=attended_by)
+    except ShoalError as error:
+        click.echo(render_error(error), err=True)
+        code = error.exit_code
+    sys.exit(code)
+
+
+def drive(
+    store: Store, run_id: str, *, controls_seen: int = 0, attended_by: int | None = None
+) -> int:
+    """Takes the run's lease, trains, and writes result and report; the exit code."""
+    reader = RunReader(store, run_id)
+    spec, paths = reader.spec(), RunPaths(run_id)
+    with acquire(store, paths.lease, ttl_seconds=LEASE_SECONDS, wait=_say_waiting) as lease:
+        with ExitStack() as stack:
+            telemetry = stack.enter_context(
+                Telemetry(store, paths, Source(lease.generation, None))
+            )
+            output = logging.getLogger("driver.output")
+            stack.enter_context(captured_output(lambda line: output.info("%s", line)))
+            telemetry.state(State.STARTING, "starting Ray and the workers")
+            assignment = Assignment(spec, run_id, lease.generation, controls_seen)
+            ended = _fit(assignment, store, lease, attended_by=attended_by)
+            if isinstance(ended, Failure) and ended.traceback:
+                log.error("%s", ended.traceback)
+            lease.check()
+            result = build_result(spec, store, paths, generation=lease.generation, ended=ended)
+            telemetry.state(result.state, _sentence(result), step=result.step)
+        # Lines are durable now, so the report can tell all of it; the result is the last object.
+        lease.check()
+        _report(store, run_id, result)
+        store.write(paths.result, result.to_bytes())
+        return result.exit_code
+
+
+def _fit(
+    assignment: Assignment, store: Store, lease: Held, *, attended_by: int | None
+) -> Outcome | Failure:
+    """The workers' outcome. Signals, and the loss of who attends, become a request to stop."""
+    with _watched(assignment.run_id, store, lease, attended_by=attended_by):
+        try:
+            with ray_cluster(assignment.spec.workers):
+                from trainers.fit import fit
+
+                # Not in the main thread: there Ray Train would take SIGINT for an abort without
+                # a checkpoint.
+                return _in_thread(lambda: fit(assignment))
+        except Exception as error:
+            return Failure.of(error, where="driver")
+
+
+def _in_thread(work: Callable[[], Outcome | Failure]) -> Outcome | Failure:
+    ended: list[Outcome | Failure | BaseException] = []
+
+    def run() -> None:
+        try:
+            ended.append(work())
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run, name="shoal-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_WATCH_SECONDS)
+    if isinstance(ended[0], BaseException):
+        raise ended[0]
+    return ended[0]
+
+
+@contextmanager
+def _watched(run_id: str, store: Store, lease: Held, *, attended_by: int | None) -> Iterator[None]:
+    """Inside the block signals ask for a stop, and the loss of the lease ends this process."""
+    ended = threading.Event()
+    asked = threading.Event()
+
+    def ask(by: str) -> None:
+        if not asked.is_set():
+            asked.set()
+            threading.Thread(target=_ask_to_stop, args=(store, run_id, by), daemon=True).start()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        ask(signal.Signals(number).name)
+
+    def watch() -> None:
+        while not ended.wait(_WATCH_SECONDS):
+            if lease.lost.is_set():
+                # Another driver may have started: nothing more may be written from here.
+                sys.stderr.write("shoal: the run's lease is lost; ending at once\n")
+                _kill_descendants()
+                os._exit(3)
+            if attended_by is not None and not psutil.pid_exists(attended_by):
+                ask("the end of the command that started the run")
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    thread = threading.Thread(target=watch, name="shoal-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ask_to_stop(store: Store, run_id: str, by: str) -> None:
+    try:
+        request_stop(store, run_id, by=by)
+    except StorageError as error:
+        sys.stderr.write(f"shoal: the request to stop cannot be written: {error}\n")
+
+
+def _kill_descendants() -> None:
+    for child in psutil.Process().children(recursive=True):
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _report(store: Store, run_id: str, result: Result) -> None:
+    """Writes the report; a failure of it must not cost the run its result."""
+    try:
+        write_report(store, run_id, result=result)
+    except Exception:
+        sys.stderr.write("shoal: the report could not be written; try: shoal report RUN\n")
+        traceback.print_exc()
+
+
+def _sentence(result: Result) -> str:
+    if result.failure is not None:
+        return result.failure.problems[0][0]
+    if result.state is State.STOPPED:
+        return f"stopped on request at step {result.step}"
+    return f"done after step {result.step}"
+
+
+def _say_waiting(lease: Lease) -> None:
+    sys.stderr.write(
+        f"shoal: waiting up to {lease.ttl_seconds:.0f} s to see whether the driver {lease.pid} on "
+        f"{lease.host} still lives\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

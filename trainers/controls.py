@@ -1,0 +1,67 @@
+"""Requests to a run, heard by rank 0: objects that appear in the run folder's control folder."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import TracebackType
+
+from pydantic import ValidationError
+
+from cluster.storage import StorageError, Store
+from jobs.record import Control, RunPaths
+
+POLL_SECONDS = 1.0
+
+
+class ControlPoller:
+    """Looks for new requests in a thread of its own. A context manager."""
+
+    def __init__(self, store: Store, paths: RunPaths, *, after: int) -> None:
+        self._store = store
+        self._paths = paths
+        self._last_key = paths.control_request(after)
+        self._lock = threading.Lock()
+        self._stop = False
+        self._save = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shoal-controls", daemon=True)
+
+    def __enter__(self) -> ControlPoller:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def take(self) -> tuple[bool, bool]:
+        """Whether a stop was ever asked for, and whether a save was since the last call."""
+        with self._lock:
+            save, self._save = self._save, False
+            return self._stop, save
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                self._look()
+            except StorageError as error:
+                sys.stderr.write(f"shoal: requests are not heard at present: {error}\n")
+            self._closing.wait(POLL_SECONDS)
+
+    def _look(self) -> None:
+        for head in self._store.list(self._paths.control, after=self._last_key):
+            try:
+                request = Control.model_validate_json(self._store.read(head.key))
+            except ValidationError:
+                sys.stderr.write(f"shoal: {head.key} is no request that is known\n")
+            else:
+                with self._lock:
+                    self._stop |= request.kind == "stop"
+                    self._save |= request.kind == "save"
+            self._last_key = head.key

@@ -1,0 +1,43 @@
+"""The end of a run: what its result says, from what its last attempt left."""
+
+from __future__ import annotations
+
+import time
+
+from cluster.storage import Store
+from jobs.record import (
+    Failure,
+    Outcome,
+    Result,
+    RunPaths,
+    best_manifest,
+    live_manifests,
+)
+from jobs.spec import JobSpec
+from trainers.checkpoint import read_attempts, read_manifests
+
+
+def build_result(
+    spec: JobSpec, store: Store, paths: RunPaths, *, generation: int, ended: Outcome | Failure
+) -> Result:
+    """The result of a run that has just ended. Reads manifests and attempts."""
+    live = live_manifests(read_manifests(store, paths), read_attempts(store, paths))
+    metric, mode, _ = spec.best
+    best = best_manifest(live, metric=metric, mode=mode) or (live[-1] if live else None)
+    outcome = ended if isinstance(ended, Outcome) else None
+    failure = ended if isinstance(ended, Failure) else ended.failure
+    return Result(
+        run_id=paths.run_id,
+        state=ended.state,
+        generation=generation,
+        step=outcome.step if outcome else (live[-1].step if live else 0),
+        finished_at=time.time(),
+        best_checkpoint=_relative(paths, best.step) if best else None,
+        last_checkpoint=_relative(paths, live[-1].step) if live else None,
+        outcome=outcome,
+        failure=failure,
+    )
+
+
+def _relative(paths: RunPaths, step: int) -> str:
+    return paths.checkpoint(step).removeprefix(paths.run_id + "/").rstrip("/")

@@ -1,0 +1,158 @@
+"""What a rank has before its first step: data, task, model, optimizer, restored state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.storage import Store, open_store
+from jobs.errors import Problem, SpecError
+from jobs.record import Manifest, RunPaths, StreamPosition
+from jobs.spec import JobSpec
+from trainers.checkpoint import checkpoint_copy, load_optimizer, load_progress
+from trainers.data.cache import cache_folder
+from trainers.data.index import Index, open_index
+from trainers.data.partition import ORDER_VERSION, fit_window, refuse_small_memory
+from trainers.freezing import freeze
+from trainers.loop import Plan, Progress, Trainee
+from trainers.optim import build_optimizer
+from trainers.parallel import compute_type, plain, replicate
+from trainers.pretrained import pretrained_folder
+from trainers.session import Session
+from trainers.tasks.task import Task, build_task
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set's folder and its index."""
+
+    uri: str
+    store: Store
+    index: Index
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a rank has before its first step."""
+
+    train: DataSet
+    validation: DataSet | None
+    test: DataSet | None
+    plan: Plan
+    position: StreamPosition
+    """Constants of the order, at the position where training goes on."""
+    task: Task
+    trainee: Trainee
+    progress: Progress
+    before: dict[str, Any] | None
+
+
+def open_data(spec: JobSpec, uri: str) -> DataSet:
+    """A data set of the job."""
+    store = open_store(uri, spec.data.access)
+    return DataSet(uri, store, open_index(store))
+
+
+def stream_position(spec: JobSpec, index: Index, progress: Progress) -> StreamPosition:
+    """Where `progress` stands in the order of the job's rows."""
+    return StreamPosition(
+        order_version=ORDER_VERSION,
+        index_digest=index.digest,
+        lanes=spec.lanes,
+        window=fit_window(
+            window=spec.data.window,
+            lanes=spec.lanes,
+            max_row_group_bytes=index.max_row_group_bytes,
+            stream_memory=spec.data.stream_memory,
+        ),
+        seed=spec.data.seed,
+        global_batch_size=spec.batching.global_batch_size,
+        epoch=progress.epoch,
+        next_item=progress.next_item,
+    )
+
+
+def refuse_other_order(saved: StreamPosition, own: StreamPosition) -> None:
+    """SpecError where a checkpoint's rows come in another order than this job's would."""
+    differing = [
+        f"{name} was {getattr(saved, name)} and is {getattr(own, name)}"
+        for name in type(saved).model_fields
+        if name not in ("epoch", "next_item") and getattr(saved, name) != getattr(own, name)
+    ]
+    if differing:
+        raise SpecError(
+            Problem(
+                "the checkpoint was trained on rows in another order: " + "; ".join(differing),
+                "restore the data set as it was, or start a new run with model.source naming this "
+                "run to go on from its weights",
+            )
+        )
+
+
+def prepare(
+    session: Session,
+    spec: JobSpec,
+    store: Store,
+    paths: RunPaths,
+    restored: Manifest | None,
+) -> Prepared:
+    """Everything before the first step. Talks to no other rank."""
+    data = spec.data
+    train_set = open_data(spec, data.train)
+    validation = open_data(spec, data.validation) if data.validation else None
+    test = open_data(spec, data.test) if data.test else None
+    plan = Plan(
+        num_rows=train_set.index.num_rows,
+        global_batch_size=spec.batching.global_batch_size,
+        epochs=spec.train.epochs,
+    )
+    progress, before, folder = Progress(), None, None
+    if restored is not None:
+        folder = checkpoint_copy(store, paths, restored, cache_folder=cache_folder())
+        progress, before = load_progress(folder)
+        # The lanes and the window of the run's first attempt stay, whatever the worker count now.
+        own = stream_position(spec, train_set.index, progress)
+        refuse_other_order(
+            restored.stream,
+            own.model_copy(
+                update={"lanes": restored.stream.lanes, "window": restored.stream.window}
+            ),
+        )
+        position = own.model_copy(
+            update={"lanes": restored.stream.lanes, "window": restored.stream.window}
+        )
+    else:
+        position = stream_position(spec, train_set.index, progress)
+    refuse_small_memory(
+        uri=data.train,
+        lanes=position.lanes,
+        window=position.window,
+        world_size=session.world_size,
+        max_row_group_bytes=train_set.index.max_row_group_bytes,
+        stream_memory=data.stream_memory,
+    )
+    source = folder / "model" if folder else pretrained_folder(spec, cache_folder=cache_folder())
+    task = build_task(spec, model_folder=source, index=train_set.index)
+    model = task.build_model(source, dropout=spec.model.dropout, seed=data.seed)
+    freeze(model, spec.model.freeze)
+    model = replicate(model, device=session.device, world_size=session.world_size)
+    optimizer = build_optimizer(plain(model), spec.optimizer)
+    if folder is not None:
+        load_optimizer(folder, plain(model), optimizer)
+    if progress.step < plan.total_steps and not _stopped_early(progress, spec):
+        progress = replace(progress, finished=False)  # epochs may have been added
+    trainee = Trainee(
+        task=task,
+        model=model,
+        optimizer=optimizer,
+        device=session.device,
+        dtype=compute_type(spec.model, session.device),
+    )
+    return Prepared(
+        train_set, validation, test, plan, position, task, trainee, progress, before
+    )  # fmt: skip
+
+
+def _stopped_early(progress: Progress, spec: JobSpec) -> bool:
+    stopping = spec.train.early_stopping
+    return stopping is not None and progress.bad_evaluations >= stopping.patience

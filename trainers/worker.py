@@ -1,0 +1,462 @@
+"""What each rank runs, over a `Session`: from an assignment to an outcome.
+
+    train_worker    claim the attempt, prepare, train, test the best model
+      prepare       index, tokenizer, model, optimizer, restore
+      Surroundings  what the loop needs from storage and telemetry
+
+Nothing here knows who started the ranks. An error that a restart would meet again ends the attempt
+on all ranks with an outcome; any other error is raised, and whoever started the ranks may retry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from cluster.storage import Store, open_store
+from jobs.errors import EnvironmentFault, ShoalError, TrainingError
+from jobs.record import Failure, Manifest, Outcome, RunPaths, Source, State
+from trainers.agreement import Agreement
+from trainers.attempt import Assignment, Claim, claim_attempt
+from trainers.checkpoint import CheckpointWriter, checkpoint_copy
+from trainers.controls import ControlPoller
+from trainers.data.cache import NodeCache, cache_folder
+from trainers.data.stream import RankBatch, RankStream
+from trainers.evaluation import measure
+from trainers.loop import Ending, Progress, StepFacts, train
+from trainers.parallel import plain, trained_parameters
+from trainers.preparation import DataSet, prepare
+from trainers.session import Session
+from trainers.tasks.task import Evaluation
+from trainers.telemetry import Telemetry, log
+from trainers.time_account import TimeAccount
+
+_EVALUATION_ROWS = 512
+"""Rows of an evaluation that are fetched at once; they are cut by tokens afterwards."""
+
+Given = TypeVar("Given")
+
+
+class AgreedFailure(Exception):  # noqa: N818 - it carries the failure that all ranks were told
+    """Raised on all ranks at the same point: one of them cannot go on."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.problems[0][0])
+        self.failure = failure
+
+
+def train_worker(session: Session, assignment: Assignment) -> Outcome:
+    """Trains to the end, to a request or to an error that a restart would meet again.
+
+    Called by every rank of the group; the outcome is the same on all of them.
+    """
+    spec = assignment.spec
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(spec.workers.cpus)
+    account = TimeAccount()
+    agreement = Agreement(rank=session.rank, world_size=session.world_size)
+    store = open_store(spec.store.uri, spec.store.access)
+    paths = RunPaths(assignment.run_id)
+    with account.spent("start"):
+        claim = claim_attempt(session, assignment, agreement, store, paths)
+    source = Source(claim.attempt.attempt, session.rank)
+    with Telemetry(store, paths, source, rows=spec.train.log_rows) as telemetry:
+        if session.rank == 0 and "tensorboard" in spec.tracking:
+            telemetry.with_tensorboard(store, paths)
+        rank = _Rank(session, assignment, agreement, store, paths, telemetry, account)
+        outcome = rank.run(claim)
+        if session.rank == 0:
+            store.write(paths.outcome(claim.attempt.attempt), outcome.to_bytes())
+        return outcome
+
+
+# -------------------------------------------------------------------------------------- a rank
+
+
+class _Rank:
+    """One rank's attempt; also the loop's surroundings."""
+
+    def __init__(
+        self,
+        session: Session,
+        assignment: Assignment,
+        agreement: Agreement,
+        store: Store,
+        paths: RunPaths,
+        telemetry: Telemetry,
+        account: TimeAccount,
+    ) -> None:
+        self._session = session
+        self._assignment = assignment
+        self._spec = assignment.spec
+        self._agreement = agreement
+        self._store = store
+        self._paths = paths
+        self._telemetry = telemetry
+        self._account = account
+        self._cache = NodeCache(
+            cache_folder() / "rows", limit_bytes=int(self._spec.data.cache_gib * 2**30)
+        )
+        self._poller: ControlPoller | None = None
+        self._stream: RankStream | None = None
+        self._told_at = time.monotonic()
+        self._waited_before = 0.0
+
+    # ---- the attempt, top down
+
+    def run(self, claim: Claim) -> Outcome:
+        """The attempt's outcome, the same on all ranks."""
+        self._attempt = claim.attempt
+        self._step = claim.attempt.restored_step or 0
+        self._before: dict[str, Any] | None = None
+        try:
+            with self._account.spent("start"):
+                self._say_start(claim)
+                self._prepared = self._together(
+                    lambda: prepare(
+                        self._session, self._spec, self._store, self._paths, claim.restored
+                    )
+                )
+                self._describe_attempt()
+                self._drop_checkpoint_copies()
+            return self._with_helpers()
+        except AgreedFailure as agreed:
+            return self._failed(agreed.failure)
+        except TrainingError as error:
+            # The gradient is the same on all ranks, and so is this error.
+            return self._failed(Failure.of(error, where=self._where()))
+
+    def _with_helpers(self) -> Outcome:
+        """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
+        self._writer = CheckpointWriter(
+            self._spec,
+            self._store,
+            self._paths,
+            self._telemetry,
+            task=self._prepared.task,
+            attempt=self._attempt,
+            scratch=cache_folder() / "uploads",
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._writer.close)
+            if self._session.rank == 0:
+                poller = ControlPoller(
+                    self._store, self._paths, after=self._assignment.controls_seen
+                )
+                self._poller = stack.enter_context(poller)
+            return self._train_and_test()
+
+    def _train_and_test(self) -> Outcome:
+        prepared = self._prepared
+        self._before = prepared.before
+        if self._before is None and prepared.progress.step == 0:
+            self._before = self._evaluate_untrained()
+        if self._session.rank == 0:
+            self._telemetry.state(State.RUNNING, "training", step=prepared.progress.step)
+        self._told_at = time.monotonic()
+        ending, progress, error = train(
+            self._spec,
+            prepared.plan,
+            prepared.trainee,
+            prepared.progress,
+            self,
+            agreement=self._agreement,
+            time=self._account,
+        )
+        self._close_stream()
+        with self._account.spent("checkpoint"):
+            self._settle()
+        if ending is Ending.FAILED:
+            self._raise_any(error)
+        if ending is Ending.STOPPED:
+            return self._outcome(State.STOPPED, best_step=progress.best_step)
+        tested = self._test_best(progress)
+        return self._outcome(State.SUCCEEDED, best_step=progress.best_step, test=tested)
+
+    def _evaluate_untrained(self) -> dict[str, Any] | None:
+        data, name = self._tested_on()
+        if data is None:
+            return None
+        with self._account.spent("evaluation"):
+            evaluation = self._measure(plain(self._prepared.trainee.model), data)
+            self._tell_evaluation(evaluation, name, step=0)
+        return evaluation.to_json()
+
+    def _test_best(self, progress: Progress) -> dict[str, Any] | None:
+        """Evaluation of the best model, or of the last without a validation set."""
+        data, name = self._tested_on()
+        if data is None:
+            return None
+        with self._account.spent("finish"):
+            best = progress.best_step if progress.best_step is not None else progress.step
+            model = plain(self._prepared.trainee.model)
+            if best != progress.step:
+                model = self._together(lambda: self._model_of_step(best))
+                self._drop_checkpoint_copies()
+            evaluation = self._measure(model, data)
+        return evaluation.to_json() | {"step": best, "split": name}
+
+    def _tested_on(self) -> tuple[DataSet | None, str]:
+        if self._prepared.test is not None:
+            return self._prepared.test, "test"
+        return self._prepared.validation, "validation"
+
+    def _model_of_step(self, step: int) -> torch.nn.Module:
+        manifest = Manifest.model_validate_json(self._store.read(self._paths.manifest(step)))
+        folder = checkpoint_copy(self._store, self._paths, manifest, cache_folder=cache_folder())
+        model = self._prepared.task.build_model(folder / "model", dropout=None, seed=0)
+        return model.to(self._session.device)
+
+    # ---- the loop's surroundings
+
+    def rows(self, progress: Progress) -> Iterator[RankBatch]:
+        self._close_stream()
+        position = self._prepared.position
+        self._stream = self._open_stream(
+            self._prepared.train, lanes=position.lanes, window=position.window
+        )
+        return self._stream.batches(
+            epoch=progress.epoch,
+            next_item=progress.next_item,
+            global_batch_size=position.global_batch_size,
+        )
+
+    def evaluate(self, progress: Progress) -> Evaluation | None:
+        data = self._prepared.validation
+        if data is None:
+            return None
+        with self._account.spent("evaluation"):
+            evaluation = self._measure(plain(self._prepared.trainee.model), data)
+            self._tell_evaluation(evaluation, "validation", step=progress.step)
+            self._session.report({"step": progress.step} | evaluation.metrics)
+        return evaluation
+
+    def commit(self, progress: Progress, evaluation: Evaluation | None) -> None:
+        with self._account.spent("checkpoint"):
+            # What led to this state is durable before the state itself is.
+            self._telemetry.flush()
+            self._settle()
+            if self._session.rank == 0:
+                self._writer.save(
+                    self._prepared.trainee,
+                    progress,
+                    evaluation=evaluation,
+                    stream=self._prepared.position.model_copy(
+                        update={"epoch": progress.epoch, "next_item": progress.next_item}
+                    ),
+                    before=self._before,
+                )
+
+    def stepped(self, batch: RankBatch, progress: Progress) -> None:
+        self._step = progress.step
+        if self._spec.train.log_rows:
+            self._telemetry.rows(
+                {
+                    "step": progress.step,
+                    "epoch": batch.epoch,
+                    "first_item": batch.first_item,
+                    "rows": batch.rows.tolist(),
+                }
+            )
+
+    def tell(self, facts: StepFacts) -> None:
+        now = time.monotonic()
+        seconds, self._told_at = max(1e-9, now - self._told_at), now
+        account = self._account.seconds()
+        waited = account["data_wait"] - self._waited_before
+        self._waited_before = account["data_wait"]
+        plan, progress = self._prepared.plan, facts.progress
+        if self._session.rank == 0:
+            self._telemetry.metrics(
+                {
+                    "kind": "train",
+                    "step": progress.step,
+                    "epoch": round(progress.step / plan.steps_per_epoch, 4),
+                    "loss": facts.loss,
+                    "learning_rate": facts.learning_rate,
+                    "grad_norm": facts.grad_norm,
+                    "rows": facts.rows,
+                    "rows_per_second": round(facts.rows / seconds, 3),
+                    "tokens_per_second": round(facts.tokens / seconds, 3),
+                    "data_wait_share": round(min(1.0, waited / seconds), 4),
+                    "total_steps": plan.total_steps,
+                    "eta_seconds": round(
+                        (plan.total_steps - progress.step) * seconds / facts.steps, 1
+                    ),
+                    "seconds": account,
+                }
+            )
+
+    def requests(self) -> tuple[bool, bool]:
+        stop, save = self._poller.take() if self._poller is not None else (False, False)
+        return stop or self._session.stop_requested(), save
+
+    # ---- smaller parts
+
+    def _open_stream(self, data: DataSet, *, lanes: int, window: int) -> RankStream:
+        return RankStream(
+            store=data.store,
+            index=data.index,
+            columns=self._prepared.task.columns,
+            encode=self._prepared.task.encode,
+            rank=self._session.rank,
+            world_size=self._session.world_size,
+            seed=self._spec.data.seed,
+            lanes=lanes,
+            window=window,
+            cache=self._cache,
+        )
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _measure(self, model: torch.nn.Module, data: DataSet) -> Evaluation:
+        """The evaluation of `model` on a data set, over all ranks."""
+        task = self._prepared.task
+        metrics = task.metrics()
+        stream = self._open_stream(data, lanes=self._session.world_size, window=1)
+        try:
+            self._together(
+                lambda: measure(
+                    model,
+                    task,
+                    stream.sequential(batch_rows=_EVALUATION_ROWS),
+                    metrics,
+                    device=self._session.device,
+                    dtype=self._prepared.trainee.dtype,
+                    max_tokens=self._spec.batching.max_tokens_per_microbatch,
+                )
+            )
+        finally:
+            stream.close()
+        return metrics.compute(self._agreement.sum(metrics.state()))
+
+    def _tell_evaluation(self, evaluation: Evaluation, split: str, *, step: int) -> None:
+        if self._session.rank == 0:
+            self._telemetry.metrics(
+                {"kind": "evaluation", "split": split, "step": step} | evaluation.to_json()
+            )
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.metrics.items())
+            self._telemetry.event("evaluation", f"{split} at step {step}: {shown}", step=step)
+
+    def _settle(self) -> None:
+        """Waits for the checkpoint under way; AgreedFailure on all ranks where it failed."""
+        error: Exception | None = None
+        if self._session.rank == 0:
+            try:
+                self._writer.wait()
+            except EnvironmentFault as caught:
+                error = caught
+        self._raise_any(error)
+
+    def _together(self, work: Callable[[], Given]) -> Given:
+        """What `work`, which talks to no other rank, gives on this one.
+
+        A ShoalError of any rank becomes an AgreedFailure on all; any other error is raised as it
+        is, for whoever started the ranks.
+        """
+        error: ShoalError | None = None
+        given: list[Given] = []
+        try:
+            given.append(work())
+        except ShoalError as caught:
+            error = caught
+        self._raise_any(error)
+        return given[0]
+
+    def _raise_any(self, error: Exception | None) -> None:
+        """Raises AgreedFailure on all ranks if any of them comes with an error."""
+        own = None
+        if error is not None:
+            log.error("%s", error, exc_info=None if isinstance(error, ShoalError) else error)
+            own = Failure.of(error, where=self._where()).model_dump(mode="json")
+        failures = [f for f in self._agreement.gather(own) if f is not None]
+        if failures:
+            raise AgreedFailure(Failure.model_validate(failures[0]))
+
+    def _failed(self, failure: Failure) -> Outcome:
+        if self._session.rank == 0:
+            self._telemetry.event("error", failure.problems[0][0], where=failure.where)
+        return self._outcome(failure.state, failure=failure)
+
+    def _outcome(
+        self,
+        state: State,
+        *,
+        best_step: int | None = None,
+        test: dict[str, Any] | None = None,
+        failure: Failure | None = None,
+    ) -> Outcome:
+        return Outcome(
+            attempt=self._attempt.attempt,
+            state=state,
+            step=self._step,
+            failure=failure,
+            best_step=best_step,
+            test=test,
+            before=self._before,
+            tested_on=(test or {}).get("split"),
+            seconds=self._account.seconds(),
+        )
+
+    def _where(self) -> str:
+        return f"rank {self._session.rank} on {socket.gethostname()}"
+
+    def _say_start(self, claim: Claim) -> None:
+        if self._session.rank == 0:
+            attempt = claim.attempt
+            for reason in claim.skipped:
+                self._telemetry.event("warning", reason)
+            begins = (
+                f"goes on from step {attempt.restored_step}"
+                if attempt.restored_step is not None
+                else "starts"
+            )
+            self._telemetry.event(
+                "attempt",
+                f"attempt {attempt.attempt} {begins} with {attempt.world_size} "
+                f"worker{'s' if attempt.world_size > 1 else ''}",
+                step=attempt.restored_step or 0,
+            )
+
+    def _drop_checkpoint_copies(self) -> None:
+        """Removes local copies of checkpoints once all ranks of the node have loaded them."""
+        self._agreement.barrier()
+        if self._session.local_rank == 0:
+            for path in (cache_folder() / "checkpoints").glob(f"{self._paths.run_id}-*"):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def _describe_attempt(self) -> None:
+        """Records what the attempt found out about its model and data."""
+        prepared = self._prepared
+        model = plain(prepared.trainee.model)
+        self._attempt = self._attempt.model_copy(
+            update={
+                "num_parameters": sum(p.numel() for p in model.parameters()),
+                "num_trained_parameters": sum(p.numel() for p in trained_parameters(model)),
+                "total_steps": prepared.plan.total_steps,
+                "steps_per_epoch": prepared.plan.steps_per_epoch,
+                "rows_per_epoch": prepared.plan.num_rows,
+                "data_digest": prepared.train.index.digest,
+                "window": prepared.position.window,
+                "lanes": prepared.position.lanes,
+                "start_seconds": self._account.seconds()["start"],
+            }
+        )
+        self._together(self._record_attempt)
+
+    def _record_attempt(self) -> None:
+        if self._session.rank == 0:
+            self._store.write(self._paths.attempt(self._attempt.attempt), self._attempt.to_bytes())
