@@ -33,7 +33,7 @@ from trainers.data.prepare_plan import (
     make_plan,
     source_choice,
 )
-from trainers.data.shard_workers import ShardWorkers, WriteShard, available_cores, rows_as_bytes
+from trainers.data.shard_workers import ShardWorkers, WriteShard, available_cores
 from trainers.data.shards import ShardCutter, Sizes, shard_name
 from trainers.data.sources import Source, open_source
 from trainers.data.split import PARTS, Assigner, part_sizes, quotas
@@ -169,7 +169,7 @@ class _Part:
         self.num_shards += 1
         return WriteShard(
             name=shard_name(self.num_shards - 1),
-            rows=rows_as_bytes(rows),
+            rows=rows,
             store=self.target.store,
             sizes=self._sizes,
             roles=self._plan.roles,

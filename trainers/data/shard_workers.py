@@ -11,10 +11,11 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Any
 
@@ -37,8 +38,7 @@ class WriteShard:
     """The task to write rows as a shard."""
 
     name: str
-    rows: bytes
-    """An Arrow IPC stream."""
+    rows: pa.Table
     store: Store
     sizes: Sizes
     roles: Roles
@@ -47,11 +47,15 @@ class WriteShard:
 
     @property
     def num_bytes(self) -> int:
-        return len(self.rows)
+        return int(self.rows.nbytes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Arrow pickles the whole buffers of a slice; an IPC stream holds its rows alone.
+        values = [getattr(self, field.name) for field in fields(self) if field.name != "rows"]
+        return _unpack_write, (_rows_to_stream(self.rows), *values)
 
     def run(self) -> ShardReport:
-        with pa.ipc.open_stream(pa.py_buffer(self.rows)) as stream:
-            table = stream.read_all()
+        table = self.rows
         for column in self.image_columns:
             check_images(table[column])
         if self.tokenization is not None and self.roles.text is not None:
@@ -79,13 +83,16 @@ class InspectShard:
 Task = WriteShard | InspectShard
 
 
-def rows_as_bytes(table: pa.Table) -> bytes:
-    """The rows as an Arrow IPC stream; pickling a slice would carry the whole of its buffers."""
+def _rows_to_stream(table: pa.Table) -> pa.Buffer:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+    return sink.getvalue()
+
+
+def _unpack_write(stream: pa.Buffer, name: str, *values: Any) -> WriteShard:
+    with pa.ipc.open_stream(stream) as reader:
+        return WriteShard(name, reader.read_all(), *values)
 
 
 class ShardWorkers:
@@ -126,7 +133,9 @@ class ShardWorkers:
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_process,
             )
-        self._waiting.append((self._pool.submit(_run, task), take_report))
+        with _interrupts_held_back():
+            future = self._pool.submit(_run, task)
+        self._waiting.append((future, take_report))
         while len(self._waiting) > self._processes + 1:
             self._take_first()
 
@@ -157,9 +166,20 @@ def _run(task: Task) -> ShardReport:
     return replace(task, store=_stores.setdefault(task.store.uri, task.store)).run()
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal, but the parent decides what happens then.
+
+    A process that is started in here does not see it, from its first instruction on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_process() -> None:
-    # Ctrl-C reaches every process of the terminal; the parent decides what happens then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The processes share the cores already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pa.set_cpu_count(1)

@@ -402,6 +402,18 @@ def test_a_command_killed_between_shards_leaves_no_data_set_and_can_be_run_again
     assert prepare(options(path, store.uri, sizes=sizes)).outcome == "unchanged"
 
 
+def test_an_interrupted_command_removes_what_it_wrote(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "r.csv", rows(1000))
+    arguments = ["prepare", str(path), "--to", str(tmp_path / "out"), "--shard-bytes", "12000"]
+    command = [sys.executable, "-c", _SLOW, *arguments, "--processes", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "between shards\n"
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert keys(open_store(tmp_path / "out")) == []
+
+
 def test_the_processes_of_a_killed_command_end(tmp_path: Path) -> None:
     script = tmp_path / "command.py"
     script.write_text(
