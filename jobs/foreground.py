@@ -18,12 +18,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 import psutil
 from rich.text import Text
 
+from cluster.local import driver_log
 from cluster.storage import join_uri
 from jobs.commands.logs import format_log_line
 from jobs.errors import ShoalError, render_error
@@ -31,6 +32,7 @@ from jobs.record import State
 from jobs.runs import RunReader
 from jobs.status import RunStatus
 from jobs.status_view import before_and_after
+from jobs.submit import SubmittedRun, request_stop
 from jobs.terminal import console_for, print_to, state_text
 from jobs.watch import NoView, View, make_view, watch_run
 
@@ -40,19 +42,8 @@ EXIT_CODE_OF_A_DEAD_DRIVER = 3
 EXIT_CODE_OF_A_STOP = 130
 
 
-class Started(Protocol):
-    """What `jobs.submit` gives back of a run whose driver is a child of this process."""
-
-    @property
-    def run_id(self) -> str: ...
-    @property
-    def uri(self) -> str: ...
-    @property
-    def process(self) -> subprocess.Popen[bytes] | None: ...
-
-
 def attend(
-    started: Started, reader: RunReader, *, show_progress: bool, after_generation: int = 0
+    started: SubmittedRun, reader: RunReader, *, show_progress: bool, after_generation: int = 0
 ) -> int:
     """Show the run until it ends; the exit code for the shell.
 
@@ -118,8 +109,6 @@ class _Interrupts:
         self.wake.set()
 
     def _ask_to_stop(self) -> None:
-        from jobs.submit import request_stop
-
         try:
             request_stop(self.reader.store, self.reader.run_id, by=requester())
         except ShoalError as error:
@@ -210,15 +199,25 @@ def _say_how_it_died(process: subprocess.Popen[bytes], reader: RunReader) -> Non
         else f"ended with exit code {code}"
     )
     lines = reader.log_lines().new()[-_LOG_LINES_SHOWN:]
-    shown = "\n".join(format_log_line(line) for line in lines) or "(it had logged nothing)"
+    printed = driver_log(reader.uri)
+    shown = "\n".join(format_log_line(line) for line in lines) or _tail(printed)
     print_to(
         sys.stderr,
         Text.assemble(
             f"\n{shown}\n\n",
             ("error:", "bold red"),
-            f" the driver of {reader.uri} (process {process.pid}) {how} without a result; "
-            "its last log lines are above\n\n",
+            f" the driver of {reader.uri} (process {process.pid}) {how} without a result; the last "
+            f"lines of its log are above, all that it printed is in {printed}\n\n",
             ("hint:", "bold cyan"),
             f" go on from the last checkpoint with: shoal resume {reader.uri}",
         ),
     )
+
+
+def _tail(path: Path) -> str:
+    """The last lines of what a driver printed that never got as far as its log."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "(it has logged nothing)"
+    return "\n".join(lines[-_LOG_LINES_SHOWN:]) or "(it has printed nothing)"

@@ -2,7 +2,7 @@
 
     build_report(reader) -> dict      what is known, from the run folder alone
     render_html(report)  -> str       one self-contained file: no request leaves it
-    write_report(store, run_id)       both, into the run folder
+    write_report(store, run_id, ...)  both, into the run folder
 
 Text from the job (labels, names, messages) is escaped wherever it lands.
 """
@@ -21,7 +21,7 @@ import yaml
 
 from cluster.storage import Store, is_s3, join_uri
 from jobs.lines import Line
-from jobs.record import Manifest, RunPaths, State
+from jobs.record import Manifest, Result, RunPaths, State
 from jobs.runs import RunReader
 from jobs.spec import JobSpec
 from jobs.status import RunStatus, read_status
@@ -32,9 +32,12 @@ HEADLINE_METRIC = "accuracy"
 Report = dict[str, Any]
 
 
-def write_report(store: Store, run_id: str) -> str:
-    """Write report.json and index.html into the run folder; the URI of the page."""
-    report = build_report(RunReader(store, run_id))
+def write_report(store: Store, run_id: str, *, result: Result | None = None) -> str:
+    """Write report.json and index.html into the run folder; the URI of the page.
+
+    `result` is that of a driver that will record it, as its last object, after the report.
+    """
+    report = build_report(RunReader(store, run_id, ending=result))
     paths = RunPaths(run_id)
     store.write(paths.report_json, to_json(report).encode())
     store.write(paths.report_html, render_html(report).encode())
@@ -46,12 +49,12 @@ def to_json(report: Report) -> str:
     return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
 
 
-def build_report(reader: RunReader) -> Report:
+def build_report(reader: RunReader, *, result: Result | None = None) -> Report:
     """Everything that the report says, with stable keys; only finite numbers.
 
     Raises SpecError if there is no such run. A run that goes on, or was killed, has a report too.
     """
-    status = read_status(reader)
+    status = read_status(reader, result=result)
     spec = reader.spec()
     test, before, tested_on = _final_evaluations(status)
     report = {

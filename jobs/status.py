@@ -209,11 +209,16 @@ _TRAIN_KEYS = (
 )
 
 
-def read_status(reader: RunReader, *, now: float | None = None) -> RunStatus:
-    """The status of a run at this moment. Raises SpecError if there is no such run."""
+def read_status(
+    reader: RunReader, *, now: float | None = None, result: Result | None = None
+) -> RunStatus:
+    """The status of a run at this moment. Raises SpecError if there is no such run.
+
+    `result` is what the driver is about to write; None: what the folder holds.
+    """
     spec = reader.spec()
     submitted_at = reader.spec_head().modified_at
-    situation, lease, result = _situation(reader, now=now)
+    situation, lease, result = _situation(reader, now=now, result=result)
     events = reader.events()
     metrics = reader.metrics()
     lines = reader.metrics_lines()
@@ -257,15 +262,15 @@ def read_status(reader: RunReader, *, now: float | None = None) -> RunStatus:
 
 def read_situation(reader: RunReader, *, now: float | None = None) -> Situation:
     """The state of a run at this moment, without its metrics; cheap to ask again."""
-    return _situation(reader, now=now)[0]
+    return _situation(reader, now=now, result=None)[0]
 
 
 def _situation(
-    reader: RunReader, *, now: float | None
+    reader: RunReader, *, now: float | None, result: Result | None
 ) -> tuple[Situation, Lease | None, Result | None]:
     # In this order: a driver writes its result before it gives the lease back.
     lease = reader.lease()
-    result = reader.result()
+    result = result or reader.result()
     situation = derive_state(
         events=reader.events(),
         lease=lease,

@@ -177,3 +177,13 @@ def test_the_report_is_written_into_the_run_folder(local_store: Store) -> None:
     assert uri == f"{local_store.uri}/{made.run_id}/report/index.html"
     assert local_store.read(made.paths.report_html).startswith(b"<!doctype html>")
     assert json.loads(local_store.read(made.paths.report_json))["run_id"] == made.run_id
+
+
+def test_a_driver_reports_the_result_that_it_is_about_to_write(local_store: Store) -> None:
+    made = succeeded(local_store)
+    result = RunReader(local_store, made.run_id).result()
+    local_store.delete([made.paths.result])
+    made.lease(renewed_at=START)
+    write_report(local_store, made.run_id, result=result)
+    report = json.loads(local_store.read(made.paths.report_json))
+    assert (report["state"], report["tested_on"], report["is_over"]) == ("SUCCEEDED", "test", True)
