@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.storage import StorageError
 from jobs.lines import Line
 from jobs.runs import RunReader
 from jobs.status import RunStatus, format_seconds, read_status
@@ -58,18 +59,26 @@ def watch_run(
 
     What drivers up to `after_generation` left is not the end that is waited for, nor shown.
     `give_up` is asked after each look, and ends the watching after one more. `wake` ends the
-    pause between two looks. Raises SpecError if there is no such run.
+    pause between two looks. Raises SpecError if there is no such run, and StorageError if the
+    first or the last look fails; in between, a store that is away for a while is borne.
     """
     pause = wake or threading.Event()
-    last_look = False
+    has_looked = last_look = False
     with view or make_view() as shown:
         while True:
-            status = read_status(reader)
-            is_new = status.situation.generation > after_generation
-            if is_new or not status.situation.is_over:
-                shown.show(status)
-            if last_look or (is_new and status.situation.is_over):
-                return status
+            try:
+                status = read_status(reader)
+            except StorageError as error:
+                if last_look or not has_looked:
+                    raise
+                shown.say(f"warning: the run folder cannot be read at present: {error}")
+            else:
+                has_looked = True
+                is_new = status.situation.generation > after_generation
+                if is_new or not status.situation.is_over:
+                    shown.show(status)
+                if last_look or (is_new and status.situation.is_over):
+                    return status
             last_look = give_up()
             if not last_look:
                 pause.wait(POLL_SECONDS)

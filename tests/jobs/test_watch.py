@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import time
+from typing import Any
 
 import pytest
 from rich.console import Console
 from synthetic import START, SyntheticRun, running, succeeded
 
-from cluster.storage import Store
+from cluster.storage import StorageError, Store
+from jobs import watch
+from jobs.record import State
 from jobs.runs import RunReader
 from jobs.status import read_status
-from jobs.watch import LineView, live_renderable, sparkline
+from jobs.watch import LineView, live_renderable, sparkline, watch_run
 
 
 def drawn(made: SyntheticRun, *, now: float = START) -> str:
@@ -49,6 +53,39 @@ def test_plain_lines_are_printed_once(local_store: Store) -> None:
         view.show(read_status(reader))
     assert len(first.get().splitlines()) == 7 + 7 + 1 + 1  # events, evaluations, training, end
     assert second.get() == ""
+
+
+class AbsentForAWhile:
+    """A store that does not answer from its second to its fourth look at the lease."""
+
+    def __init__(self, made: SyntheticRun) -> None:
+        self._made = made
+        self._looks = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made.store, name)
+
+    def read(self, key: str) -> bytes:
+        if key == self._made.paths.lease:
+            self._looks += 1
+            if 2 <= self._looks <= 4:
+                raise StorageError("no answer")
+            if self._looks == 5:
+                self._made.finish(State.STOPPED, attempt=1, step=120, time=START)
+        return self._made.store.read(key)
+
+
+def test_a_store_that_is_away_for_a_while_does_not_end_the_watching(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
+    made = running(local_store, now=time.time())
+    console = Console(file=io.StringIO(), width=200)
+    reader = RunReader(AbsentForAWhile(made), made.run_id)  # type: ignore[arg-type]
+    with console.capture() as capture:
+        status = watch_run(reader, view=LineView(console))
+    assert status.situation.state is State.STOPPED
+    assert capture.get().count("cannot be read at present: no answer") == 3
 
 
 @pytest.mark.parametrize(
