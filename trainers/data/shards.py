@@ -89,9 +89,9 @@ def encode_shard(
 ) -> tuple[bytes, ShardReport]:
     """The rows as one Parquet file, and what the index is to say of it."""
     table = table.combine_chunks()
-    bounds = cut_groups(row_bytes(table), sizes)
+    sizes_of_rows = row_bytes(table)
+    bounds = cut_groups(sizes_of_rows, sizes)
     sink = pa.BufferOutputStream()
-    max_group_bytes = 0
     with pq.ParquetWriter(
         sink,
         table.schema,
@@ -102,9 +102,7 @@ def encode_shard(
         write_statistics=False,
     ) as writer:
         for start, end in bounds:
-            group = table.slice(start, end - start)
-            max_group_bytes = max(max_group_bytes, group.nbytes)
-            writer.write_table(group, row_group_size=end - start)
+            writer.write_table(table.slice(start, end - start), row_group_size=end - start)
     data: bytes = sink.getvalue().to_pybytes()
     metadata = pq.read_metadata(pa.BufferReader(data))
     ranges = chunk_ranges(metadata, name)
@@ -123,7 +121,9 @@ def encode_shard(
         ),
         group_rows=np.array([end - start for start, end in bounds], np.uint32),
         chunks=ranges,
-        max_group_bytes=max_group_bytes,
+        max_group_bytes=max(
+            _decoded_bytes(sizes_of_rows[start:end], table.schema) for start, end in bounds
+        ),
         null_counts=tuple(column.null_count for column in table.columns),
         lengths=row_lengths(table, roles),
         **label_parts(table, roles),
@@ -143,6 +143,20 @@ def cut_groups(sizes_of_rows: IntArray, sizes: Sizes) -> list[tuple[int, int]]:
         bounds.append((start, end))
         start = end
     return bounds
+
+
+def _decoded_bytes(sizes_of_rows: IntArray, schema: pa.Schema) -> int:
+    """Upper limit for a row group in memory, with a validity bitmap for each leaf.
+
+    `Table.nbytes` is no number to write down: whether a column without nulls has a bitmap depends
+    on where its rows come from.
+    """
+    content = int(sizes_of_rows.sum())
+    bitmaps = sum(len(leaf_paths(field) or ()) for field in schema) * (len(sizes_of_rows) // 8 + 9)
+    if any(pa.types.is_nested(field.type) for field in schema):
+        # The elements of lists have bits too, and at least a byte of content each.
+        bitmaps += content // 8
+    return content + bitmaps
 
 
 def chunk_ranges(metadata: pq.FileMetaData, name: str) -> Array:
