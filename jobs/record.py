@@ -15,6 +15,7 @@
     checkpoints/step-00000200/...parts...       then manifest.json, last
     tensorboard/...                             event files
     report/index.html, report/report.json
+    ray/generation-0001/...                     Ray Train's own notes; never read
     result.json                                 how the run ended; written last
     deleting.json                               the run is being deleted; readers refuse it
 
@@ -26,12 +27,15 @@ Everything here is data and pure functions; reading and writing happen elsewhere
 from __future__ import annotations
 
 import posixpath
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from jobs.errors import ClusterError, EnvironmentFault, ShoalError, SpecError
 
 MANIFEST_VERSION = 1
 
@@ -106,8 +110,36 @@ class Failure(Record):
     """(message, hint) of each problem."""
     where: str = ""
     """`driver` or `rank 3 on node-7`."""
+    exit_code: int = 1
     traceback: str | None = None
     """For bugs; None for a user's error."""
+
+    @classmethod
+    def of(cls, error: BaseException, *, where: str) -> Failure:
+        """The failure that an exception means."""
+        if isinstance(error, ShoalError):
+            return cls(
+                state=_state_of(error),
+                problems=tuple((p.message, p.hint) for p in error.problems),
+                where=where,
+                exit_code=error.exit_code,
+            )
+        return cls(
+            state=State.FAILED_USER,
+            problems=((f"{type(error).__name__}: {error}", None),),
+            where=where,
+            traceback="".join(traceback.format_exception(error)),
+        )
+
+
+def _state_of(error: ShoalError) -> State:
+    if isinstance(error, SpecError):
+        return State.FAILED_SPEC
+    if isinstance(error, ClusterError):
+        return State.FAILED_RESOURCES
+    if isinstance(error, EnvironmentFault):
+        return State.FAILED_INFRA
+    return State.FAILED_USER
 
 
 class Attempt(Record):
@@ -248,6 +280,11 @@ class Result(Record):
     outcome: Outcome | None = None
     failure: Failure | None = None
 
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command that waited for the run."""
+        return self.failure.exit_code if self.failure is not None else self.state.exit_code
+
 
 # ---------------------------------------------------------------------------------------- layout
 
@@ -322,6 +359,11 @@ class RunPaths:
     @property
     def tensorboard(self) -> str:
         return self._join("tensorboard/")
+
+    @property
+    def ray(self) -> str:
+        """Folder of Ray Train's own notes; never read."""
+        return self._join("ray")
 
     @property
     def report_html(self) -> str:

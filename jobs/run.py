@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
 import psutil
@@ -29,9 +30,10 @@ from jobs.report import write_report
 from jobs.runs import RunReader
 from jobs.spec import StoreAccess
 from jobs.submit import request_stop
-from trainers.attempt import Assignment
-from trainers.finish import build_result
 from trainers.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from trainers.attempt import Assignment
 
 LEASE_SECONDS = 30.0
 _WATCH_SECONDS = 0.5
@@ -60,6 +62,9 @@ def drive(
     store: Store, run_id: str, *, controls_seen: int = 0, attended_by: int | None = None
 ) -> int:
     """Takes the run's lease, trains, and writes result and report; the exit code."""
+    from trainers.attempt import Assignment
+    from trainers.finish import build_result
+
     reader = RunReader(store, run_id)
     spec, paths = reader.spec(), RunPaths(run_id)
     with acquire(store, paths.lease, ttl_seconds=LEASE_SECONDS, wait=_say_waiting) as lease:

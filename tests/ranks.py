@@ -1,0 +1,161 @@
+"""Ranks of a run as processes of this machine, without Ray: in seconds, and killed for real.
+
+run_ranks(assignment, world_size=3)                         -> Outcome
+run_ranks(assignment, world_size=3, kill=Kill("step", 7))   -> None: SIGKILL for all of them
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+from jobs.record import Outcome, RunPaths
+from trainers.attempt import Assignment
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.ranks_preload"])
+TIMEOUT_SECONDS = 120
+
+Moment = Literal["step", "evaluation", "parts", "manifest", "retention"]
+"""After the n-th step of rank 0, after its n-th validation (before its commit), after the n-th
+checkpoint's parts (before its manifest), after its manifest, and after retention."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When rank 0 sends SIGKILL to the whole group."""
+
+    moment: Moment
+    count: int
+
+
+def run_ranks(
+    assignment: Assignment,
+    *,
+    world_size: int,
+    kill: Kill | None = None,
+    before: Callable[[], None] | None = None,
+) -> Outcome | None:
+    """Runs `train_worker` in `world_size` processes; None if they were killed.
+
+    `before` (picklable) is called in each process first.
+    """
+    port = _free_port()
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    ranks = [
+        _CONTEXT.Process(
+            target=_rank,
+            args=(assignment, rank, world_size, port, kill, before, dict(os.environ), sender),
+        )
+        for rank in range(world_size)
+    ]
+    for rank in ranks:
+        rank.start()
+    sender.close()
+    outcome = _receive(receiver)
+    if kill is not None:
+        ranks[0].join(TIMEOUT_SECONDS)
+        for rank in ranks[1:]:
+            rank.kill()
+        if ranks[0].exitcode == -signal.SIGKILL:
+            outcome = None  # what the others saw of it before they were killed does not count
+    for rank in ranks:
+        rank.join(TIMEOUT_SECONDS)
+    if isinstance(outcome, str):
+        raise AssertionError(f"a rank failed:\n{outcome}")
+    assert (outcome is None) == (kill is not None), "the ranks ended otherwise than was meant"
+    return outcome
+
+
+def _receive(receiver: Connection) -> Outcome | str | None:
+    try:
+        if not receiver.poll(TIMEOUT_SECONDS):
+            return f"no outcome in {TIMEOUT_SECONDS} s"
+        kind, text = receiver.recv()
+    except EOFError:
+        return None
+    return Outcome.model_validate_json(text) if kind == "outcome" else str(text)
+
+
+def _rank(
+    assignment: Assignment,
+    rank: int,
+    world_size: int,
+    port: int,
+    kill: Kill | None,
+    before: Callable[[], None] | None,
+    environment: dict[str, str],
+    sender: Connection,
+) -> None:
+    import traceback
+
+    from trainers.session import ProcessSession
+    from trainers.worker import train_worker
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    try:
+        if before is not None:
+            before()
+        if kill is not None and rank == 0:
+            _arm(kill, multiprocessing.parent_process())
+        with ProcessSession(use_gpu=False) as session:
+            outcome = train_worker(session, assignment)
+        if rank == 0:
+            sender.send(("outcome", outcome.model_dump_json()))
+    except BaseException:
+        sender.send(("error", f"rank {rank}: {traceback.format_exc()}"))
+        raise
+
+
+def _arm(kill: Kill, parent: Any) -> None:
+    """Kills this process at the wanted moment; the harness then kills the rest of the group."""
+    from trainers import checkpoint, worker
+
+    owner, name = {
+        "step": (worker._Rank, "stepped"),
+        "evaluation": (worker._Rank, "evaluate"),
+        "parts": (checkpoint.CheckpointWriter, "_upload"),
+        "manifest": (checkpoint.CheckpointWriter, "_commit"),
+        "retention": (checkpoint, "apply_retention"),
+    }[kill.moment]
+    whole = getattr(owner, name)
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        given = whole(*args, **kwargs)
+        calls += 1
+        if calls == kill.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return given
+
+    setattr(owner, name, counted)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def assignment_of(spec: Any, run_id: str, *, generation: int = 1) -> Assignment:
+    """The assignment of a run; records the job where it is new."""
+    from cluster.storage import ObjectExists, open_store
+
+    store = open_store(spec.store.uri, spec.store.access)
+    try:
+        store.write_if_absent(RunPaths(run_id).spec, spec.to_json().encode())
+    except ObjectExists:
+        assert generation > 1, "a resumed run is a later generation"
+    return Assignment(spec, run_id, generation, controls_seen=0)

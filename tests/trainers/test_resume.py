@@ -1,0 +1,183 @@
+"""Kill and resume, without Ray: exactly once, in the same order, to the same weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from cluster.storage import Store, open_store
+from jobs.record import RunPaths, in_lineage, lineage
+from jobs.spec import JobSpec
+from tests.ranks import Kill, Moment, assignment_of, run_ranks
+from tests.tiny import tiny_job, tiny_model, tiny_reviews
+from trainers.checkpoint import read_attempts, read_manifests
+
+ROWS = 90
+BATCH = 8
+STEPS_PER_EPOCH = 12
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model and data sets in a folder; its `runs` folder is the store."""
+    folder = tmp_path_factory.mktemp("resume")
+    tiny_model(folder / "model", hidden=64)
+    tiny_reviews(str(folder / "data"), rows=ROWS, rows_per_group=7, held_out=21)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_CACHE", str(folder / "cache"))
+        yield folder
+
+
+def job(scene: Path, *, workers: int, **parts: object) -> JobSpec:
+    data = {name: str(scene / "data" / name) for name in ("train", "validation", "test")}
+    return tiny_job(
+        scene / "model",
+        {**data, "lanes": 12, "seed": 5},
+        str(scene / "runs"),
+        batching={"global_batch_size": BATCH, "max_tokens_per_microbatch": 48},
+        workers={"count": workers},
+        train={"epochs": 2, "evaluate_every_steps": 4, "log_rows": True, "log_every_steps": 1},
+        checkpoint={"every_steps": 5},
+        **parts,
+    )
+
+
+def runs(scene: Path) -> Store:
+    return open_store(scene / "runs")
+
+
+def final_parts(scene: Path, run_id: str) -> dict[str, bytes]:
+    """Every tensor of the last checkpoint, as bytes."""
+    last = read_manifests(runs(scene), RunPaths(run_id))[-1]
+    assert last.is_last_step
+    folder = scene / "runs" / RunPaths(run_id).checkpoint(last.step)
+    return {
+        f"{name}/{key}": value.tobytes()
+        for name in ("model/model.safetensors", "optimizer.safetensors")
+        for key, value in load_file(folder / name).items()
+    }
+
+
+def global_batches(scene: Path, run_id: str) -> dict[int, list[int]]:
+    """Rows of each step in the lineage of the final weights, dealt back from the ranks."""
+    store, paths = runs(scene), RunPaths(run_id)
+    spans = lineage(read_attempts(store, paths))
+    world = {a.attempt: a.world_size for a in read_attempts(store, paths)}
+    shares: dict[int, dict[int, tuple[int, list[int]]]] = {}
+    for head in store.list(paths.lines_folder("rows")):
+        rank = int(head.key.split("/rank-")[1].split("/")[0])
+        for text in store.read(head.key).splitlines():
+            line = json.loads(text)
+            if in_lineage(line["step"], line["attempt"], spans):
+                share = (line["first_item"], world[line["attempt"]], line["rows"])
+                assert rank not in shares.setdefault(line["step"], {}), "a step was logged twice"
+                shares[line["step"]][rank] = share
+    batches = {}
+    for step, ranks in shares.items():
+        first, size = next((f, w) for f, w, _ in ranks.values())
+        assert sorted(ranks) == list(range(size)), f"step {step} lacks a rank"
+        queues = {rank: iter(rows) for rank, (_, _, rows) in ranks.items()}
+        total = sum(len(rows) for _, _, rows in ranks.values())
+        batches[step] = [next(queues[p % size]) for p in range(first, first + total)]
+    return batches
+
+
+@pytest.fixture(scope="module")
+def calm(scene: Path) -> dict[int, str]:
+    """Run ids of runs that were never killed, by worker count."""
+    for workers in (1, 2, 3, 4):
+        outcome = run_ranks(
+            assignment_of(job(scene, workers=workers), f"calm-{workers}"), world_size=workers
+        )
+        assert outcome is not None
+        assert outcome.state == "SUCCEEDED"
+    return {workers: f"calm-{workers}" for workers in (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(
+    scene: Path, calm: dict[int, str], workers: int
+) -> None:
+    run_id = f"killed-{workers}"
+    spec = job(scene, workers=workers)
+    run_ranks(assignment_of(spec, run_id), world_size=workers, kill=Kill("step", 13))
+    outcome = run_ranks(assignment_of(spec, run_id, generation=2), world_size=workers)
+    assert outcome is not None
+    assert outcome.state == "SUCCEEDED"
+    attempts = read_attempts(runs(scene), RunPaths(run_id))
+    assert [a.restored_step for a in attempts] == [None, 12]
+    assert final_parts(scene, run_id) == final_parts(scene, calm[workers])
+    assert global_batches(scene, run_id) == global_batches(scene, calm[workers])
+
+
+def test_every_row_is_used_exactly_once_an_epoch(scene: Path, calm: dict[int, str]) -> None:
+    batches = global_batches(scene, calm[3])
+    assert sorted(batches) == list(range(1, 2 * STEPS_PER_EPOCH + 1))
+    for epoch in (0, 1):
+        steps = range(epoch * STEPS_PER_EPOCH + 1, (epoch + 1) * STEPS_PER_EPOCH + 1)
+        assert sorted(row for step in steps for row in batches[step]) == list(range(ROWS))
+
+
+def test_all_worker_counts_give_the_same_global_batches(
+    scene: Path, calm: dict[int, str]
+) -> None:
+    first, *others = (global_batches(scene, run_id) for run_id in calm.values())
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize(
+    ("moment", "count"),
+    [("evaluation", 2), ("parts", 2), ("manifest", 2), ("retention", 3)],
+)
+def test_a_kill_between_evaluation_and_commit_changes_nothing(
+    scene: Path, calm: dict[int, str], moment: Moment, count: int
+) -> None:
+    run_id = f"at-{moment}"
+    spec = job(scene, workers=2)
+    run_ranks(assignment_of(spec, run_id), world_size=2, kill=Kill(moment, count))
+    outcome = run_ranks(assignment_of(spec, run_id, generation=2), world_size=2)
+    calm_outcome = (scene / "runs" / RunPaths(calm[2]).outcome(1)).read_text()
+    assert outcome is not None
+    assert outcome.best_step == json.loads(calm_outcome)["best_step"]
+    assert outcome.test == json.loads(calm_outcome)["test"]
+    assert final_parts(scene, run_id) == final_parts(scene, calm[2])
+    assert global_batches(scene, run_id) == global_batches(scene, calm[2])
+
+
+def test_a_run_goes_on_with_another_number_of_workers(scene: Path, calm: dict[int, str]) -> None:
+    run_ranks(
+        assignment_of(job(scene, workers=4), "fewer"), world_size=4, kill=Kill("step", 13)
+    )
+    run_ranks(
+        assignment_of(job(scene, workers=3), "fewer", generation=2),
+        world_size=3,
+        kill=Kill("step", 5),
+    )
+    outcome = run_ranks(
+        assignment_of(job(scene, workers=1), "fewer", generation=3), world_size=1
+    )
+    assert outcome is not None
+    assert outcome.state == "SUCCEEDED"
+    assert global_batches(scene, "fewer") == global_batches(scene, calm[1])
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    scene: Path, calm: dict[int, str]
+) -> None:
+    spec = job(scene, workers=1)
+    run_ranks(assignment_of(spec, "damaged"), world_size=1, kill=Kill("step", 13))
+    newest = read_manifests(runs(scene), RunPaths("damaged"))[-1]
+    weights = scene / "runs" / RunPaths("damaged").checkpoint(newest.step) / "optimizer.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    run_ranks(assignment_of(spec, "damaged", generation=2), world_size=1)
+    attempts = read_attempts(runs(scene), RunPaths("damaged"))
+    restored = attempts[-1].restored_step
+    assert restored is not None
+    assert restored < newest.step
+    assert final_parts(scene, "damaged") == final_parts(scene, calm[1])
