@@ -1,0 +1,329 @@
+"""This machine: cores, memory and GPUs for the workers, and disk for what a node keeps."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster.storage import is_s3, local_path
+from jobs.checks.data_sets import DataSetFacts
+from jobs.checks.finding import (
+    ENVIRONMENT_EXIT_CODE,
+    Finding,
+    not_checked,
+    ok,
+    problem,
+    warning,
+)
+from jobs.checks.model import ModelFacts
+from jobs.checks.stores import nearest_existing
+from jobs.spec import JobSpec, Workers, format_bytes
+from trainers.data.cache import CACHE_VARIABLE, cache_folder
+
+_CGROUP = Path("/sys/fs/cgroup")
+_NVIDIA = Path("/proc/driver/nvidia/gpus")
+_NVIDIA_SMI_SECONDS = 3.0
+_PROCESS_BYTES = 700 * 2**20
+"""Memory of a worker before it has a model: Python with torch and transformers, and Ray's part."""
+_TRAINING_PACKAGES = ("torch", "transformers", "ray", "datasets", "sklearn", "safetensors")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has for Ray."""
+
+    cores: int
+    memory_bytes: int
+    """Free now, within the limits of the container."""
+    gpus: int
+
+
+def look_at_machine(*, count_gpus: bool) -> Machine:
+    """Cores and memory as Ray counts them (within the container's limits), and GPUs, if wanted."""
+    memory = psutil.virtual_memory()
+    limit = _read_number(_CGROUP / "memory.max")
+    used = _read_number(_CGROUP / "memory.current") or 0
+    free = memory.available if limit is None else min(memory.available, limit - used)
+    return Machine(cores=_cores(), memory_bytes=max(0, free), gpus=_num_gpus() if count_gpus else 0)
+
+
+def check_workers(spec: JobSpec, machine: Machine | None) -> list[Finding]:
+    """Whether the workers fit; `machine` is None where they run elsewhere (RAY_ADDRESS). Pure."""
+    part, workers = "workers", spec.workers
+    if machine is None:
+        return [
+            not_checked(
+                part,
+                "whether the Ray cluster has room for the workers: RAY_ADDRESS is set, and it was "
+                "not asked",
+            )
+        ]
+    findings = list(_too_many(workers, machine))
+    if findings:
+        return findings
+    threads = workers.count * workers.cpus
+    return [
+        ok(
+            part,
+            f"{_counted(workers.count, 'worker')} with {_counted(workers.cpus, 'core')} each: "
+            f"{threads} of this machine's {machine.cores}"
+            + (f", and {workers.count} of its {machine.gpus} GPUs" if workers.gpus else ""),
+        )
+    ]
+
+
+def _too_many(workers: Workers, machine: Machine) -> Iterator[Finding]:
+    """What the workers need and this machine has not: Ray would wait for it for ever."""
+    elsewhere = "or run on a larger Ray cluster: export RAY_ADDRESS=ADDRESS"
+    shown = _counted(workers.count, "worker")
+    if (cores := workers.count * workers.cpus) > machine.cores:
+        fitting = machine.cores // workers.cpus
+        lower = f"set workers.count to {fitting}" if fitting else "set workers.cpus to 1"
+        yield problem(
+            "workers",
+            f"{shown} with workers.cpus {workers.cpus} need {_counted(cores, 'core')}, but this "
+            f"machine has {machine.cores}",
+            f"{lower}, {elsewhere}",
+            exit_code=ENVIRONMENT_EXIT_CODE,
+        )
+    if (gpus := workers.count * workers.gpus) > machine.gpus:
+        lower = f"set workers.count to {machine.gpus}" if machine.gpus else "set workers.gpus to 0"
+        yield problem(
+            "workers",
+            f"{shown} with workers.gpus 1 need {_counted(gpus, 'GPU')}, but this machine has "
+            f"{machine.gpus or 'none'}",
+            f"{lower}, {elsewhere}",
+            exit_code=ENVIRONMENT_EXIT_CODE,
+        )
+    memory = workers.count * int((workers.memory_gib or 0) * 2**30)
+    if memory > machine.memory_bytes:
+        yield problem(
+            "workers",
+            f"{shown} with workers.memory_gib {workers.memory_gib:g} need {format_bytes(memory)} of "
+            f"memory, but this machine has {format_bytes(machine.memory_bytes)} free",
+            f"lower workers.memory_gib or workers.count, {elsewhere}",
+            exit_code=ENVIRONMENT_EXIT_CODE,
+        )
+
+
+def check_packages() -> list[Finding]:
+    """Whether this machine could train, and whether the model was looked at as a whole."""
+    missing = [name for name in _TRAINING_PACKAGES if importlib.util.find_spec(name) is None]
+    if not missing:
+        return []
+    return [
+        not_checked(
+            "cluster",
+            "whether the run starts here, and whether the model's weights fit its architecture: "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed here",
+            'run: pip install "shoal[train]"',
+        )
+    ]
+
+
+def check_memory(spec: JobSpec, machine: Machine | None, *, worker_bytes: int) -> list[Finding]:
+    """Whether the workers' rows, weights and optimizer states fit into memory. Pure."""
+    part = "workers.memory_gib"
+    if spec.workers.gpus:
+        return []
+    reserved = spec.workers.memory_gib and int(spec.workers.memory_gib * 2**30)
+    if reserved and worker_bytes > reserved:
+        return [
+            warning(
+                part,
+                f"workers.memory_gib is {spec.workers.memory_gib:g}, but a worker needs about "
+                f"{format_bytes(worker_bytes)} for its program, model, optimizer and rows, without "
+                "activations",
+                f"set workers.memory_gib to {worker_bytes / 2**30 * 1.2:.1f} or more",
+            )
+        ]
+    need = worker_bytes * spec.workers.count
+    if machine is not None and need > machine.memory_bytes:
+        return [
+            warning(
+                part,
+                f"{_counted(spec.workers.count, 'worker')} need about {format_bytes(need)} for "
+                "programs, models, optimizers and rows, without activations, but this machine has "
+                f"{format_bytes(machine.memory_bytes)} free",
+                "lower workers.count or data.stream_memory, or free memory",
+            )
+        ]
+    return []
+
+
+def worker_bytes(*, training_bytes: int, stream_bytes: int) -> int:
+    """About what one worker needs, without activations."""
+    return _PROCESS_BYTES + training_bytes + stream_bytes
+
+
+# ------------------------------------------------------------------------------------------- disk
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """What a node keeps on its disk in the course of a run."""
+
+    rows_bytes: int
+    """Fetched row groups, at most `data.cache_gib`."""
+    checkpoint_bytes: int
+    """A checkpoint that is being written, or restored."""
+    model_bytes: int
+    """The copy of a model that lies in a store."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """Without these a run fails; rows that find no room are only fetched again."""
+        return self.checkpoint_bytes + self.model_bytes
+
+
+def disk_need(spec: JobSpec, sets: Iterable[DataSetFacts], model: ModelFacts | None) -> DiskNeed:
+    """What the job keeps on a node's disk."""
+    limit = int(spec.data.cache_gib * 2**30)
+    stored = sum(facts.index.record.bytes for facts in sets)
+    weights = model.weights if model is not None else None
+    if weights is None:
+        return DiskNeed(min(limit, stored), 0, 0)
+    moments = 2 if spec.optimizer.kind == "adamw" else 1
+    return DiskNeed(
+        rows_bytes=min(limit, stored),
+        checkpoint_bytes=4 * weights.num_parameters * (1 + moments),
+        model_bytes=weights.num_bytes if is_s3(spec.model.source) else 0,
+    )
+
+
+def check_disk(need: DiskNeed) -> list[Finding]:
+    """Whether the cache folder of this machine can be written and has the room."""
+    part, folder = "data.cache_gib", cache_folder()
+    above = nearest_existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            free = shutil.disk_usage(above).free
+    except OSError as error:
+        return [
+            problem(
+                part,
+                f"the cache folder {folder} cannot be written to: {error.strerror}",
+                f"set {CACHE_VARIABLE} to a folder on a local disk that you may write to",
+                exit_code=ENVIRONMENT_EXIT_CODE,
+            )
+        ]
+    if need.needed_bytes > free:
+        return [
+            problem(
+                part,
+                f"{folder} has {format_bytes(free)} free, but a checkpoint and a copy of the model "
+                f"take {format_bytes(need.needed_bytes)} there",
+                f"free disk space, or set {CACHE_VARIABLE} to a folder on a larger disk",
+                exit_code=ENVIRONMENT_EXIT_CODE,
+            )
+        ]
+    held = _bytes_below(folder / "rows" / "blobs")
+    if need.needed_bytes + need.rows_bytes > free + held:
+        return [
+            warning(
+                part,
+                f"{folder} has {format_bytes(free)} free, but up to "
+                f"{format_bytes(need.rows_bytes)} of rows would be kept there; what finds no room "
+                "is fetched again in each epoch",
+                f"lower data.cache_gib, free disk space, or set {CACHE_VARIABLE} to a folder on a "
+                "larger disk",
+            )
+        ]
+    total = need.needed_bytes + need.rows_bytes
+    return [ok(part, f"{folder}: {format_bytes(free)} free, at most {format_bytes(total)} needed")]
+
+
+def check_run_disk(spec: JobSpec, need: DiskNeed) -> list[Finding]:
+    """Whether a local folder of runs has room for the checkpoints that are kept."""
+    if is_s3(spec.store.uri):
+        return []
+    folder = local_path(spec.store.uri)
+    kept = spec.checkpoint.keep_last + spec.checkpoint.keep_best + 1
+    wanted = kept * need.checkpoint_bytes
+    free = shutil.disk_usage(nearest_existing(folder)).free
+    if wanted <= free:
+        return []
+    return [
+        warning(
+            "store",
+            f"{folder} has {format_bytes(free)} free, but {kept} checkpoints take about "
+            f"{format_bytes(wanted)}",
+            "free disk space, lower checkpoint.keep_last, or name another store",
+        )
+    ]
+
+
+# ----------------------------------------------------------------------------------- what there is
+
+
+def _cores() -> int:
+    """Cores, within the container's share of them."""
+    cores = os.cpu_count() or 1
+    try:
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        return max(1, min(cores, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # no such limit ("max")
+        return cores
+
+
+def _num_gpus() -> int:
+    """NVIDIA GPUs that a process here would see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        found = len(list(_NVIDIA.iterdir()))
+    except OSError:
+        found = _gpus_of_nvidia_smi()
+    if visible is None:
+        return found
+    return min(found, len([device for device in visible.split(",") if device not in ("", "-1")]))
+
+
+def _gpus_of_nvidia_smi() -> int:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return 0
+    try:
+        listed = subprocess.run(  # noqa: S603 - found on the user's own path
+            [program, "-L"],
+            capture_output=True,
+            text=True,
+            timeout=_NVIDIA_SMI_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _container_bytes() -> int:
+    """Memory that the container uses, without files that are only kept for later reads."""
+    used = _read_number(_CGROUP / "memory.current") or 0
+    try:
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return used
+    return max(0, used - int(stat.get("inactive_file", 0)))
+
+
+def _read_number(path: Path) -> int | None:
+    """None where there is no such file, or no limit in it."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*/*") if path.is_file())
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,210 @@
+"""What follows from several parts of the job and the training set: steps, lanes, memory. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from jobs.checks.data_sets import DataSetFacts
+from jobs.checks.finding import Finding, ok, problem, problems_of, warning
+from jobs.checks.weights import Weights
+from jobs.errors import SpecError
+from jobs.spec import JobSpec, format_bytes
+from trainers.data.partition import (
+    fit_window,
+    item_step,
+    lanes_of_rank,
+    refuse_small_cache,
+    refuse_small_memory,
+    stream_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the run amounts to; None where a part of it is not known."""
+
+    rows: int | None = None
+    """Of one epoch."""
+    steps_per_epoch: int | None = None
+    total_steps: int | None = None
+    lanes: int | None = None
+    window: int | None = None
+    """Row groups of a lane among which rows are shuffled."""
+    stream_bytes: int | None = None
+    """Row groups that one worker holds in memory."""
+    parameters: int | None = None
+    training_bytes: int | None = None
+    """Weights, gradients and optimizer state of one worker."""
+
+    def to_json(self) -> dict[str, int | None]:
+        return asdict(self)
+
+
+def totals_of(spec: JobSpec, train: DataSetFacts | None, weights: Weights | None) -> Totals:
+    """Counts of the run; those that need the training set are None without it."""
+    parameters = weights.num_parameters if weights is not None else None
+    copies = {"adamw": 4, "sgd": 3}[spec.optimizer.kind]
+    training = 4 * copies * parameters if parameters is not None else None
+    if train is None or not train.index.num_rows:
+        return Totals(parameters=parameters, training_bytes=training)
+    index = train.index
+    steps = math.ceil(index.num_rows / spec.batching.global_batch_size)
+    window = _window(spec, train)
+    return Totals(
+        rows=index.num_rows,
+        steps_per_epoch=steps,
+        total_steps=steps * spec.train.epochs,
+        lanes=spec.lanes,
+        window=window,
+        stream_bytes=stream_bytes(
+            lanes=spec.lanes,
+            window=window,
+            world_size=spec.workers.count,
+            max_row_group_bytes=index.max_row_group_bytes,
+        ),
+        parameters=parameters,
+        training_bytes=training,
+    )
+
+
+def _window(spec: JobSpec, train: DataSetFacts) -> int:
+    return fit_window(
+        window=spec.data.window,
+        lanes=spec.lanes,
+        max_row_group_bytes=train.index.max_row_group_bytes,
+        stream_memory=spec.data.stream_memory,
+    )
+
+
+def check_batching(spec: JobSpec) -> Iterator[Finding]:
+    """Whether rows, micro-batches and workers go together."""
+    batching, workers = spec.batching, spec.workers.count
+    if batching.max_tokens_per_microbatch < spec.task.max_tokens:
+        yield problem(
+            "batching",
+            f"batching.max_tokens_per_microbatch is {batching.max_tokens_per_microbatch}, but one "
+            f"row may have {spec.task.max_tokens} tokens (task.max_tokens)",
+            f"set batching.max_tokens_per_microbatch to {spec.task.max_tokens} or more",
+        )
+    if batching.global_batch_size < workers:
+        yield warning(
+            "batching",
+            f"batching.global_batch_size is {batching.global_batch_size} rows, so that of "
+            f"{workers} workers {workers - batching.global_batch_size} have nothing to do in a "
+            "step",
+            f"set batching.global_batch_size to {workers} or more, or lower workers.count",
+        )
+
+
+def check_steps(spec: JobSpec, totals: Totals) -> Iterator[Finding]:
+    """Whether warmup, evaluations and checkpoints happen within the run's steps."""
+    total, each = totals.total_steps, totals.steps_per_epoch
+    if total is None or each is None:
+        return
+    warmup = spec.optimizer.warmup_steps
+    if warmup >= total:
+        yield warning(
+            "optimizer",
+            f"optimizer.warmup_steps is {warmup:,}, but the run has {total:,} steps, so the "
+            "learning rate never reaches optimizer.learning_rate",
+            f"set optimizer.warmup_steps to {max(0, total // 10)} or so",
+        )
+    every = spec.train.evaluate_every_steps
+    stopping = spec.train.early_stopping
+    if every is not None and every > total and spec.data.validation is not None:
+        yield warning(
+            "train",
+            f"train.evaluate_every_steps is {every:,}, but the run has {total:,} steps, so only "
+            "its end is evaluated",
+            f"set train.evaluate_every_steps to {each} (once an epoch) or less, or remove it",
+        )
+    evaluations = math.ceil(total / (every or each))
+    if stopping is not None and stopping.patience >= evaluations:
+        yield warning(
+            "train",
+            f"train.early_stopping.patience is {stopping.patience}, but the run is evaluated "
+            f"{evaluations} times, so it never stops early",
+            "lower train.early_stopping.patience or train.evaluate_every_steps, or raise "
+            "train.epochs",
+        )
+    if stopping is not None and (stopping.mode == "min") != (stopping.metric == "validation/loss"):
+        right = "min" if stopping.metric == "validation/loss" else "max"
+        yield warning(
+            "train",
+            f"train.early_stopping.mode is {stopping.mode} for {stopping.metric}, so the worst "
+            "checkpoint counts as the best",
+            f"set train.early_stopping.mode to {right}",
+        )
+    if spec.data.validation is None and spec.data.test is None:
+        yield warning(
+            "data",
+            "neither data.validation nor data.test is given, so nothing tells how good the model "
+            "is",
+            "split the source: shoal prepare SOURCE --to URI --split validation=0.1,test=0.1",
+        )
+
+
+def check_stream(spec: JobSpec, train: DataSetFacts, totals: Totals) -> Iterator[Finding]:
+    """Whether lanes, workers, memory and the node's cache fit the training set."""
+    if totals.window is None or totals.stream_bytes is None:
+        return
+    index, lanes, workers = train.index, spec.lanes, spec.workers.count
+    try:
+        refuse_small_memory(
+            uri=train.uri,
+            lanes=lanes,
+            window=totals.window,
+            world_size=workers,
+            max_row_group_bytes=index.max_row_group_bytes,
+            stream_memory=spec.data.stream_memory,
+        )
+    except SpecError as error:
+        yield from problems_of("data.stream_memory", error)
+    else:
+        yield from _tell_memory(spec, train, totals)
+    if item_step(lanes, workers) == 1:
+        return
+    yield warning(
+        "data.lanes",
+        f"{workers} workers do not divide the {lanes} lanes, so {item_step(lanes, workers)} "
+        "workers read each row group",
+        f"set data.lanes to a multiple of {workers}",
+    )
+    try:
+        refuse_small_cache(
+            uri=train.uri,
+            lanes=lanes,
+            window=totals.window,
+            num_groups=index.num_groups,
+            stored_bytes=index.record.bytes,
+            cache_bytes=int(spec.data.cache_gib * 2**30),
+        )
+    except SpecError as error:
+        yield from problems_of("data.cache_gib", error)
+
+
+def _tell_memory(spec: JobSpec, train: DataSetFacts, totals: Totals) -> Iterator[Finding]:
+    index, window = train.index, totals.window
+    assert totals.stream_bytes is not None
+    groups = 2 * (window or 1) * lanes_of_rank(spec.lanes, spec.workers.count)
+    message = (
+        f"a worker holds at most {groups} row groups of {format_bytes(index.max_row_group_bytes)}: "
+        f"{format_bytes(totals.stream_bytes)} of {format_bytes(spec.data.stream_memory)}"
+    )
+    if window is not None and window < min(spec.data.window, index.num_groups // spec.lanes):
+        wanted = stream_bytes(
+            lanes=spec.lanes,
+            window=spec.data.window,
+            world_size=1,
+            max_row_group_bytes=index.max_row_group_bytes,
+        )
+        yield warning(
+            "data.stream_memory",
+            f"{message}; rows are shuffled within {window} row groups instead of data.window's "
+            f"{spec.data.window}",
+            f"set data.stream_memory to {-(-wanted // 2**20)} MiB for the whole window",
+        )
+    else:
+        yield ok("data.stream_memory", message)

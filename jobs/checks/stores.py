@@ -1,0 +1,141 @@
+"""Stores for the checks: connections that are shared and give up soon, and the probe of a store."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import tempfile
+import threading
+from pathlib import Path
+
+from cluster.storage import (
+    ObjectExists,
+    StorageError,
+    Store,
+    Transfer,
+    is_s3,
+    join_uri,
+    open_store,
+    split_s3_uri,
+)
+from jobs.checks.finding import ENVIRONMENT_EXIT_CODE, Finding, ok, problem, problems_of
+from jobs.errors import ShoalError
+from jobs.spec import StoreAccess
+
+_HASTE = Transfer(retry_seconds=3.0, connect_timeout_seconds=2.0, read_timeout_seconds=10.0)
+"""A run waits for a store that is away; a check says so."""
+_PROBE_BYTES = 4096
+
+
+class Stores:
+    """Opens stores; those of one bucket share their connections, which are slow to make."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[tuple[str, StoreAccess], Store] = {}
+        self._lock = threading.Lock()
+
+    def open(self, uri: str, access: StoreAccess) -> Store:
+        """As `open_store`: nothing is sent; raises SpecError for what cannot be right."""
+        if not is_s3(uri):
+            return open_store(uri, access)
+        bucket, prefix = split_s3_uri(uri)
+        with self._lock:
+            key = (bucket, access)
+            if key not in self._buckets:
+                self._buckets[key] = open_store(f"s3://{bucket}", access, transfer=_HASTE)
+            return self._buckets[key].within(prefix)
+
+
+def check_store(part: str, uri: str, access: StoreAccess, stores: Stores) -> list[Finding]:
+    """Whether runs can be kept at `uri`; leaves nothing there.
+
+    In S3 an object of a random name is created, if absent; the same again must be refused; then it
+    is deleted, whatever happened. In a local folder, which need not exist yet, a file without a
+    name is written, which no crash can leave behind.
+    """
+    try:
+        store = stores.open(uri, access)
+        if not is_s3(store.uri):
+            return _check_folder(part, Path(store.uri))
+        return _check_bucket(part, store)
+    except ShoalError as error:
+        return problems_of(part, error)
+
+
+def _check_bucket(part: str, store: Store) -> list[Finding]:
+    key = f"shoal-check-{secrets.token_hex(8)}"
+    findings: list[Finding] = []
+    try:
+        store.write_if_absent(key, b"")
+        try:
+            store.write_if_absent(key, b"")
+        except ObjectExists:
+            findings.append(
+                ok(
+                    part,
+                    f"{store.uri} can be written, also conditionally (tried with an object that "
+                    "was deleted again)",
+                )
+            )
+        else:
+            findings.append(
+                problem(
+                    part,
+                    f"{store.uri} replaces an object that a conditional write must not replace, so "
+                    "that two drivers could train one run",
+                    "use a store with conditional writes, such as AWS S3 or the embedded one "
+                    "(shoal up)",
+                    exit_code=ENVIRONMENT_EXIT_CODE,
+                )
+            )
+    except StorageError as error:
+        findings += problems_of(part, error)
+        # The answer to a write may be lost where the write is not.
+        with contextlib.suppress(StorageError):
+            store.delete([key])
+        return findings
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            store.delete([key])
+        raise
+    try:
+        store.delete([key])
+    except StorageError as error:
+        return [
+            problem(
+                part,
+                f"{p.message}, so {join_uri(store.uri, key)}, an empty object that tried whether "
+                "objects can be written, is still there",
+                p.hint or "allow s3:DeleteObject: old checkpoints are deleted while a run goes on",
+                exit_code=ENVIRONMENT_EXIT_CODE,
+            )
+            for p in error.problems
+        ]
+    return findings
+
+
+def _check_folder(part: str, folder: Path) -> list[Finding]:
+    above = nearest_existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=above) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+    except OSError as error:
+        below = "" if above == folder else f", in which {folder} would be made"
+        return [
+            problem(
+                part,
+                f"{above}{below}, cannot be written to: {error.strerror}",
+                "name a folder that you may write to, on a disk with free space",
+                exit_code=ENVIRONMENT_EXIT_CODE,
+            )
+        ]
+    made = "" if above == folder else "; it will be made by the first run"
+    return [ok(part, f"{folder} can be written{made} (tried with a file without a name)")]
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest one above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
