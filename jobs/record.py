@@ -15,6 +15,8 @@
     checkpoints/step-00000200/...parts...       then manifest.json, last
     tensorboard/...                             event files
     report/index.html, report/report.json
+    evaluations/DIGEST/predictions.parquet      the best model on other data, by the data's digest;
+    evaluations/DIGEST/metrics.json             written last
     ray/generation-0001/...                     Ray Train's own notes; never read
     result.json                                 how the run ended; written last
     deleting.json                               the run is being deleted; readers refuse it
@@ -359,6 +361,10 @@ class RunPaths:
     @property
     def tensorboard(self) -> str:
         return self._join("tensorboard/")
+
+    def evaluation(self, data_digest: str) -> str:
+        """Folder of an evaluation on other data, with a slash at its end."""
+        return self._join("evaluations", data_digest) + "/"
 
     @property
     def ray(self) -> str:

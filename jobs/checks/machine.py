@@ -107,8 +107,8 @@ def _too_many(workers: Workers, machine: Machine) -> Iterator[Finding]:
     if memory > machine.memory_bytes:
         yield problem(
             "workers",
-            f"{shown} with workers.memory_gib {workers.memory_gib:g} need {format_bytes(memory)} of "
-            f"memory, but this machine has {format_bytes(machine.memory_bytes)} free",
+            f"{shown} with workers.memory_gib {workers.memory_gib:g} need {format_bytes(memory)}, "
+            f"but this machine has {format_bytes(machine.memory_bytes)} free",
             f"lower workers.memory_gib or workers.count, {elsewhere}",
             exit_code=ENVIRONMENT_EXIT_CODE,
         )

@@ -18,7 +18,7 @@ from jobs.commands.target import json_option, open_run, print_json, run_argument
     "--output",
     metavar="PATH",
     type=click.Path(path_type=Path),
-    help="Write the prediction of each row to this Parquet file.",
+    help="Parquet file for the prediction of each row. Default: in the run's folder.",
 )
 @json_option
 def evaluate(
@@ -43,8 +43,7 @@ def evaluate(
         print_json(measured)
         return
     _show(measured)
-    if output is not None:
-        click.echo(f"predictions: {output}", err=True)
+    click.echo(f"predictions: {measured['predictions']}", err=True)
 
 
 def _show(measured: dict[str, Any]) -> None:
