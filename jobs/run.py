@@ -1,7 +1,7 @@
 """The program that drives a run, the same on a laptop and in a cluster: `python -m jobs.run URI`.
 
-    main -> drive        lease, result, report
-              _fit       Ray, signals, the workers
+main -> drive        lease, result, report
+          _fit       Ray, signals, the workers
 """
 
 from __future__ import annotations
@@ -69,11 +69,10 @@ def drive(
     spec, paths = reader.spec(), RunPaths(run_id)
     with acquire(store, paths.lease, ttl_seconds=LEASE_SECONDS, wait=_say_waiting) as lease:
         with ExitStack() as stack:
-            telemetry = stack.enter_context(
-                Telemetry(store, paths, Source(lease.generation, None))
-            )
-            output = logging.getLogger("driver.output")
-            stack.enter_context(captured_output(lambda line: output.info("%s", line)))
+            telemetry = stack.enter_context(Telemetry(store, paths, Source(lease.generation, None)))
+            output = logging.getLogger("shoal.output")
+            output.setLevel(logging.DEBUG)
+            stack.enter_context(captured_output(lambda line: output.debug("%s", line)))
             telemetry.state(State.STARTING, "starting Ray and the workers")
             assignment = Assignment(spec, run_id, lease.generation, controls_seen)
             ended = _fit(assignment, store, lease, attended_by=attended_by)

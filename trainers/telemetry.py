@@ -25,6 +25,9 @@ FLUSH_SECONDS = 2.0
 MAX_WAITING_LINES = 100_000
 """Lines kept in memory while the store does not answer; the oldest go first after that."""
 
+_OWN_LOGGERS = frozenset({"shoal", "cluster", "jobs", "trainers"})
+"""Only these are heard below warnings: libraries tell much that nobody asked for."""
+
 log = logging.getLogger("shoal")
 
 
@@ -95,6 +98,8 @@ class LogHandler(logging.Handler):
         }
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING and record.name.partition(".")[0] not in _OWN_LOGGERS:
+            return
         line: dict[str, Any] = {
             "time": record.created,
             "level": record.levelname,
@@ -124,7 +129,8 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         root = logging.getLogger()
         root.addHandler(self._handler)
-        log.setLevel(logging.INFO)
+        for name in _OWN_LOGGERS:
+            logging.getLogger(name).setLevel(logging.INFO)
         return self
 
     def __exit__(

@@ -122,9 +122,7 @@ def test_every_row_is_used_exactly_once_an_epoch(scene: Path, calm: dict[int, st
         assert sorted(row for step in steps for row in batches[step]) == list(range(ROWS))
 
 
-def test_all_worker_counts_give_the_same_global_batches(
-    scene: Path, calm: dict[int, str]
-) -> None:
+def test_all_worker_counts_give_the_same_global_batches(scene: Path, calm: dict[int, str]) -> None:
     first, *others = (global_batches(scene, run_id) for run_id in calm.values())
     assert all(other == first for other in others)
 
@@ -149,17 +147,13 @@ def test_a_kill_between_evaluation_and_commit_changes_nothing(
 
 
 def test_a_run_goes_on_with_another_number_of_workers(scene: Path, calm: dict[int, str]) -> None:
-    run_ranks(
-        assignment_of(job(scene, workers=4), "fewer"), world_size=4, kill=Kill("step", 13)
-    )
+    run_ranks(assignment_of(job(scene, workers=4), "fewer"), world_size=4, kill=Kill("step", 13))
     run_ranks(
         assignment_of(job(scene, workers=3), "fewer", generation=2),
         world_size=3,
         kill=Kill("step", 5),
     )
-    outcome = run_ranks(
-        assignment_of(job(scene, workers=1), "fewer", generation=3), world_size=1
-    )
+    outcome = run_ranks(assignment_of(job(scene, workers=1), "fewer", generation=3), world_size=1)
     assert outcome is not None
     assert outcome.state == "SUCCEEDED"
     assert global_batches(scene, "fewer") == global_batches(scene, calm[1])

@@ -1,0 +1,186 @@
+"""One run through all that happens to runs: Ray Train, S3, Ctrl-C, a dead worker, a dead driver.
+
+Its peer is the same job under torchrun, with Ray out of reach and nothing going wrong: the final
+weights must be the same bits, and the losses the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.storage import Store, join_uri
+from jobs.record import RunPaths, State, in_lineage, lineage
+from jobs.runs import RunReader
+from tests.tiny import tiny_model, tiny_reviews, tiny_tree
+from trainers.checkpoint import read_attempts, read_manifests
+
+pytestmark = pytest.mark.timeout(420)
+
+ROWS = 1500
+EPOCHS = 5
+TOTAL_STEPS = 940
+NO_RAY = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ray":
+            raise ModuleNotFoundError("No module named 'ray'", name="ray")
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+@pytest.fixture
+def scene(tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """job.yaml in a folder; data and runs in the object store."""
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    data = tiny_reviews(join_uri(s3_store.uri, "data"), rows=ROWS, rows_per_group=64, held_out=90)
+    tree = tiny_tree(
+        tiny_model(tmp_path / "model", hidden=64),
+        {**data, "lanes": 4, "seed": 3},
+        join_uri(s3_store.uri, "runs"),
+        workers={"count": 2},
+        train={"epochs": EPOCHS, "log_rows": True, "evaluate_every_steps": 90},
+        checkpoint={"every_steps": 20},
+    )
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    yield tmp_path
+    for process in psutil.process_iter(["environ"]):
+        held = process.info["environ"] or {}
+        assert held.get("SHOAL_CACHE") != str(tmp_path / "cache"), f"{process} is left running"
+
+
+def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
+    scene: Path, s3_store: Store
+) -> None:
+    runs = s3_store.within("runs")
+    peer = under_torchrun(scene)
+    reader = RunReader(runs, "lively")
+
+    run = shoal("run", "job.yaml", "--run-id", "lively", folder=scene)
+    wait_for(lambda: newest_step(runs) >= 40, run)
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 130, output
+    assert f"shoal resume {reader.uri}" in output
+    result = reader.result()
+    assert result is not None
+    assert result.state is State.STOPPED
+    stopped_at = result.step
+
+    run = shoal("resume", reader.uri, folder=scene)
+    wait_for(lambda: newest_step(runs) >= stopped_at + 40, run)
+    worker = next(p for p in tree_of(run) if "RayTrainWorker" in p.name() or is_worker(p))
+    worker.kill()
+    wait_for(lambda: len(read_attempts(runs, RunPaths("lively"))) == 3, run)
+    after_worker = newest_step(runs)
+    wait_for(lambda: newest_step(runs) >= after_worker + 40, run)
+    for process in tree_of(run):
+        process.kill()
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 3, output
+    assert "was killed by SIGKILL" in output
+
+    run = shoal("resume", reader.uri, folder=scene)
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, output
+    result = reader.result()
+    assert result is not None
+    assert (result.state, result.step) == (State.SUCCEEDED, TOTAL_STEPS)
+    peer.communicate(timeout=240)
+    assert peer.returncode == 0
+
+    assert final_weights(runs, "lively") == final_weights(runs, "peer")
+    assert losses(reader) == losses(RunReader(runs, "peer"))
+    for counts in rows_by_epoch(runs, "lively").values():
+        assert counts == Counter(range(ROWS))
+    assert runs.head(RunPaths("lively").report_html) is not None
+
+
+def shoal(*arguments: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def under_torchrun(scene: Path) -> subprocess.Popen[str]:
+    """The same job by torchrun, in an environment in which Ray cannot be imported."""
+    hook = scene / "no-ray"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(NO_RAY)
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            "-m", "trainers", "job.yaml", "--run-id", "peer",
+        ],
+        cwd=scene,
+        env=os.environ | {"PYTHONPATH": str(hook)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 180
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"it ended or hung: {process.communicate()[0]}")
+        time.sleep(0.1)
+
+
+def newest_step(runs: Store) -> int:
+    return max((m.step for m in read_manifests(runs, RunPaths("lively"))), default=0)
+
+
+def tree_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The driver of an attended run and all that it has started, not the command itself."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def is_worker(process: psutil.Process) -> bool:
+    return "RayTrainWorker" in " ".join(process.cmdline())
+
+
+def final_weights(runs: Store, run_id: str) -> dict[str, str]:
+    last = read_manifests(runs, RunPaths(run_id))[-1]
+    assert last.is_last_step
+    return {p.name: p.sha256 for p in last.parts if p.name.endswith(".safetensors")}
+
+
+def losses(reader: RunReader) -> dict[int, Any]:
+    return {line["step"]: line["loss"] for line in reader.metrics() if line["kind"] == "train"}
+
+
+def rows_by_epoch(runs: Store, run_id: str) -> dict[int, Counter[int]]:
+    paths = RunPaths(run_id)
+    spans = lineage(read_attempts(runs, paths))
+    epochs: dict[int, Counter[int]] = {}
+    for head in runs.list(paths.lines_folder("rows")):
+        for text in runs.read(head.key).splitlines():
+            line = json.loads(text)
+            if in_lineage(line["step"], line["attempt"], spans):
+                epochs.setdefault(line["epoch"], Counter()).update(line["rows"])
+    assert sorted(epochs) == list(range(EPOCHS))
+    return epochs
