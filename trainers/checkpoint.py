@@ -273,7 +273,7 @@ def load_progress(folder: Path) -> tuple[Progress, dict[str, Any] | None]:
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the optimizer's state back; raises KeyError where the trained parameters differ."""
+    """Puts the optimizer's state back; raises SpecError where it is another optimizer's."""
     path = folder / "optimizer.safetensors"
     load_optimizer_tensors(model, optimizer, load_file(path) if path.exists() else {})
 

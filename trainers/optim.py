@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from jobs.errors import Problem, SpecError
 from jobs.spec import Optimizer
 
 
@@ -84,12 +85,37 @@ def load_optimizer_tensors(
 ) -> None:
     """Puts back what `optimizer_tensors` gave.
 
-    Raises KeyError where the tensors are not those of this model's trained parameters.
+    Raises SpecError where the tensors are another optimizer's, or those of parameters that are
+    not trained now. A trained parameter without any begins anew.
     """
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer.state.clear()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    held: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         name, _, state = key.rpartition("/")
-        parameter = named[name]
-        # `step` is a scalar that AdamW keeps beside the parameter only where it is fused.
-        optimizer.state[parameter][state] = value.to(parameter.device, copy=True)
+        held.setdefault(name, {})[state] = value
+    own = _state_names(optimizer)
+    if any(name not in trained or set(states) != own for name, states in held.items()) or (
+        own and not held
+    ):
+        raise SpecError(
+            Problem(
+                "the checkpoint holds the state of another optimizer, or of parameters that are "
+                "not trained now",
+                "set optimizer.kind, optimizer.momentum and model.freeze as they were, or start a "
+                "new run with model.source naming this run",
+            )
+        )
+    optimizer.state.clear()
+    for name, states in held.items():
+        parameter = trained[name]
+        # Also AdamW's `step`, a scalar, lies beside the parameter: that is so where it is fused.
+        optimizer.state[parameter] = {
+            state: value.to(parameter.device, copy=True) for state, value in states.items()
+        }
+
+
+def _state_names(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What the optimizer keeps for each parameter that it has changed."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step", "exp_avg", "exp_avg_sq"}
+    return {"momentum_buffer"} if optimizer.defaults["momentum"] else set()

@@ -1,0 +1,182 @@
+"""Optimizers, schedules, clipping, and state that comes back as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from jobs.errors import SpecError
+from jobs.spec import Optimizer
+from trainers.freezing import freeze
+from trainers.optim import (
+    build_optimizer,
+    gradient_norm,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+
+ADAMW = Optimizer(learning_rate=0.01)
+SGD = Optimizer(kind="sgd", learning_rate=0.01)
+PLAIN_SGD = Optimizer(kind="sgd", learning_rate=0.01, momentum=0.0)
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for number in range(count):
+        optimizer.zero_grad(set_to_none=True)
+        model(torch.tensor([number % 5, 1])).square().sum().backward()
+        optimizer.step()
+
+
+def weights(model: nn.Module) -> list[bytes]:
+    return [p.detach().numpy().tobytes() for p in model.parameters()]
+
+
+def rates(total: int, **keys: object) -> list[float]:
+    spec = Optimizer.model_validate({"learning_rate": 1.0, **keys})
+    return [learning_rate(spec, step=step, total_steps=total) for step in range(total)]
+
+
+# ------------------------------------------------------------------------------------ schedules
+
+
+def test_a_constant_rate_stays() -> None:
+    assert rates(3, schedule="constant") == [1.0, 1.0, 1.0]
+
+
+def test_a_linear_rate_falls_to_zero_at_the_end() -> None:
+    assert rates(4, schedule="linear") == [1.0, 0.75, 0.5, 0.25]
+    spec = Optimizer(learning_rate=1.0)
+    assert learning_rate(spec, step=4, total_steps=4) == 0.0
+
+
+def test_a_cosine_rate_falls_as_half_a_cosine() -> None:
+    assert rates(4, schedule="cosine") == pytest.approx(
+        [(1 + math.cos(math.pi * x / 4)) / 2 for x in range(4)]
+    )
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_warmup_rises_evenly_and_its_first_step_trains(schedule: str) -> None:
+    assert rates(6, schedule=schedule, warmup_steps=3)[:4] == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_warmup_longer_than_training_only_rises(schedule: str) -> None:
+    assert rates(3, schedule=schedule, warmup_steps=7) == [0.125, 0.25, 0.375]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("warmup_steps", [0, 5, 6])
+def test_no_rate_is_negative_after_the_last_step(schedule: str, warmup_steps: int) -> None:
+    spec = Optimizer.model_validate(
+        {"learning_rate": 1.0, "schedule": schedule, "warmup_steps": warmup_steps}
+    )
+    assert all(learning_rate(spec, step=s, total_steps=5) >= 0.0 for s in range(12))
+
+
+def test_the_rate_is_set_for_all_groups() -> None:
+    optimizer = build_optimizer(small_model(), ADAMW)
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+# ---------------------------------------------------------------------------- groups, clipping
+
+
+@pytest.mark.parametrize("spec", [ADAMW, SGD])
+def test_only_matrices_and_embeddings_decay(spec: Optimizer) -> None:
+    model = small_model()
+    decayed, plain = build_optimizer(model, spec).param_groups
+    assert decayed["weight_decay"] == spec.weight_decay
+    assert [tuple(p.shape) for p in decayed["params"]] == [(5, 4), (3, 4)]
+    assert plain["weight_decay"] == 0.0
+    assert {p.ndim for p in plain["params"]} == {1}
+
+
+def test_frozen_parameters_have_no_group() -> None:
+    model = small_model()
+    freeze(model, ["0", "1"])
+    [group] = build_optimizer(model, ADAMW).param_groups
+    assert [tuple(p.shape) for p in group["params"]] == [(3,), (3,)]
+
+
+def test_gradients_are_clipped_to_the_largest_norm_and_the_norm_before_is_told() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert float(gradient_norm([weight], max_norm=None)) == 5.0
+    assert weight.grad.tolist() == [3.0, 4.0]
+    assert float(gradient_norm([weight], max_norm=1.0)) == 5.0
+    assert float(weight.grad.norm()) == pytest.approx(1.0)
+
+
+def test_a_small_gradient_is_not_clipped() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([0.3, 0.4])
+    gradient_norm([weight], max_norm=1.0)
+    assert weight.grad.tolist() == pytest.approx([0.3, 0.4])
+
+
+# ----------------------------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("spec", [ADAMW, SGD, PLAIN_SGD], ids=["adamw", "sgd", "plain-sgd"])
+@pytest.mark.parametrize("frozen", [[], ["0"]], ids=["all", "frozen"])
+def test_restored_state_goes_on_with_the_same_bits(spec: Optimizer, frozen: list[str]) -> None:
+    model = small_model()
+    freeze(model, frozen)
+    optimizer = build_optimizer(model, spec)
+    steps(model, optimizer, 3)
+    saved = {name: t.clone() for name, t in optimizer_tensors(model, optimizer).items()}
+    other = copy.deepcopy(model)
+    restored = build_optimizer(other, spec)
+    load_optimizer_tensors(other, restored, saved)
+    for one, its in ((model, optimizer), (other, restored)):
+        steps(one, its, 3)
+    assert weights(other) == weights(model)
+
+
+def test_what_is_loaded_is_a_copy() -> None:
+    model = small_model()
+    optimizer = build_optimizer(model, ADAMW)
+    steps(model, optimizer, 1)
+    saved = {name: t.clone() for name, t in optimizer_tensors(model, optimizer).items()}
+    before = {name: t.clone() for name, t in saved.items()}
+    load_optimizer_tensors(model, optimizer, saved)
+    steps(model, optimizer, 1)
+    assert all(torch.equal(saved[name], before[name]) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ((ADAMW, []), (ADAMW, ["0"])),
+        ((ADAMW, []), (SGD, [])),
+        ((SGD, []), (ADAMW, [])),
+        ((SGD, []), (PLAIN_SGD, [])),
+        ((PLAIN_SGD, []), (SGD, [])),
+    ],
+    ids=["more frozen", "sgd now", "adamw now", "no momentum now", "momentum now"],
+)
+def test_state_of_another_optimizer_or_of_other_parameters_is_refused(
+    was: tuple[Optimizer, list[str]], now: tuple[Optimizer, list[str]]
+) -> None:
+    model = small_model()
+    freeze(model, was[1])
+    optimizer = build_optimizer(model, was[0])
+    steps(model, optimizer, 1)
+    saved = optimizer_tensors(model, optimizer)
+    other = small_model()
+    freeze(other, now[1])
+    with pytest.raises(SpecError, match="optimizer"):
+        load_optimizer_tensors(other, build_optimizer(other, now[0]), saved)
