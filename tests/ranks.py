@@ -2,6 +2,8 @@
 
 run_ranks(assignment, world_size=3)                         -> Outcome
 run_ranks(assignment, world_size=3, kill=Kill("step", 7))   -> None: SIGKILL for all of them
+run_group(assignment, world_size=3)                         -> [Outcome]: what each rank was told
+on_ranks(work, world_size=3)                                -> what any function gives on each
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from jobs.record import Outcome, RunPaths
 from trainers.attempt import Assignment
+from trainers.session import Session
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.ranks_preload"])
@@ -98,12 +103,7 @@ def _rank(
     from trainers.session import ProcessSession
     from trainers.worker import train_worker
 
-    os.environ.clear()
-    os.environ.update(environment)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    _take_place(rank, world_size, port, environment)
     try:
         if before is not None:
             before()
@@ -113,6 +113,89 @@ def _rank(
             outcome = train_worker(session, assignment)
         if rank == 0:
             sender.send(("outcome", outcome.model_dump_json()))
+    except BaseException:
+        sender.send(("error", f"rank {rank}: {traceback.format_exc()}"))
+        raise
+
+
+def _take_place(rank: int, world_size: int, port: int, environment: dict[str, str]) -> None:
+    """Sets this process's environment: that of the test, and what torchrun would add to it."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+
+
+def on_ranks(
+    work: Callable[[Session], Any], *, world_size: int, timeout_seconds: float = 60
+) -> list[Any]:
+    """What `work` (picklable, as is what it gives) gives on each rank of a group, by rank.
+
+    AssertionError with the traceback where it raises, or where a rank does not end in time: the
+    time is that of all ranks together, and ends a rank that waits for another for ever.
+    """
+    port = _free_port()
+    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+    ranks = [
+        _CONTEXT.Process(
+            target=_work, args=(work, rank, world_size, port, dict(os.environ), sender)
+        )
+        for rank, (_, sender) in enumerate(pipes)
+    ]
+    for rank, (_, sender) in zip(ranks, pipes, strict=True):
+        rank.start()
+        sender.close()
+    deadline = time.monotonic() + timeout_seconds
+    given: list[Any] = []
+    try:
+        for number, (receiver, _) in enumerate(pipes):
+            if not receiver.poll(max(0.0, deadline - time.monotonic())):
+                raise AssertionError(f"rank {number} did not end in {timeout_seconds} s")
+            kind, value = receiver.recv()
+            assert kind == "given", value
+            given.append(value)
+    finally:
+        for rank in ranks:
+            rank.join(1 if len(given) < world_size else TIMEOUT_SECONDS)
+            rank.kill()
+            rank.join()
+    return given
+
+
+def run_group(
+    assignment: Assignment, *, world_size: int, before: Callable[[], None] | None = None
+) -> list[Outcome]:
+    """The outcome of `train_worker` on each rank; `before` is called in each process first."""
+    return on_ranks(partial(_train, assignment, before), world_size=world_size)
+
+
+def _train(assignment: Assignment, before: Callable[[], None] | None, session: Session) -> Outcome:
+    from trainers.worker import train_worker
+
+    if before is not None:
+        before()
+    return train_worker(session, assignment)
+
+
+def _work(
+    work: Callable[[Session], Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    environment: dict[str, str],
+    sender: Connection,
+) -> None:
+    import traceback
+
+    from trainers.session import ProcessSession
+
+    _take_place(rank, world_size, port, environment)
+    try:
+        with ProcessSession(use_gpu=False) as session:
+            given = work(session)
+        sender.send(("given", given))
     except BaseException:
         sender.send(("error", f"rank {rank}: {traceback.format_exc()}"))
         raise

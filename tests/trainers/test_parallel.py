@@ -1,0 +1,106 @@
+"""Replication: gradient buckets that never change their layout, and keyed generators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from jobs.spec import Model
+from tests.ranks import on_ranks
+from tests.tiny import tiny_model
+from trainers.parallel import (
+    autocast,
+    compute_type,
+    plain,
+    replicate,
+    seed_generators,
+    trained_parameters,
+    without_reduction,
+)
+from trainers.session import Session
+
+CPU = torch.device("cpu")
+
+
+class BucketsOf:
+    """Steps a replicated encoder; gives its bucket layout after each, and its last gradients."""
+
+    def __init__(self, folder: Path, *, frozen: bool) -> None:
+        self.folder = folder
+        self.frozen = frozen
+
+    def __call__(self, session: Session) -> dict[str, Any]:
+        from transformers import AutoModelForSequenceClassification
+
+        model = AutoModelForSequenceClassification.from_pretrained(self.folder)
+        if self.frozen:
+            model.bert.embeddings.requires_grad_(False)
+        whole = replicate(model, device=session.device, world_size=session.world_size)
+        assert isinstance(whole, DistributedDataParallel)
+        layouts = []
+        for step in range(5):
+            whole.zero_grad(set_to_none=True)
+            ids = torch.full((2, 3), 5 + session.rank)
+            if step == 1:
+                with without_reduction(whole):
+                    whole(input_ids=ids).logits.sum().backward()
+            whole(input_ids=ids).logits.sum().backward()
+            told = whole._get_ddp_logging_data()
+            layouts.append(told["bucket_sizes"])
+        norm = sum(float(p.grad.norm()) for p in trained_parameters(plain(whole)))
+        return {"layouts": layouts, "norm": norm, "rebuilt": told.get("has_rebuilt_buckets", 0)}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_buckets_are_four_or_more_and_keep_their_layout(
+    tmp_path: Path, frozen: bool
+) -> None:
+    folder = tiny_model(tmp_path, hidden=64)
+    first, second = on_ranks(BucketsOf(folder, frozen=frozen), world_size=2)
+    assert len(first["layouts"][0].split(",")) >= 4
+    assert first["layouts"] == [first["layouts"][0]] * 5
+    assert not first["rebuilt"]
+    assert first["norm"] == second["norm"], "gradients differ between ranks"
+
+
+def test_one_rank_needs_no_replication() -> None:
+    model = nn.Linear(2, 2)
+    assert replicate(model, device=CPU, world_size=1) is model
+    assert plain(model) is model
+    with without_reduction(model):
+        model(torch.ones(1, 2)).sum().backward()
+    assert model.weight.grad is not None
+
+
+def draws(*keys: int) -> list[float]:
+    seed_generators(*keys)
+    return nn.functional.dropout(torch.ones(64), 0.5).tolist()
+
+
+def test_dropout_is_a_function_of_its_keys() -> None:
+    assert draws(7, 3, 1, 0) == draws(7, 3, 1, 0)
+    torch.rand(100)
+    assert draws(7, 3, 1, 0) == draws(7, 3, 1, 0)
+
+
+def test_each_seed_step_rank_and_microbatch_draws_its_own() -> None:
+    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (2**40, 0, 0, 0)]
+    assert len({tuple(draws(*key)) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)],
+)
+def test_precision_is_that_of_the_job_and_auto_is_full_on_a_cpu(
+    precision: Any, dtype: torch.dtype
+) -> None:
+    found = compute_type(Model(source="x", precision=precision), CPU)
+    assert found == dtype
+    with autocast(CPU, found):
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
