@@ -59,6 +59,10 @@ $(PY):
 		echo "error: Python 3.11 or later is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; \
 		echo >&2; \
 		echo 'hint: name another, as in: make demo PYTHON=/path/to/python3.12' >&2; exit 2; }
+	@case '$(CURDIR)' in *' '*) \
+		echo 'error: the path of this checkout has a space, and Ray starts no worker from there:' >&2; \
+		echo '$(CURDIR)' >&2; echo >&2; \
+		echo 'hint: move the checkout' >&2; exit 2;; esac
 	@$(PYTHON) -c 'import venv, ensurepip' || { \
 		echo 'error: $(PYTHON) cannot make virtual environments' >&2; echo >&2; \
 		echo 'hint: on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 2; }
