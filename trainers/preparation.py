@@ -16,7 +16,7 @@ from trainers.data.partition import ORDER_VERSION, fit_window, refuse_small_memo
 from trainers.freezing import freeze
 from trainers.loop import Plan, Progress, Trainee
 from trainers.optim import build_optimizer
-from trainers.parallel import compute_type, plain, replicate
+from trainers.parallel import compute_type, replicate
 from trainers.pretrained import pretrained_folder
 from trainers.session import Session
 from trainers.tasks.task import Task, build_task
@@ -96,7 +96,7 @@ def prepare(
     paths: RunPaths,
     restored: Manifest | None,
 ) -> Prepared:
-    """Everything before the first step. Talks to no other rank."""
+    """Everything before the first step but the replication of the model. Talks to no other rank."""
     data = spec.data
     train_set = open_data(spec, data.train)
     validation = open_data(spec, data.validation) if data.validation else None
@@ -135,10 +135,10 @@ def prepare(
     task = build_task(spec, model_folder=source, index=train_set.index)
     model = task.build_model(source, dropout=spec.model.dropout, seed=data.seed)
     freeze(model, spec.model.freeze)
-    model = replicate(model, device=session.device, world_size=session.world_size)
-    optimizer = build_optimizer(plain(model), spec.optimizer)
+    model = model.to(session.device)
+    optimizer = build_optimizer(model, spec.optimizer)
     if folder is not None:
-        load_optimizer(folder, plain(model), optimizer)
+        load_optimizer(folder, model, optimizer)
     if progress.step < plan.total_steps and not _stopped_early(progress, spec):
         progress = replace(progress, finished=False)  # epochs may have been added
     trainee = Trainee(
@@ -151,6 +151,16 @@ def prepare(
     return Prepared(
         train_set, validation, test, plan, position, task, trainee, progress, before
     )  # fmt: skip
+
+
+def replicated(prepared: Prepared, session: Session) -> Prepared:
+    """The same with a model whose gradients are averaged. All ranks call it at the same point.
+
+    Apart from `prepare`, where a rank may fail: the others would wait for it in here.
+    """
+    trainee = prepared.trainee
+    model = replicate(trainee.model, device=session.device, world_size=session.world_size)
+    return replace(prepared, trainee=replace(trainee, model=model))
 
 
 def _stopped_early(progress: Progress, spec: JobSpec) -> bool:

@@ -32,7 +32,7 @@ from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import measure
 from trainers.loop import Ending, Progress, StepFacts, train
 from trainers.parallel import plain, trained_parameters
-from trainers.preparation import DataSet, prepare
+from trainers.preparation import DataSet, prepare, replicated
 from trainers.session import Session
 from trainers.tasks.task import Evaluation
 from trainers.telemetry import Telemetry, log
@@ -119,11 +119,12 @@ class _Rank:
         try:
             with self._account.spent("start"):
                 self._say_start(claim)
-                self._prepared = self._together(
+                prepared = self._together(
                     lambda: prepare(
                         self._session, self._spec, self._store, self._paths, claim.restored
                     )
                 )
+                self._prepared = replicated(prepared, self._session)
                 self._describe_attempt()
                 self._drop_checkpoint_copies()
             return self._with_helpers()
