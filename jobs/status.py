@@ -277,7 +277,7 @@ def _situation(
         result=result,
         now=time.time() if now is None else now,
         driver_has_ended=lease is not None and runs.driver_has_ended(lease),
-        run=reader.run_id,
+        run=reader.uri,
     )
     return situation, lease, result
 

@@ -178,7 +178,7 @@ def train(
         progress = advanced
         around.stepped(coming.batch, progress)
         with time.spent("synchronisation"):
-            told = window.add(facts, progress, agreement)
+            told = window.add(facts, progress, agreement, is_last=progress.step == plan.total_steps)
         if told is not None:
             around.tell(told)
 
@@ -336,9 +336,11 @@ class _Window:
         self._every_steps = every_steps
         self._facts: list[_LocalFacts] = []
 
-    def add(self, facts: _LocalFacts, progress: Progress, agreement: Agreement) -> StepFacts | None:
+    def add(
+        self, facts: _LocalFacts, progress: Progress, agreement: Agreement, *, is_last: bool
+    ) -> StepFacts | None:
         self._facts.append(facts)
-        if progress.step % self._every_steps:
+        if progress.step % self._every_steps and not is_last:
             return None
         held, self._facts = self._facts, []
         require_finite(facts.grad_norm, progress.step)

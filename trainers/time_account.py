@@ -32,8 +32,13 @@ class TimeAccount:
             self._seconds[purpose] += whole - self._inner
             self._inner = outer_inner + whole
 
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since the account was opened."""
+        return time.monotonic() - self._began
+
     def seconds(self) -> dict[str, float]:
         """Seconds by purpose; `other` is what no block covered."""
         rounded = {purpose: round(value, 3) for purpose, value in self._seconds.items()}
-        rest = time.monotonic() - self._began - sum(self._seconds.values())
+        rest = self.elapsed_seconds - sum(self._seconds.values())
         return rounded | {"other": round(max(0.0, rest), 3)}

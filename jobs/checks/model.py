@@ -15,11 +15,9 @@ from jobs.checks.tokenizer import TokenizerFiles, check_tokenizer
 from jobs.checks.weights import Weights, read_weights, weight_files
 from jobs.errors import ShoalError
 from jobs.spec import JobSpec
+from trainers.positions import most_tokens
 
 _LEGACY_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-
-_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
-"""Models whose first position is the one after the padding token's id."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +119,13 @@ def _missing_shards(folder: ModelFolder) -> list[str]:
 
 
 def _check_limits(spec: JobSpec, config: Mapping[str, Any], shown: str) -> Iterator[Finding]:
-    limit = config.get("max_position_embeddings")
-    if isinstance(limit, int) and config["model_type"] in _POSITIONS_AFTER_PADDING:
-        limit -= 1 + int(config.get("pad_token_id") or 0)
-    if isinstance(limit, int) and spec.task.max_tokens > limit:
+    positions = config.get("max_position_embeddings")
+    limit = most_tokens(
+        str(config.get("model_type")),
+        max_position_embeddings=positions if isinstance(positions, int) else None,
+        pad_token_id=config.get("pad_token_id"),
+    )
+    if limit is not None and spec.task.max_tokens > limit:
         yield problem(
             PART,
             f"task.max_tokens is {spec.task.max_tokens}, but {shown} reads at most {limit} tokens",

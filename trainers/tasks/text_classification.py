@@ -19,6 +19,7 @@ from jobs.errors import DataError, Problem, SpecError
 from trainers.data.index import Index
 from trainers.data.items import Items, Ragged
 from trainers.data.tokenizers import tokenizer_digest
+from trainers.positions import most_tokens
 from trainers.tasks.confusion import ConfusionMetrics
 from trainers.tasks.task import Batch, Evaluation
 
@@ -110,7 +111,11 @@ class TextClassification:
                 )
             for key in held:
                 setattr(config, key, dropout)
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = most_tokens(
+            config.model_type,
+            max_position_embeddings=getattr(config, "max_position_embeddings", None),
+            pad_token_id=getattr(config, "pad_token_id", None),
+        )
         if limit is not None and self._spec.max_tokens > limit:
             raise SpecError(
                 Problem(
