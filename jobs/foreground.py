@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,8 @@ def attend(
     process = started.process
     if process is None:
         raise ValueError("a run in the background cannot be attended")
-    view = make_view() if show_progress else NoView(console_for(sys.stderr))
+    since = time.time() if after_generation else 0.0
+    view = make_view(since=since) if show_progress else NoView(console_for(sys.stderr))
     interrupts = _Interrupts(process, reader, view)
     try:
         with interrupts.caught():

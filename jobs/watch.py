@@ -85,10 +85,10 @@ def watch_run(
                 pause.clear()
 
 
-def make_view() -> View:
-    """The live view if stderr is a terminal, else plain lines."""
+def make_view(*, since: float = 0.0) -> View:
+    """The live view if stderr is a terminal, else plain lines of what was said after `since`."""
     console = console_for(sys.stderr)
-    return LiveView(console) if console.is_terminal else LineView(console)
+    return LiveView(console) if console.is_terminal else LineView(console, since=since)
 
 
 class LiveView:
@@ -114,8 +114,10 @@ class LiveView:
 class LineView:
     """Plain lines, for files and CI: events, evaluations, and at a look the newest of training."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, since: float = 0.0) -> None:
+        """Lines up to `since` (Unix seconds) are those of drivers before, and are not shown."""
         self._console = console
+        self._since = since
         self._seen: set[tuple[object, ...]] = set()
         self._state: tuple[object, ...] = ()
 
@@ -149,6 +151,8 @@ class LineView:
         self._console.print(message)
 
     def _is_new(self, kind: str, line: Line) -> bool:
+        if float(line["time"]) <= self._since:
+            return False
         key = (kind, *(line.get(k) for k in ("time", "attempt", "step", "rank", "message")))
         if key in self._seen:
             return False
