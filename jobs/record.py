@@ -28,6 +28,7 @@ Everything here is data and pure functions; reading and writing happen elsewhere
 
 from __future__ import annotations
 
+import math
 import posixpath
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -446,12 +447,23 @@ def live_manifests(manifests: Iterable[Manifest], attempts: Iterable[Attempt]) -
 
 
 def best_manifest(
-    manifests: Iterable[Manifest], *, metric: str, mode: Literal["min", "max"]
+    manifests: Iterable[Manifest],
+    *,
+    metric: str,
+    mode: Literal["min", "max"],
+    min_delta: float = 0.0,
 ) -> Manifest | None:
-    """The manifest with the best evaluation; the earlier one of equals; None without any."""
-    scored = [m for m in manifests if metric in m.evaluation]
-    sign = 1 if mode == "min" else -1
-    return min(scored, key=lambda m: (sign * m.evaluation[metric], m.step), default=None)
+    """The manifest with the best evaluation as training judges it; None without any.
+
+    In the order of steps one is better than the best before it by more than `min_delta` only.
+    """
+    sign = 1 if mode == "max" else -1
+    best: Manifest | None = None
+    for manifest in sorted((m for m in manifests if metric in m.evaluation), key=lambda m: m.step):
+        gain = sign * (manifest.evaluation[metric] - best.evaluation[metric]) if best else math.inf
+        if gain > min_delta:
+            best = manifest
+    return best
 
 
 def merge_metrics(

@@ -151,8 +151,8 @@ class RunReader:
         return live_manifests(manifests, self.attempts())
 
     def best_manifest(self) -> Manifest | None:
-        metric, mode, _ = self.spec().best
-        return best_manifest(self.live_manifests(), metric=metric, mode=mode)
+        metric, mode, min_delta = self.spec().best
+        return best_manifest(self.live_manifests(), metric=metric, mode=mode, min_delta=min_delta)
 
     def controls(self) -> list[Control]:
         return self._read_all(self._heads(self.paths.control), Control)

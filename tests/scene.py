@@ -6,11 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cluster.storage import Store, open_store
 from jobs.record import Outcome, RunPaths
 from jobs.spec import JobSpec
 from tests.ranks import assignment_of
 from tests.tiny import tiny_job
+from trainers.data.index import open_index
+from trainers.loop import Trainee
+from trainers.optim import build_optimizer
+from trainers.session import ProcessSession
+from trainers.tasks.task import build_task
+from trainers.worker import train_worker
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,16 @@ class Scene:
 
     def train(self, spec: JobSpec, run_id: str = "run", *, generation: int = 1) -> Outcome:
         """The run's outcome; one rank, in this process."""
-        from trainers.session import ProcessSession
-        from trainers.worker import train_worker
-
         with ProcessSession(use_gpu=False) as session:
             return train_worker(session, assignment_of(spec, run_id, generation=generation))
+
+    def trainee(self, spec: JobSpec) -> Trainee:
+        """The job's model and optimizer before the first step, on one rank."""
+        index = open_index(open_store(spec.data.train))
+        task = build_task(spec, model_folder=self.model, index=index)
+        model = task.build_model(self.model, dropout=spec.model.dropout, seed=spec.data.seed)
+        optimizer = build_optimizer(model, spec.optimizer)
+        return Trainee(task, model, optimizer, torch.device("cpu"), torch.float32)
 
     def run_folder(self, run_id: str = "run") -> Path:
         return self.folder / "runs" / run_id

@@ -13,7 +13,9 @@ Parts of a checkpoint, below its folder:
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -24,13 +26,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cluster.storage import ObjectExists, ObjectMissing, StorageError, Store
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import (
+    MANIFEST_VERSION,
     Attempt,
     Manifest,
     Part,
@@ -40,7 +43,7 @@ from jobs.record import (
     live_manifests,
 )
 from jobs.spec import JobSpec, format_bytes
-from trainers.local_copy import DamagedPart, local_copy, sha256_of
+from trainers.local_copy import DamagedPart, drop_copy, local_copy, sha256_of
 from trainers.loop import Progress, Trainee
 from trainers.optim import load_optimizer_tensors, optimizer_tensors
 from trainers.parallel import plain
@@ -130,7 +133,7 @@ class CheckpointWriter:
                 parts = self._upload(folder, step)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors has its own error of a full disk
             raise EnvironmentFault(
                 Problem(
                     f"the checkpoint of step {step} cannot be written to {self._scratch}: {error}",
@@ -181,17 +184,26 @@ class CheckpointWriter:
         try:
             self._store.write_if_absent(key, manifest.to_bytes())
         except ObjectExists:
-            head = self._store.head(key)
-            held = Manifest.model_validate_json(self._store.read(key))
-            if (held.generation, held.attempt) >= (manifest.generation, manifest.attempt):
-                raise StorageError(
-                    Problem(
-                        f"step {manifest.step} was saved by attempt {held.attempt} of generation "
-                        f"{held.generation}, which is newer than this one: another driver took over"
-                    )
-                ) from None
-            if head is not None:
-                self._store.write_if_match(key, manifest.to_bytes(), etag=head.etag)
+            self._replace(key, manifest)
+
+    def _replace(self, key: str, manifest: Manifest) -> None:
+        """Replaces an older or damaged manifest; StorageError where it is a newer one."""
+        head = self._store.head(key)
+        if head is None:  # a retention that was killed before has gone on meanwhile
+            self._store.write_if_absent(key, manifest.to_bytes())
+            return
+        held = _parse_manifest(key, self._store.read(key))
+        if isinstance(held, Manifest) and (held.generation, held.attempt) >= (
+            manifest.generation,
+            manifest.attempt,
+        ):
+            raise StorageError(
+                Problem(
+                    f"step {manifest.step} was saved by attempt {held.attempt} of generation "
+                    f"{held.generation}, which is newer than this one: another driver took over"
+                )
+            )
+        self._store.write_if_match(key, manifest.to_bytes(), etag=head.etag)
 
 
 def write_parts(folder: Path, model: nn.Module, snapshot: Snapshot, task: Task) -> None:
@@ -212,18 +224,43 @@ def _copied(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tens
 
 
 def read_manifests(store: Store, paths: RunPaths) -> list[Manifest]:
-    """All manifests of a run that can be read, by step."""
-    manifests = []
+    """All manifests of a run that can be read, by step.
+
+    Raises EnvironmentFault where one is of a later version: going on would destroy its checkpoint.
+    """
+    return _read_manifests(store, paths)[0]
+
+
+def _read_manifests(store: Store, paths: RunPaths) -> tuple[list[Manifest], list[str]]:
+    """(manifests by step, what is wrong with each damaged one)."""
+    manifests, damaged = [], []
     for folder in store.list_folders(paths.checkpoints):
+        key = f"{paths.checkpoints}{folder}/manifest.json"
         try:
-            manifests.append(
-                Manifest.model_validate_json(
-                    store.read(f"{paths.checkpoints}{folder}/manifest.json")
+            found = _parse_manifest(key, store.read(key))
+        except ObjectMissing:
+            continue  # parts without a manifest are no checkpoint
+        if isinstance(found, Manifest):
+            manifests.append(found)
+        else:
+            damaged.append(found)
+    return sorted(manifests, key=lambda m: m.step), damaged
+
+
+def _parse_manifest(key: str, text: bytes) -> Manifest | str:
+    """The manifest, or why it is none; EnvironmentFault where it is of a later version."""
+    try:
+        version = json.loads(text)["version"]
+        if version > MANIFEST_VERSION:
+            raise EnvironmentFault(
+                Problem(
+                    f"{key} has version {version}, this Shoal reads {MANIFEST_VERSION}",
+                    "install the Shoal that wrote it",
                 )
             )
-        except (ObjectMissing, ValidationError):
-            continue  # parts without a manifest, or one of a later version, are no checkpoint
-    return sorted(manifests, key=lambda m: m.step)
+        return Manifest.model_validate_json(text)
+    except (ValueError, KeyError, TypeError):
+        return f"{key} is damaged"
 
 
 def read_attempts(store: Store, paths: RunPaths) -> list[Attempt]:
@@ -243,8 +280,9 @@ def newest_restorable(
     Also says of each newer one, damaged or incomplete, why it is skipped. The local copy is left
     in `cache_folder` for `checkpoint_copy`.
     """
-    skipped = []
-    live = live_manifests(read_manifests(store, paths), read_attempts(store, paths))
+    manifests, damaged = _read_manifests(store, paths)
+    skipped = [f"a checkpoint is skipped: {reason}" for reason in damaged]
+    live = live_manifests(manifests, read_attempts(store, paths))
     for manifest in reversed(live):
         try:
             checkpoint_copy(store, paths, manifest, cache_folder=cache_folder)
@@ -258,12 +296,25 @@ def newest_restorable(
 def checkpoint_copy(
     store: Store, paths: RunPaths, manifest: Manifest, *, cache_folder: Path
 ) -> Path:
-    """The checkpoint as a verified folder of this node."""
-    name = f"{paths.run_id}-{manifest.step:08d}-{manifest.attempt:04d}"
-    folder = cache_folder / "checkpoints" / name
+    """The checkpoint as a verified folder of this node.
+
+    Named after its content: a run of the same name may have been here, from another store.
+    """
+    content = repr([(part.name, part.sha256) for part in manifest.parts])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:24]
+    folder = cache_folder / "checkpoints" / f"{paths.run_id}-{manifest.step:08d}-{digest}"
     return local_copy(
         store.within(paths.checkpoint(manifest.step).rstrip("/")), manifest.parts, folder
     )
+
+
+def drop_checkpoint_copies(run_id: str, *, cache_folder: Path) -> None:
+    """Removes this node's copies of a run's checkpoints; no process may be using them."""
+    name = re.compile(rf"{re.escape(run_id)}-\d{{8}}-[0-9a-f]{{24}}")
+    for path in (cache_folder / "checkpoints").glob(f"{run_id}-*"):
+        copy = path.name.removesuffix(".lock").removesuffix(".unfinished")
+        if name.fullmatch(copy):
+            drop_copy(path.with_name(copy))
 
 
 def load_progress(folder: Path) -> tuple[Progress, dict[str, Any] | None]:
@@ -289,23 +340,28 @@ def superfluous(
     keep_best: int,
     metric: str,
     mode: Literal["min", "max"],
+    min_delta: float = 0.0,
 ) -> list[Manifest]:
-    """Manifests that retention removes: neither among the last nor among the best. Pure."""
+    """Manifests that retention removes: neither among the last nor among the best. Pure.
+
+    The first of the best is the one that training takes for it, the others go by their value.
+    """
     live = live_manifests(manifests, attempts)
     kept = {m.step for m in live[-keep_last:]}
+    best = best_manifest(live, metric=metric, mode=mode, min_delta=min_delta)
     rest = list(live)
     for _ in range(keep_best):
-        best = best_manifest(rest, metric=metric, mode=mode)
         if best is None:
             break
         kept.add(best.step)
         rest.remove(best)
+        best = best_manifest(rest, metric=metric, mode=mode)
     return [m for m in live if m.step not in kept]
 
 
 def apply_retention(spec: JobSpec, store: Store, paths: RunPaths, telemetry: Telemetry) -> None:
     """Deletes what retention gives up: the manifest first, so that nothing half looks whole."""
-    metric, mode, _ = spec.best
+    metric, mode, min_delta = spec.best
     removed = superfluous(
         read_manifests(store, paths),
         read_attempts(store, paths),
@@ -313,6 +369,7 @@ def apply_retention(spec: JobSpec, store: Store, paths: RunPaths, telemetry: Tel
         keep_best=spec.checkpoint.keep_best,
         metric=metric,
         mode=mode,
+        min_delta=min_delta,
     )
     for manifest in removed:
         folder = paths.checkpoint(manifest.step)

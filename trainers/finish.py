@@ -22,8 +22,9 @@ def build_result(
 ) -> Result:
     """The result of a run that has just ended. Reads manifests and attempts."""
     live = live_manifests(read_manifests(store, paths), read_attempts(store, paths))
-    metric, mode, _ = spec.best
-    best = best_manifest(live, metric=metric, mode=mode) or (live[-1] if live else None)
+    metric, mode, min_delta = spec.best
+    best = best_manifest(live, metric=metric, mode=mode, min_delta=min_delta)
+    best = best or (live[-1] if live else None)
     outcome = ended if isinstance(ended, Outcome) else None
     failure = ended if isinstance(ended, Failure) else ended.failure
     return Result(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Sequence
@@ -51,6 +52,18 @@ def local_copy(store: Store, parts: Sequence[Part], folder: Path) -> Path:
             )
         ) from error
     return folder
+
+
+def drop_copy(folder: Path) -> None:
+    """Removes a copy; killed at any moment, it leaves nothing that looks whole."""
+    # What stays behind on a file system that refuses takes room and does no harm.
+    with contextlib.suppress(OSError), FileLock(f"{folder}.lock"):
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if folder.exists():
+            folder.rename(unfinished)
+            shutil.rmtree(unfinished)
+        Path(f"{folder}.lock").unlink()
 
 
 def _fetch(store: Store, part: Part, folder: Path) -> None:

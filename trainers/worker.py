@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from jobs.errors import EnvironmentFault, ShoalError, TrainingError
 from jobs.record import Failure, Manifest, Outcome, RunPaths, Source, State
 from trainers.agreement import Agreement
 from trainers.attempt import Assignment, Claim, claim_attempt
-from trainers.checkpoint import CheckpointWriter, checkpoint_copy
+from trainers.checkpoint import CheckpointWriter, checkpoint_copy, drop_checkpoint_copies
 from trainers.controls import ControlPoller
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
@@ -433,11 +432,7 @@ class _Rank:
         """Removes local copies of checkpoints once all ranks of the node have loaded them."""
         self._agreement.barrier()
         if self._session.local_rank == 0:
-            for path in (cache_folder() / "checkpoints").glob(f"{self._paths.run_id}-*"):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+            drop_checkpoint_copies(self._paths.run_id, cache_folder=cache_folder())
 
     def _describe_attempt(self) -> None:
         """Records what the attempt found out about its model and data."""
@@ -453,7 +448,7 @@ class _Rank:
                 "data_digest": prepared.train.index.digest,
                 "window": prepared.position.window,
                 "lanes": prepared.position.lanes,
-                "start_seconds": self._account.seconds()["start"],
+                "start_seconds": round(self._account.elapsed_seconds, 3),
             }
         )
         self._together(self._record_attempt)

@@ -6,7 +6,7 @@ import os
 
 from cluster.storage import StorageError
 from jobs.errors import Problem
-from jobs.record import State
+from jobs.record import Outcome, State
 from tests.ranks import assignment_of, run_group
 from tests.scene import Scene
 from trainers import preparation

@@ -124,8 +124,8 @@ class Task(Protocol):
 def build_task(spec: JobSpec, *, model_folder: Path, index: Index) -> Task:
     """The task that the job names, ready for a data set and a model's tokenizer."""
     # The run has its own progress and its own account of what is new in the head.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if spec.task.kind == "text-classification":
         from trainers.tasks.text_classification import TextClassification
 

@@ -1,0 +1,412 @@
+"""Checkpoints: whole or absent, the newest true one is found, and the best one stays."""
+
+from __future__ import annotations
+
+import json
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BartConfig, BartModel
+
+from cluster.storage import ObjectMissing, StorageError, Store, open_store
+from jobs.errors import EnvironmentFault, Problem
+from jobs.record import Attempt, Manifest, RunPaths, Source, StreamPosition
+from tests.scene import Scene
+from tests.tiny import VOCABULARY, tiny_tokenizer
+from trainers.checkpoint import (
+    CheckpointWriter,
+    checkpoint_copy,
+    drop_checkpoint_copies,
+    load_optimizer,
+    load_progress,
+    newest_restorable,
+    read_manifests,
+    superfluous,
+)
+from trainers.loop import Progress, Trainee
+from trainers.tasks.task import Evaluation
+from trainers.telemetry import Telemetry
+
+PATHS = RunPaths("run")
+STREAM = StreamPosition(
+    order_version=1, index_digest="d", lanes=1, window=1, seed=0, global_batch_size=8, epoch=0,
+    next_item=0,
+)  # fmt: skip
+
+
+class Writing:
+    """A writer of one attempt, and the state that it saves."""
+
+    def __init__(self, scene: Scene, trainee: Trainee, writer: CheckpointWriter) -> None:
+        self.scene = scene
+        self.trainee = trainee
+        self.writer = writer
+
+    def save(self, step: int, *, loss: float | None = None) -> None:
+        """Saves, and returns when it is durable."""
+        self.begin(step, loss=loss)
+        self.writer.wait()
+
+    def begin(self, step: int, *, loss: float | None = None) -> None:
+        evaluation = None if loss is None else Evaluation(metrics={"loss": loss}, rows=1)
+        self.writer.save(
+            self.trainee, Progress(step=step), evaluation=evaluation, stream=STREAM, before=None
+        )
+
+
+@contextmanager
+def writing(
+    scene: Scene,
+    *,
+    attempt: int = 1,
+    restored_step: int | None = None,
+    store: Store | None = None,
+    trainee: Trainee | None = None,
+    **parts: Any,
+) -> Iterator[Writing]:
+    """A writer of a recorded attempt into the scene's run."""
+    store = store or scene.runs
+    spec = scene.job(**parts)
+    trainee = trainee or scene.trainee(spec)
+    record = Attempt(
+        attempt=attempt, generation=attempt, world_size=1, restored_step=restored_step,
+        started_at=0.0,
+    )  # fmt: skip
+    scene.runs.write(PATHS.attempt(attempt), record.to_bytes())
+    with Telemetry(scene.runs, PATHS, Source(attempt, 0)) as telemetry:
+        writer = CheckpointWriter(
+            spec, store, PATHS, telemetry, task=trainee.task, attempt=record,
+            scratch=scene.folder / "cache" / "uploads",
+        )  # fmt: skip
+        try:
+            yield Writing(scene, trainee, writer)
+        finally:
+            writer.close()
+
+
+def step_once(trainee: Trainee) -> None:
+    for parameter in trainee.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    trainee.optimizer.step()
+
+
+def restorable(scene: Scene) -> tuple[int | None, tuple[str, ...]]:
+    manifest, skipped = newest_restorable(scene.runs, PATHS, cache_folder=scene.folder / "cache")
+    return (manifest.step if manifest else None), skipped
+
+
+def copy_of(scene: Scene, step: int) -> Path:
+    [manifest] = [m for m in read_manifests(scene.runs, PATHS) if m.step == step]
+    return checkpoint_copy(scene.runs, PATHS, manifest, cache_folder=scene.folder / "cache")
+
+
+# ------------------------------------------------------------------------------- save and load
+
+
+def test_what_is_saved_comes_back_with_the_same_bits(scene: Scene) -> None:
+    with writing(scene) as run:
+        step_once(run.trainee)
+        run.save(1, loss=0.5)
+    folder = copy_of(scene, 1)
+    other = scene.trainee(scene.job())
+    loaded = other.task.build_model(folder / "model", dropout=None, seed=1)
+    own = run.trainee.model.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in loaded.state_dict().items())
+    load_optimizer(folder, other.model, other.optimizer)
+    saved, back = run.trainee.optimizer.state_dict(), other.optimizer.state_dict()
+    for number, states in saved["state"].items():
+        assert all(
+            torch.equal(value, back["state"][number][name]) for name, value in states.items()
+        )
+    assert load_progress(folder) == (Progress(step=1), None)
+    [manifest] = read_manifests(scene.runs, PATHS)
+    assert manifest.evaluation == {"validation/loss": 0.5}
+    assert {p.name.split("/")[0] for p in manifest.parts} == {
+        "model", "optimizer.safetensors", "progress.json"
+    }  # fmt: skip
+
+
+def test_the_model_folder_is_a_plain_hugging_face_one(scene: Scene) -> None:
+    with writing(scene) as run:
+        run.save(1)
+    model = AutoModelForSequenceClassification.from_pretrained(copy_of(scene, 1) / "model")
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert not list(scene.run_folder().rglob("*.bin"))
+
+
+def test_a_model_with_tied_weights_comes_back(scene: Scene) -> None:
+    folder = scene.folder / "tied"
+    config = BartConfig(
+        vocab_size=len(VOCABULARY), d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, max_position_embeddings=64, pad_token_id=0, bos_token_id=2,
+        eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=3,
+    )  # fmt: skip
+    BartModel(config).save_pretrained(folder)
+    tiny_tokenizer(folder)
+    tied = Scene(folder, scene.data, scene.folder)
+    with writing(tied) as run:
+        step_once(run.trainee)
+        run.save(1)
+    other = tied.trainee(tied.job())
+    back = other.task.build_model(copy_of(tied, 1) / "model", dropout=None, seed=1)
+    own = run.trainee.model.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in back.state_dict().items())
+    load_optimizer(copy_of(tied, 1), other.model, other.optimizer)
+
+
+class Gate:
+    """A store whose uploads wait until they are let through."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.open = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def upload(self, key: str, path: Path) -> str:
+        assert self.open.wait(30)
+        return self._store.upload(key, path)
+
+
+def test_a_checkpoint_is_the_state_of_its_moment_though_training_goes_on(scene: Scene) -> None:
+    gate = Gate(scene.runs)
+    with writing(scene, store=gate) as run:
+        step_once(run.trainee)
+        before = {n: t.clone() for n, t in run.trainee.model.state_dict().items()}
+        run.begin(1)
+        for _ in range(3):
+            step_once(run.trainee)
+        gate.open.set()
+        run.writer.wait()
+    loaded = AutoModelForSequenceClassification.from_pretrained(copy_of(scene, 1) / "model")
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------- faults
+
+
+class Failing:
+    """A store that refuses to write keys that end in `suffix`."""
+
+    def __init__(self, store: Store, suffix: str) -> None:
+        self._store = store
+        self._suffix = suffix
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def upload(self, key: str, path: Path) -> str:
+        self._refuse(key)
+        return self._store.upload(key, path)
+
+    def write_if_absent(self, key: str, data: bytes | memoryview) -> str:
+        self._refuse(key)
+        return self._store.write_if_absent(key, data)
+
+    def _refuse(self, key: str) -> None:
+        if key.endswith(self._suffix):
+            raise StorageError(Problem(f"cannot write {key}"))
+
+
+@pytest.mark.parametrize("suffix", ["model.safetensors", "progress.json", "manifest.json"])
+def test_a_store_that_fails_leaves_nothing_that_looks_whole(scene: Scene, suffix: str) -> None:
+    with writing(scene) as run:
+        run.save(1)
+    with (
+        writing(scene, attempt=2, restored_step=1, store=Failing(scene.runs, suffix)) as run,
+        pytest.raises(StorageError, match="cannot write"),
+    ):
+        run.save(2)
+    assert restorable(scene) == (1, ())
+    assert not list((scene.folder / "cache" / "uploads").iterdir())
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """A limit of the system, as a full disk is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("num_bytes", [1000, 20_000])
+def test_a_full_disk_is_the_environments_fault_and_says_what_to_do(
+    scene: Scene, num_bytes: int
+) -> None:
+    with writing(scene) as run:
+        step_once(run.trainee)
+        with largest_file(num_bytes), pytest.raises(EnvironmentFault) as raised:
+            run.save(1)
+    [problem] = raised.value.problems
+    assert "cannot be written to" in problem.message
+    assert "SHOAL_CACHE" in str(problem.hint)
+    assert restorable(scene) == (None, ())
+    assert not list((scene.folder / "cache" / "uploads").iterdir())
+
+
+# ---------------------------------------------------------------------- which one is restored
+
+
+def test_a_damaged_part_or_a_missing_one_is_skipped_and_said(scene: Scene) -> None:
+    with writing(scene, checkpoint={"keep_last": 3}) as run:
+        for step in (1, 2, 3):
+            run.save(step)
+    scene.runs.delete([PATHS.checkpoint(3) + "progress.json"])
+    part = scene.runs.read(PATHS.checkpoint(2) + "progress.json")
+    scene.runs.write(PATHS.checkpoint(2) + "progress.json", part.replace(b"2", b"7", 1))
+    step, (missing, damaged) = restorable(scene)
+    assert step == 1
+    assert "step 3 is skipped: there is no" in missing
+    assert "step 2 is skipped" in damaged
+    assert "progress.json is damaged" in damaged
+
+
+def test_a_damaged_manifest_is_skipped_and_said_and_replaced(scene: Scene) -> None:
+    with writing(scene) as run:
+        run.save(1)
+        run.save(2)
+    scene.runs.write(PATHS.manifest(2), b'{"version": 1, "step":')
+    step, [skipped] = restorable(scene)
+    assert step == 1
+    assert "step-00000002/manifest.json is damaged" in skipped
+    with writing(scene, attempt=2, restored_step=1) as run:
+        run.save(2)
+    assert restorable(scene) == (2, ())
+
+
+def test_a_manifest_of_a_later_version_is_not_passed_over(scene: Scene) -> None:
+    with writing(scene) as run:
+        run.save(1)
+    held = json.loads(scene.runs.read(PATHS.manifest(1)))
+    scene.runs.write(PATHS.manifest(1), json.dumps(held | {"version": 2}).encode())
+    with pytest.raises(EnvironmentFault, match="has version 2, this Shoal reads 1"):
+        restorable(scene)
+
+
+def test_a_superseded_checkpoint_is_replaced(scene: Scene) -> None:
+    with writing(scene) as run:
+        run.save(1)
+    with writing(scene, attempt=2) as run:
+        assert restorable(scene) == (None, ()), "attempt 2 began anew"
+        run.save(1)
+    assert restorable(scene) == (1, ())
+    assert [m.attempt for m in read_manifests(scene.runs, PATHS)] == [2]
+
+
+def test_a_checkpoint_of_a_newer_driver_is_not_replaced(scene: Scene) -> None:
+    with writing(scene) as old:
+        with writing(scene, attempt=2) as new:
+            new.save(1)
+        with pytest.raises(StorageError, match="another driver took over"):
+            old.save(1)
+    assert [m.attempt for m in read_manifests(scene.runs, PATHS)] == [2]
+
+
+# ----------------------------------------------------------------------------- local copies
+
+
+def test_a_copy_of_another_runs_checkpoint_is_not_taken_for_this_one(scene: Scene) -> None:
+    with writing(scene) as run:
+        run.save(1)
+    elsewhere = Scene(scene.model, scene.data, scene.folder / "elsewhere")
+    with writing(elsewhere) as run:
+        step_once(run.trainee)
+        run.save(1)
+    cache = scene.folder / "cache"
+    folders = {
+        checkpoint_copy(s.runs, PATHS, read_manifests(s.runs, PATHS)[0], cache_folder=cache)
+        for s in (scene, elsewhere)
+    }
+    assert len(folders) == 2
+
+
+def test_copies_are_dropped_of_this_run_only(scene: Scene) -> None:
+    with writing(scene) as run:
+        run.save(1)
+    [manifest] = read_manifests(scene.runs, PATHS)
+    cache = scene.folder / "cache"
+    own = copy_of(scene, 1)
+    other = open_store(scene.folder / "runs")
+    for head in list(other.list("run/checkpoints")):
+        other.write(head.key.replace("run/", "run-2/", 1), other.read(head.key))
+    others = checkpoint_copy(other, RunPaths("run-2"), manifest, cache_folder=cache)
+    drop_checkpoint_copies("run", cache_folder=cache)
+    assert not own.exists()
+    assert others.is_dir()
+    drop_checkpoint_copies("run", cache_folder=cache)
+    assert copy_of(scene, 1) == own
+
+
+# ----------------------------------------------------------------------------------- retention
+
+
+def manifest(step: int, loss: float | None = None, *, attempt: int = 1) -> Manifest:
+    return Manifest(
+        step=step, attempt=attempt, generation=attempt, parent_step=None, created_at=0.0, parts=(),
+        digests={}, stream=STREAM, evaluation={} if loss is None else {"loss": loss},
+    )  # fmt: skip
+
+
+def attempts(*restored: int | None) -> list[Attempt]:
+    return [
+        Attempt(attempt=number, generation=number, world_size=1, restored_step=step, started_at=0.0)
+        for number, step in enumerate(restored, start=1)
+    ]
+
+
+def removed(
+    manifests: list[Manifest], *, keep_last: int = 1, keep_best: int = 1, **keys: Any
+) -> list[int]:
+    options = {"metric": "loss", "mode": "min", "attempts": attempts(None)} | keys
+    gone = superfluous(manifests, keep_last=keep_last, keep_best=keep_best, **options)
+    return [m.step for m in gone]
+
+
+def test_the_last_and_the_best_are_kept() -> None:
+    held = [manifest(1, 3.0), manifest(2, 1.0), manifest(3, 2.0), manifest(4), manifest(5, 4.0)]
+    assert removed(held) == [1, 3, 4]
+    assert removed(held, keep_last=3) == [1]
+    assert removed(held, keep_best=2) == [1, 4]
+    assert removed(held, mode="max") == [1, 2, 3, 4]
+    assert removed(held, keep_best=9) == [4]
+
+
+def test_of_equals_the_earlier_is_the_best() -> None:
+    assert removed([manifest(1, 1.0), manifest(2, 1.0), manifest(3)]) == [2]
+
+
+def test_the_best_is_the_one_that_training_takes_for_it() -> None:
+    held = [manifest(1, 1.0), manifest(2, 0.95), manifest(3, 0.8), manifest(4, 0.75), manifest(5)]
+    assert removed(held, min_delta=0.1) == [1, 2, 4]
+    assert removed(held[:2] + held[4:], min_delta=0.1) == [2]
+
+
+def test_without_evaluations_the_last_are_kept() -> None:
+    assert removed([manifest(step) for step in range(1, 6)], keep_last=2) == [1, 2, 3]
+    assert removed([]) == []
+
+
+def test_superseded_checkpoints_are_neither_counted_nor_the_best() -> None:
+    held = [manifest(1, 2.0), manifest(2, 0.1), manifest(3, 3.0, attempt=2), manifest(4, attempt=2)]
+    assert removed(held, attempts=attempts(None, 1)) == [3]
+
+
+def test_retention_removes_parts_and_manifest(scene: Scene) -> None:
+    with writing(scene, checkpoint={"keep_last": 1}) as run:
+        for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0)):
+            run.save(step, loss=loss)
+    assert [m.step for m in read_manifests(scene.runs, PATHS)] == [1, 3]
+    assert not (scene.run_folder() / "checkpoints" / "step-00000002").exists()
+    with pytest.raises(ObjectMissing):
+        scene.runs.read(PATHS.manifest(2))
