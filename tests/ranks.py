@@ -23,8 +23,8 @@ from jobs.record import Outcome, RunPaths
 from trainers.attempt import Assignment
 from trainers.session import Session
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.ranks_preload"])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.ranks_preload"])
 TIMEOUT_SECONDS = 120
 
 Moment = Literal["step", "evaluation", "parts", "manifest", "retention"]
@@ -52,9 +52,9 @@ def run_ranks(
     `before` (picklable) is called in each process first.
     """
     port = _free_port()
-    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    receiver, sender = PROCESSES.Pipe(duplex=False)
     ranks = [
-        _CONTEXT.Process(
+        PROCESSES.Process(
             target=_rank,
             args=(assignment, rank, world_size, port, kill, before, dict(os.environ), sender),
         )
@@ -137,9 +137,9 @@ def on_ranks(
     time is that of all ranks together, and ends a rank that waits for another for ever.
     """
     port = _free_port()
-    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+    pipes = [PROCESSES.Pipe(duplex=False) for _ in range(world_size)]
     ranks = [
-        _CONTEXT.Process(
+        PROCESSES.Process(
             target=_work, args=(work, rank, world_size, port, dict(os.environ), sender)
         )
         for rank, (_, sender) in enumerate(pipes)
