@@ -74,6 +74,9 @@ def _object_store() -> Iterator[None]:
         os.environ |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
         os.environ |= {"SHOAL_CACHE": str(ROOT / ".shoal" / "cache"), "HF_HUB_OFFLINE": "1"}
         yield
+    except SystemExit:
+        _say(f'# to look at what is there: eval "$(shoal up --folder {STORE_FOLDER})"')
+        raise
     finally:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
