@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -57,9 +56,7 @@ class Counting:
     def __init__(self, store: Store, log: Path) -> None:
         self._store = store
         self._log = log
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+        self.uri = store.uri
 
     def download(self, key: str, path: Path) -> None:
         with self._log.open("a") as file:
