@@ -45,7 +45,8 @@ check: $(INSTALLED)
 	$(VENV)/bin/lint-imports
 
 clean:
-	@if [ -x $(VENV)/bin/shoal ] && [ -d .shoal ]; then $(VENV)/bin/shoal down || true; fi
+	@if [ -x $(VENV)/bin/shoal ] && [ -d .shoal/store ]; then \
+		$(VENV)/bin/shoal down --folder .shoal/store || true; fi
 	rm -rf $(VENV) .shoal .assets build dist *.egg-info .coverage
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
