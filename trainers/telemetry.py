@@ -7,6 +7,7 @@ says so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -42,6 +43,7 @@ class LineWriter:
         self._lock = threading.Lock()
         self._flush_lock = threading.Lock()
         self._lines: list[str] = []
+        self._num_lost = 0
         self._number = 1
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"shoal-{kind}-writer", daemon=True)
@@ -52,21 +54,24 @@ class LineWriter:
         text = json.dumps({"time": round(time.time(), 3)} | line, default=str)
         with self._lock:
             self._lines.append(text)
-            if len(self._lines) > MAX_WAITING_LINES:
-                del self._lines[: MAX_WAITING_LINES // 10]
+            self._drop_oldest()
 
     def flush(self) -> None:
         """Makes all lines so far durable, as one object; StorageError leaves them waiting."""
         with self._flush_lock:
             with self._lock:
-                lines = list(self._lines)
+                lines, self._lines = self._lines, []
             if not lines:
                 return
             key = self._paths.lines(self._kind, self._source, self._number)
-            self._store.write(key, ("\n".join(lines) + "\n").encode())
-            with self._lock:
-                del self._lines[: len(lines)]
-                self._number += 1
+            try:
+                self._store.write(key, ("\n".join(lines) + "\n").encode())
+            except BaseException:
+                with self._lock:
+                    self._lines[:0] = lines
+                    self._drop_oldest()
+                raise
+            self._number += 1
 
     def close(self) -> None:
         """Flushes and ends the thread."""
@@ -83,6 +88,17 @@ class LineWriter:
             self.flush()
         except StorageError as error:
             sys.stderr.write(f"shoal: {self._kind} are not written at present: {error}\n")
+        with self._lock:
+            num_lost, self._num_lost = self._num_lost, 0
+        if num_lost:
+            sys.stderr.write(f"shoal: {num_lost} lines of {self._kind} are lost: too many waited\n")
+
+    def _drop_oldest(self) -> None:
+        excess = len(self._lines) - MAX_WAITING_LINES
+        if excess > 0:
+            num_lost = max(excess, MAX_WAITING_LINES // 10)
+            del self._lines[:num_lost]
+            self._num_lost += num_lost
 
 
 class LogHandler(logging.Handler):
@@ -142,9 +158,10 @@ class Telemetry:
         if error is not None:
             log.error("%s", error, exc_info=error)
         logging.getLogger().removeHandler(self._handler)
-        for stream in (self._metrics, self._rows, self._board, self._logs, self._events):
-            if stream is not None:
-                stream.close()
+        with contextlib.ExitStack() as stack:  # all of them, though one should raise
+            for stream in (self._events, self._logs, self._board, self._rows, self._metrics):
+                if stream is not None:
+                    stack.callback(stream.close)
 
     def with_tensorboard(self, store: Store, paths: RunPaths) -> None:
         """Also write TensorBoard event files, one per attempt, into the run folder."""
@@ -205,17 +222,18 @@ class _TensorBoard:
             self._upload()
 
     def _upload(self) -> None:
-        with self._lock:
-            self._writer.flush()
-            for path in Path(self._folder.name).iterdir():
-                try:
+        try:
+            with self._lock:
+                self._writer.flush()
+                for path in Path(self._folder.name).iterdir():
                     self._store.upload(self._prefix + path.name, path)
-                except StorageError as error:
-                    sys.stderr.write(f"shoal: TensorBoard's file is not written: {error}\n")
+        except (StorageError, OSError) as error:
+            sys.stderr.write(f"shoal: TensorBoard's file is not written: {error}\n")
 
     def close(self) -> None:
         self._closing.set()
         self._thread.join()
         self._upload()
-        self._writer.close()
+        with contextlib.suppress(OSError):  # said above
+            self._writer.close()
         self._folder.cleanup()

@@ -1,0 +1,115 @@
+"""Requests in the run folder: heard once, in their order, and not those of an earlier driver."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pytest
+
+from cluster.storage import Head, StorageError, Store
+from jobs.record import Control, RunPaths
+from trainers import controls as module
+from trainers.controls import ControlPoller
+
+PATHS = RunPaths("run")
+
+
+class Rounds:
+    """A store that counts looks at its list, and refuses them while `down` is set."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._looked = threading.Semaphore(0)
+        self.down = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def list(self, prefix: str, *, after: str) -> Iterator[Head]:
+        try:
+            if self.down:
+                raise StorageError("the store is away")
+            yield from self._store.list(prefix, after=after)
+        finally:
+            self._looked.release()
+
+    def wait(self) -> None:
+        """Returns after a look that began after the call."""
+        while self._looked.acquire(blocking=False):
+            pass
+        for _ in range(2):
+            assert self._looked.acquire(timeout=30)
+
+
+@pytest.fixture
+def store(local_store: Store, monkeypatch: pytest.MonkeyPatch) -> Rounds:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.005)
+    return Rounds(local_store)
+
+
+def ask(store: Rounds, number: int, kind: Literal["stop", "save"]) -> None:
+    request = Control(kind=kind, requested_at=time.time())
+    store.write(PATHS.control_request(number), request.to_bytes())
+
+
+def test_nothing_is_asked_for_at_first(store: Rounds) -> None:
+    with ControlPoller(store, PATHS, after=0) as poller:
+        store.wait()
+        assert poller.take() == (False, False)
+
+
+def test_a_save_is_heard_once_and_a_stop_stays(store: Rounds) -> None:
+    with ControlPoller(store, PATHS, after=0) as poller:
+        ask(store, 1, "save")
+        store.wait()
+        assert poller.take() == (False, True)
+        assert poller.take() == (False, False)
+        ask(store, 2, "stop")
+        ask(store, 3, "save")
+        store.wait()
+        assert poller.take() == (True, True)
+        assert poller.take() == (True, False)
+
+
+def test_requests_to_an_earlier_driver_are_not_heard(store: Rounds) -> None:
+    ask(store, 1, "stop")
+    with ControlPoller(store, PATHS, after=1) as poller:
+        store.wait()
+        assert poller.take() == (False, False)
+        ask(store, 2, "save")
+        store.wait()
+        assert poller.take() == (False, True)
+
+
+def test_a_request_that_is_not_known_is_passed_over(
+    store: Rounds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.write(PATHS.control_request(1), b'{"kind": "dance"}')
+    ask(store, 2, "save")
+    with ControlPoller(store, PATHS, after=0) as poller:
+        store.wait()
+        assert poller.take() == (False, True)
+    assert capsys.readouterr().err.count("control/0001.json is no request that is known") == 1
+
+
+def test_a_store_that_is_away_for_a_while_loses_no_request(
+    store: Rounds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ControlPoller(store, PATHS, after=0) as poller:
+        store.down = True
+        ask(store, 1, "stop")
+        store.wait()
+        assert poller.take() == (False, False)
+        store.down = False
+        store.wait()
+        assert poller.take() == (True, False)
+    assert "requests are not heard at present: the store is away" in capsys.readouterr().err
+
+
+def test_the_thread_ends_with_the_block(store: Rounds) -> None:
+    with ControlPoller(store, PATHS, after=0):
+        store.wait()
+    assert "shoal-controls" not in [thread.name for thread in threading.enumerate()]
