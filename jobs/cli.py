@@ -25,6 +25,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Before a run": {
         "prepare": ("jobs.prepare_command:prepare", "Write a data set as Parquet shards."),
         "check": ("jobs.commands.job_file:check", "Test a job file before anything is spent."),
+        "render": ("jobs.commands.render:render", "Print the run as a RayJob for Kubernetes."),
         "schema": ("jobs.commands.job_file:schema", "Print the JSON schema of the job file."),
     },
     "Run": {

@@ -27,6 +27,7 @@ from jobs.checks.finding import (
     Verdict,
     merge_same_cause,
 )
+from jobs.checks.kuberay import check_kuberay
 from jobs.checks.machine import (
     Machine,
     check_disk,
@@ -98,7 +99,7 @@ class Checked:
 def check_job(spec: JobSpec) -> Checked:
     """Tests the job against what it names; nothing is created that stays, and no Ray is started."""
     stores = Stores()
-    is_here = not os.environ.get("RAY_ADDRESS")
+    is_here = spec.cluster.kind == "local" and not os.environ.get("RAY_ADDRESS")
     uris = {
         f"data.{name}": uri
         for name in ("train", "validation", "test")
@@ -149,6 +150,7 @@ def _across(
         yield from check_disk(disk)
         yield from check_packages()
     yield from check_run_disk(spec, disk)
+    yield from check_kuberay(spec, disk)
 
 
 def _check_all_tokens(

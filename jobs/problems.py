@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from jobs.errors import Problem
-from jobs.schema import expected, field_schema, keys_of, known_paths
+from jobs.schema import expected, field_schema, keys_of, kinds_of, known_paths
 from jobs.spec import UnfitError
 
 Path = tuple[int | str, ...]
@@ -30,6 +30,12 @@ _EXAMPLES = {
     "data": "{train: s3://lake/reviews/train}",
     "data.train": "s3://lake/reviews/train",
     "data.stream_memory": "1 GiB",
+    "cluster": "{kind: local}",
+    "cluster.kind": "local",
+    "cluster.image": "registry.example.com/shoal:0.1.0",
+    "cluster.service_account": "shoal",
+    "cluster.queue": "team-a",
+    "cluster.env_from_secrets": "[object-store]",
     "store": "s3://shoal/runs",
     "store.uri": "s3://shoal/runs",
     "train.early_stopping": "{metric: validation/f1, patience: 3}",
@@ -93,11 +99,17 @@ def problems_of(error: ValidationError, sources: Sources) -> list[Problem]:
         path = _known_part(detail)
         # Each branch of `auto or a number` fails; one of them is enough.
         found.setdefault(path, detail)
-    return [
-        _problem(detail, path, where=sources.of(path))
-        for path, detail in found.items()
-        if not _follows_from_parts(path, found)
-    ]
+    problems: dict[Path, Problem] = {}
+    for path, detail in found.items():
+        where, group = sources.of(path), path[:-1]
+        if _is_of_another_kind(path, detail):
+            # All of them are told at once, at the place of the first.
+            others = [p for p, d in found.items() if p[:-1] == group and _is_of_another_kind(p, d)]
+            kind = str(detail["loc"][-2])
+            problems.setdefault(group, _keys_of_another_kind(others, kind, where=where))
+        elif not _follows_from_parts(path, found):
+            problems[path] = _problem(detail, path, where=where)
+    return list(problems.values())
 
 
 def no_group(path: Sequence[str], held: object, *, where: str) -> Problem:
@@ -113,14 +125,45 @@ def no_group(path: Sequence[str], held: object, *, where: str) -> Problem:
 
 def _known_part(detail: ErrorDetails) -> Path:
     """The path without the names that pydantic gives to the branches of a union."""
-    path = tuple(detail["loc"])
+    path = _without_kinds(detail["loc"])
     if detail["type"] == "extra_forbidden":
         return path
+    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return (*path, "kind") if isinstance(detail["input"], dict) else path
     if detail["type"] == "missing" and isinstance(path[-1], int):
         return path[:-1]
     while path and field_schema(path) is None:
         path = path[:-1]
     return path
+
+
+def _without_kinds(location: Sequence[int | str]) -> Path:
+    """The path without the kinds that pydantic puts between a group and its keys."""
+    path: Path = ()
+    after_kind = False
+    for part in location:
+        after_kind = not after_kind and part in kinds_of(field_schema(path) or {})
+        if not after_kind:
+            path += (part,)
+    return path
+
+
+def _is_of_another_kind(path: Path, detail: ErrorDetails) -> bool:
+    """Whether the key is refused only because its group is of a kind that has no such key."""
+    return detail["type"] == "extra_forbidden" and field_schema(path) is not None
+
+
+def _keys_of_another_kind(paths: Sequence[Path], given: str, *, where: str) -> Problem:
+    group = _name(paths[0][:-1])
+    names = " and ".join(_name(path) for path in paths)
+    keys = {path[-1] for path in paths}
+    kinds = kinds_of(field_schema(paths[0][:-1]) or {})
+    other = next(kind for kind, known in kinds.items() if keys & set(known) and kind != given)
+    return Problem(
+        f"{where}: {names} {'belongs' if len(paths) == 1 else 'belong'} to {group}.kind {other}, "
+        f"but {group}.kind is {given}",
+        f"write {group}.kind: {other}, or keep {given} alone: --set '{group}={{kind: {given}}}'",
+    )
 
 
 def _follows_from_parts(path: Path, found: dict[Path, ErrorDetails]) -> bool:
@@ -141,7 +184,11 @@ def _problem(detail: ErrorDetails, path: Path, *, where: str) -> Problem:
         shown = "" if isinstance(given, dict) else f"is {_shown(given)}, but "
         return Problem(f"{where}: {name} {shown}{unfit}", unfit.hint)
     schema = field_schema(path) or {}
-    if kind == "missing" and path == tuple(detail["loc"]):
+    if kind == "union_tag_invalid":
+        given = given["kind"]
+    if kind == "union_tag_not_found" and isinstance(given, dict):
+        return Problem(f"{where}: {name} is missing", f"add {name}: {expected(schema)}")
+    if kind == "missing" and path == _without_kinds(detail["loc"]):
         example = _example(path)
         return Problem(
             f"{where}: {name} is missing", f"add {name}: {example}" if example else f"add {name}"
@@ -239,14 +286,17 @@ def _unknown_key(path: Path, where: str) -> Problem:
     *parents, last = path
     key, parent = str(last), _name(tuple(parents))
     message = f"{where}: {_name(path)} is not a known key"
-    if _SECRET.search(key):
-        return Problem(
-            message,
-            "a job file is stored with the run and holds no secrets: name a profile, or set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-        )
     paths = known_paths()
     siblings = [p.rpartition(".")[2] for p in paths if p.rpartition(".")[0] == parent]
+    if _SECRET.search(key) and not difflib.get_close_matches(key, siblings, n=1, cutoff=0.9):
+        instead = (
+            "name a secret of Kubernetes in cluster.env_from_secrets"
+            if parent == "cluster"
+            else "name a profile, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+        return Problem(
+            message, f"a job file is stored with the run and holds no secrets: {instead}"
+        )
     elsewhere = [p for p in paths if p.rpartition(".")[2] == key]
     near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
     if near:

@@ -34,6 +34,8 @@ def job_schema() -> dict[str, Any]:
                 # A default of a whole group would be pasted into the user's file.
                 field.pop("default", None)
                 field.setdefault("description", parts[reference]["description"])
+            if "discriminator" in field:
+                field.pop("default", None)
             field["description"] = _one_line(field["description"])
             field.pop("title", None)
     for part in parts.values():
@@ -50,30 +52,29 @@ def field_schema(path: Sequence[int | str]) -> Schema | None:
     """Schema of the key at `path` (an integer is a place in a list); None for an unknown key."""
     found: Schema = _schema()
     for key in path:
-        for option in _options(found):
-            if isinstance(key, int) and "prefixItems" in option:
-                items = option["prefixItems"]
-                inner = items[key] if key < len(items) else None
-            elif isinstance(key, int):
-                inner = option.get("items")
-            else:
-                inner = option.get("properties", {}).get(key)
-            if inner is not None:
-                found = inner
-                break
-        else:
+        options = [inner for o in _options(found) if (inner := _inside(o, key)) is not None]
+        if not options:
             return None
+        # A group that has several kinds may have the key in more than one of them.
+        found = options[0] if len(options) == 1 else {"anyOf": options}
     return found
+
+
+def kinds_of(schema: Schema) -> dict[str, list[str]]:
+    """Kind -> its keys, of a group whose key `kind` decides which others it has; else empty."""
+    mapping = schema.get("discriminator", {}).get("mapping", {})
+    return {kind: keys_of({"$ref": reference}) for kind, reference in mapping.items()}
 
 
 def known_paths() -> list[str]:
     """Every dotted path of the job file."""
-    return list(_paths(_schema(), ""))
+    return list(dict.fromkeys(_paths(_schema(), "")))
 
 
 def keys_of(schema: Schema) -> list[str]:
     """Keys of a group; empty for what is no group."""
-    return [key for option in _options(schema) for key in option.get("properties", ())]
+    keys = [key for option in _options(schema) for key in option.get("properties", ())]
+    return list(dict.fromkeys(keys))
 
 
 def expected(schema: Schema) -> str:
@@ -130,11 +131,25 @@ def _limits(option: Schema) -> str:
     return " " + " and ".join(limits) if limits else ""
 
 
+def _inside(option: Schema, key: int | str) -> Schema | None:
+    """Schema of one key, or of one place in a list."""
+    inner: Schema | None
+    if isinstance(key, int) and "prefixItems" in option:
+        items = option["prefixItems"]
+        inner = items[key] if key < len(items) else None
+    elif isinstance(key, int):
+        inner = option.get("items")
+    else:
+        inner = option.get("properties", {}).get(key)
+    return inner
+
+
 def _options(schema: Schema) -> list[Schema]:
     """The alternatives of a schema, references followed; a plain schema is its own only one."""
     if "$ref" in schema:
         return [_schema()["$defs"][schema["$ref"].rpartition("/")[2]]]
-    return [o for choice in schema.get("anyOf", ()) for o in _options(choice)] or [schema]
+    choices = schema.get("anyOf") or schema.get("oneOf") or ()
+    return [o for choice in choices for o in _options(choice)] or [schema]
 
 
 def _paths(schema: Schema, prefix: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ import re
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,7 +30,11 @@ MAX_RUN_ID_CHARACTERS = 47
 """KubeRay derives other names from a RayJob's name; 47 keeps all of them under DNS-1035's 63."""
 RUN_ID_SUFFIX_CHARACTERS = 6
 
+MAX_KUBERNETES_NAME_CHARACTERS = 63
+"""The limit of labels, in which some of the names are repeated."""
+
 RUN_ID_PATTERN = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_KUBERNETES_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*")
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -65,10 +70,11 @@ def parse_bytes(value: object) -> object:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """`1.5 GiB`: the largest unit that leaves at least one, at most three digits."""
+    """`1.5 GiB`: the largest unit that leaves at least one."""
     for unit, size in reversed(_UNITS.items()):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}" if unit != "B" else f"{int(num_bytes)} B"
+        if unit != "B" and num_bytes >= size:
+            value = num_bytes / size
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{int(num_bytes)} B"
 
 
@@ -330,8 +336,49 @@ class Retries(SpecPart):
 class LocalCluster(SpecPart):
     """This machine, or the Ray cluster that RAY_ADDRESS names."""
 
-    kind: Literal["local"] = "local"
+    kind: Literal["local"]
     """Start Ray here, or attach to RAY_ADDRESS."""
+
+
+def _kubernetes_name(name: str) -> str:
+    """A name as most objects of Kubernetes have one (a DNS-1123 subdomain); UnfitError else."""
+    if not _KUBERNETES_NAME.fullmatch(name) or len(name) > MAX_KUBERNETES_NAME_CHARACTERS:
+        raise UnfitError(
+            f"must be at most {MAX_KUBERNETES_NAME_CHARACTERS} lower-case letters, digits, hyphens "
+            "and dots, with a letter or digit first and last",
+            "write the name of an object in Kubernetes, such as team-a",
+        )
+    return name
+
+
+KubernetesName = Annotated[Text, AfterValidator(_kubernetes_name)]
+
+
+class KubeRayCluster(SpecPart):
+    """A Ray cluster of the run's own on Kubernetes, started and ended by KubeRay as a RayJob.
+
+    Secrets are named, never written here: their values stay in Kubernetes.
+    """
+
+    kind: Literal["kuberay"]
+    """A RayJob, which `shoal render` prints for kubectl."""
+    image: Text
+    """Container image of all pods, with shoal[train] and a user of id 1000, as k8s/Dockerfile
+    makes it."""
+    namespace: KubernetesName = "default"
+    """Namespace of the RayJob."""
+    service_account: KubernetesName | None = None
+    """Service account of head and workers, through which clouds grant access to stores; null: the
+    namespace's default."""
+    queue: KubernetesName | None = None
+    """Local queue of Kueue in which the run waits for its turn; null: it starts at once."""
+    image_pull_secrets: tuple[KubernetesName, ...] = ()
+    """Secrets with which the image is pulled from its registry."""
+    env_from_secrets: tuple[KubernetesName, ...] = ()
+    """Secrets whose keys become environment variables of head and workers, such as
+    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or HF_TOKEN."""
+    backoff_limit: NonNegativeInt = 2
+    """How often KubeRay starts the run again, on a new Ray cluster, after it has failed."""
 
 
 def no_validation_set() -> UnfitError:
@@ -358,7 +405,10 @@ class JobSpec(SpecPart):
     retries: Retries = Retries()
     store: Annotated[StoreAt, BeforeValidator(_store_from_text)]
     """Where runs are kept: `s3://bucket/prefix` or a local folder, or `{uri: ..., access: ...}`."""
-    cluster: LocalCluster = LocalCluster()
+    cluster: Annotated[LocalCluster | KubeRayCluster, Field(discriminator="kind")] = LocalCluster(
+        kind="local"
+    )
+    """Where the workers are: `{kind: local}`, or `{kind: kuberay, image: ...}`."""
     tracking: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
     """Where metrics go besides the run folder's own."""
 

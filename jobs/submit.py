@@ -1,16 +1,25 @@
-"""From a job to a run that has started: run id, spec.json, then a driver. Also resume and stop."""
+"""From a job to a run that has started: run id, spec.json, then a driver. Also resume and stop.
+
+Where `cluster.kind` is kuberay the run is recorded, and its driver is left to Kubernetes:
+the command of `SubmittedRun.start_command` starts it.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import secrets
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from cluster.local import start_driver
-from cluster.storage import ObjectExists, Store, join_uri, open_store
+from cluster.rayjob import Manifest, build_rayjob
+from cluster.storage import ObjectExists, Store, is_s3, join_uri, open_store
 from jobs.errors import EnvironmentFault, Problem, SpecError
 from jobs.parse import (
     apply_overrides,
@@ -20,29 +29,47 @@ from jobs.parse import (
 )
 from jobs.record import Amendment, Control, RunPaths, State
 from jobs.runs import RunReader
-from jobs.spec import MAX_RUN_ID_CHARACTERS, RUN_ID_PATTERN, RUN_ID_SUFFIX_CHARACTERS, JobSpec
+from jobs.spec import (
+    MAX_RUN_ID_CHARACTERS,
+    RUN_ID_PATTERN,
+    RUN_ID_SUFFIX_CHARACTERS,
+    JobSpec,
+    KubeRayCluster,
+)
 
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
 """Characters of a run id's suffix: none that looks like another."""
 _MOST_NUMBERS_TRIED = 100
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class SubmittedRun:
-    """A run whose driver has been started."""
+    """A run that is recorded, and whose driver has been started or is left to Kubernetes."""
 
     run_id: str
     uri: str
     process: subprocess.Popen[bytes] | None
     """The driver, where this process attends it; None in the background."""
+    kubectl: Literal["apply", "replace --force"] | None = None
+    """What kubectl does with the rendered run, where Kubernetes starts the driver; None where it
+    has been started here. `replace` makes what it does not find."""
+
+    def start_command(self, *, store: str | None) -> str | None:
+        """What starts the driver, where that is left to the user; `store` as for `--store`."""
+        if self.kubectl is None:
+            return None
+        option = f" --store {shlex.quote(store)}" if store is not None else ""
+        return f"shoal render {shlex.quote(self.uri)}{option} | kubectl {self.kubectl} -f -"
 
 
 def submit_job(spec: JobSpec, *, run_id: str | None = None, foreground: bool) -> SubmittedRun:
-    """Records the job as a new run and starts its driver.
+    """Records the job as a new run and starts its driver, unless Kubernetes will.
 
-    Raises SpecError where the run id is not allowed or taken.
+    Raises SpecError where the run id is not allowed or taken, or pods could not reach what the job
+    names.
     """
-    require_training()
+    require_place(spec, foreground=foreground)
     spec = with_absolute_paths(spec)
     run_id = check_run_id(run_id) if run_id is not None else new_run_id(spec.name)
     store = open_store(spec.store.uri, spec.store.access)
@@ -56,7 +83,92 @@ def submit_job(spec: JobSpec, *, run_id: str | None = None, foreground: bool) ->
                 f"choose another --run-id, or go on with it: shoal resume {uri}",
             )
         ) from error
+    if isinstance(spec.cluster, KubeRayCluster):
+        return SubmittedRun(run_id, join_uri(store.uri, run_id), None, kubectl="apply")
     return _start(store, spec, run_id, controls_seen=0, foreground=foreground)
+
+
+def require_place(spec: JobSpec, *, foreground: bool) -> None:
+    """Raises where the run could not start in the place that `cluster` names.
+
+    EnvironmentFault where this machine would train and cannot, SpecError for what is wrong with
+    the job. Nothing is asked of stores or clusters.
+    """
+    if not isinstance(spec.cluster, KubeRayCluster):
+        require_training()
+        return
+    if foreground:
+        refuse_attending(spec)
+    refuse_local_places(spec)
+
+
+def refuse_attending(spec: JobSpec) -> None:
+    """Raises SpecError where the job's driver is no process of this machine."""
+    if isinstance(spec.cluster, KubeRayCluster):
+        raise SpecError(
+            Problem(
+                "cluster.kind is kuberay, but shoal run trains on this machine",
+                "run: shoal submit JOB.yaml, or train here with --set 'cluster={kind: local}'",
+            )
+        )
+
+
+def refuse_local_places(spec: JobSpec) -> None:
+    """Raises SpecError for each local path of the job: pods do not have this machine's folders."""
+    places = {
+        "data.train": spec.data.train,
+        "data.validation": spec.data.validation,
+        "data.test": spec.data.test,
+        "store": spec.store.uri,
+    }
+    local = {key: uri for key, uri in places.items() if uri is not None and not is_s3(uri)}
+    source = spec.model.source
+    if not is_s3(source) and (Path(source).is_dir() or not _HUB_NAME.fullmatch(source)):
+        local["model.source"] = source
+    hints = {
+        "model.source": "copy it to a store and name that, as in: s3://models/minilm; or name a "
+        "model of the hub",
+        "store": "name a bucket, as in: s3://shoal/runs",
+    }
+    if local:
+        raise SpecError(
+            *(
+                Problem(
+                    f"{key} is {uri}, a path of this machine, but cluster.kind is kuberay, whose "
+                    "pods reach object storage only",
+                    hints.get(key, "prepare it there: shoal prepare SOURCE --to s3://lake/reviews"),
+                )
+                for key, uri in local.items()
+            )
+        )
+
+
+def rayjob_of_job(spec: JobSpec, *, run_id: str | None) -> Manifest:
+    """The manifest that a run of the job would have; by default its id is the job's name."""
+    run_id = check_run_id(run_id) if run_id is not None else spec.name
+    rayjob = build_rayjob(spec, run_id=run_id, run_uri=join_uri(spec.store.uri, run_id))
+    refuse_local_places(spec)
+    return rayjob
+
+
+def rayjob_of_run(reader: RunReader) -> Manifest:
+    """The manifest that starts, or starts again, the driver of a recorded run.
+
+    Raises SpecError where the run's job is not for KubeRay.
+    """
+    spec = reader.spec()
+    if not isinstance(spec.cluster, KubeRayCluster):
+        raise SpecError(
+            Problem(
+                f"the run {reader.uri} was submitted with cluster.kind {spec.cluster.kind}, so "
+                "there is no RayJob to render",
+                "submit the job again with cluster.kind: kuberay, or move the run: shoal resume "
+                f"{reader.uri} --set 'cluster={{kind: kuberay, image: IMAGE}}'",
+            )
+        )
+    # A request to stop that came before the first start still counts.
+    seen = 0 if reader.result() is None else _last_number(reader.store, reader.paths.control)
+    return build_rayjob(spec, run_id=reader.run_id, run_uri=reader.uri, controls_seen=seen)
 
 
 def resume_run(
@@ -66,7 +178,6 @@ def resume_run(
 
     Raises SpecError where the run is done, or a key may not be changed by a resume.
     """
-    require_training()
     reader = RunReader(store, run_id)
     spec = reader.spec()
     paths = RunPaths(run_id)
@@ -74,6 +185,10 @@ def resume_run(
         check_resume_overrides(overrides)
         changed = apply_overrides(spec.model_dump(mode="json"), overrides)
         spec = parse_spec(changed, where="--set")
+    # On Kubernetes a run is started again, never attended.
+    on_kubernetes = isinstance(spec.cluster, KubeRayCluster)
+    require_place(spec, foreground=foreground and not on_kubernetes)
+    if overrides:
         amendment = Amendment(overrides=tuple(overrides), made_at=time.time())
         _write_numbered(store, paths.amendments, paths.amendment, amendment.to_bytes())
     result = reader.result()
@@ -81,10 +196,12 @@ def resume_run(
         raise SpecError(
             Problem(
                 f"the run {reader.uri} has succeeded: all its epochs are done",
-                "train longer with: shoal resume RUN --set train.epochs=N, or start a new run "
-                f"with model.source: {reader.uri}",
+                f"train longer with: shoal resume {reader.uri} --set train.epochs=N, or start a "
+                f"new run with model.source: {reader.uri}",
             )
         )
+    if on_kubernetes:
+        return SubmittedRun(run_id, reader.uri, None, kubectl="replace --force")
     seen = _last_number(store, paths.control)
     return _start(store, spec, run_id, controls_seen=seen, foreground=foreground)
 

@@ -25,7 +25,7 @@ from jobs.checks.finding import (
 )
 from jobs.checks.model import ModelFacts
 from jobs.checks.stores import nearest_existing
-from jobs.spec import JobSpec, Workers, format_bytes
+from jobs.spec import JobSpec, KubeRayCluster, Workers, format_bytes
 from trainers.data.cache import CACHE_VARIABLE, cache_folder
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -58,6 +58,14 @@ def look_at_machine(*, count_gpus: bool) -> Machine:
 def check_workers(spec: JobSpec, machine: Machine | None) -> list[Finding]:
     """Whether the workers fit; `machine` is None where they run elsewhere (RAY_ADDRESS). Pure."""
     part, workers = "workers", spec.workers
+    if isinstance(spec.cluster, KubeRayCluster):
+        return [
+            not_checked(
+                part,
+                f"whether the Kubernetes cluster has room for {_counted(workers.count, 'worker')} "
+                f"with {_counted(workers.cpus, 'core')} each: it was not asked",
+            )
+        ]
     if machine is None:
         return [
             not_checked(

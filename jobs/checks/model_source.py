@@ -172,10 +172,12 @@ def _on_hub(
             update={"model": spec.model.model_copy(update={"revision": None})}
         )
         return _in_folder(f"{name} at {revision}", folder, without_revision)
-    return [_asked_hub(name, revision)], None
+    elsewhere = spec.cluster.kind != "local" or bool(os.environ.get("RAY_ADDRESS"))
+    return [_asked_hub(name, revision, elsewhere=elsewhere)], None
 
 
-def _asked_hub(name: str, revision: str) -> Finding:
+def _asked_hub(name: str, revision: str, *, elsewhere: bool) -> Finding:
+    """What the hub says; `elsewhere`: other machines fetch the model, not this one."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
@@ -185,7 +187,7 @@ def _asked_hub(name: str, revision: str) -> Finding:
     )
 
     if HF_HUB_OFFLINE:
-        if os.environ.get("RAY_ADDRESS"):
+        if elsewhere:
             return not_checked(
                 PART, f"{name}: HF_HUB_OFFLINE is set, and this machine does not hold the model"
             )

@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.commands.job_file import job_argument
-from jobs.commands.target import json_option, open_run, print_json, run_argument
+from jobs.commands.target import (
+    job_file_of_store,
+    json_option,
+    open_run,
+    print_json,
+    run_argument,
+)
 
 if TYPE_CHECKING:
     from jobs.spec import JobSpec
+    from jobs.submit import SubmittedRun
 
 run_id_option = click.option(
     "--run-id", metavar="ID", help="Id of the run; default: the job's name and a short suffix."
@@ -45,10 +52,13 @@ def run(
     """
     from cluster.storage import open_store
     from jobs.foreground import attend
+    from jobs.parse import load_spec
     from jobs.runs import RunReader
-    from jobs.submit import submit_job
+    from jobs.submit import refuse_attending, submit_job
 
-    spec = _checked(job, overrides, skip_check=skip_check)
+    spec = load_spec(job, overrides)
+    refuse_attending(spec)
+    _check(spec, skip=skip_check)
     submitted = submit_job(spec, run_id=run_id, foreground=True)
     reader = RunReader(open_store(spec.store.uri, spec.store.access), submitted.run_id)
     ctx.exit(attend(submitted, reader, show_progress=not no_progress))
@@ -66,12 +76,20 @@ def submit(
     skip_check: bool,
     as_json: bool,
 ) -> None:
-    """Start a run in the background and print its URI at once."""
+    """Start a run in the background and print its URI at once.
+
+    Where cluster.kind is kuberay the run is recorded, and the command that starts it is printed.
+    """
+    from jobs.parse import load_spec
+    from jobs.spec import StoreAccess
     from jobs.submit import submit_job
 
-    spec = _checked(job, overrides, skip_check=skip_check)
+    spec = load_spec(job, overrides)
+    _check(spec, skip=skip_check)
     submitted = submit_job(spec, run_id=run_id, foreground=False)
-    _tell(submitted.run_id, submitted.uri, as_json=as_json)
+    # What the environment does not say of the way to the store is in the job file.
+    store = None if spec.store.access == StoreAccess() else str(job)
+    _tell(submitted, store=store, as_json=as_json)
 
 
 @click.command()
@@ -105,8 +123,8 @@ def resume(
     submitted = resume_run(
         reader.store, reader.run_id, overrides=overrides, foreground=not background
     )
-    if background:
-        _tell(submitted.run_id, submitted.uri, as_json=False)
+    if background or submitted.kubectl:
+        _tell(submitted, store=job_file_of_store(store), as_json=False)
         return
     ctx.exit(
         attend(
@@ -118,21 +136,20 @@ def resume(
     )
 
 
-def _checked(job: Path, overrides: tuple[str, ...], *, skip_check: bool) -> JobSpec:
-    from jobs.parse import load_spec
-
-    spec = load_spec(job, overrides)
-    if not skip_check:
+def _check(spec: JobSpec, *, skip: bool) -> None:
+    if not skip:
         from jobs.preflight import check_job
 
         check_job(spec).raise_problems()
-    return spec
 
 
-def _tell(run_id: str, uri: str, *, as_json: bool) -> None:
+def _tell(submitted: SubmittedRun, *, store: str | None, as_json: bool) -> None:
+    command = submitted.start_command(store=store)
     if as_json:
-        print_json({"run_id": run_id, "uri": uri})
+        print_json({"run_id": submitted.run_id, "uri": submitted.uri, "start_command": command})
         return
-    click.echo(uri)
-    if sys.stderr.isatty():
-        click.echo(f"follow it with: shoal watch {uri}", err=True)
+    click.echo(submitted.uri)
+    if command is not None:
+        click.echo(f"recorded; start it with: {command}", err=True)
+    elif sys.stderr.isatty():
+        click.echo(f"follow it with: shoal watch {submitted.uri}", err=True)

@@ -53,7 +53,7 @@ def open_run(run: str, store: str | None) -> RunReader:
     from cluster.storage import open_store, split_uri
 
     parent, run_id = split_uri(run)
-    if store is not None and not _is_job_file(store):
+    if store is not None and not is_job_file(store):
         raise SpecError(
             Problem(
                 f"{run} is a URI already, so --store {store} has no effect",
@@ -81,12 +81,23 @@ def open_runs(store: str | None, *, needed_for: str) -> Store:
                 f"export {STORE_VARIABLE}=s3://shoal/runs",
             )
         )
-    if _is_job_file(given):
+    if is_job_file(given):
         from jobs.parse import load_spec
 
         at = load_spec(Path(given)).store
         return open_store(at.uri, at.access)
     return open_store(given)
+
+
+def is_job_file(text: str) -> bool:
+    """Whether an argument names a job file, not a store or a run."""
+    return text.endswith((".yaml", ".yml"))
+
+
+def job_file_of_store(store: str | None) -> str | None:
+    """The job file from which --store or SHOAL_STORE takes the way to the store, if it does."""
+    given = store or os.environ.get(STORE_VARIABLE)
+    return given if given and is_job_file(given) else None
 
 
 def print_json(document: Any) -> None:
@@ -106,7 +117,3 @@ def _finite(value: Any) -> Any:
 
 def _is_uri(run: str) -> bool:
     return "://" in run or "/" in run or run.startswith((".", "~"))
-
-
-def _is_job_file(store: str) -> bool:
-    return store.endswith((".yaml", ".yml"))

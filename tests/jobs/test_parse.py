@@ -377,9 +377,46 @@ VALUES = [
         "write tensorboard there, or remove item 1",
     ),
     (
+        "cluster: {kind: kubray, image: a}",
+        'cluster.kind is "kubray", but must be local or kuberay',
+        "write kind: kuberay",
+    ),
+    (
+        "cluster: {image: a}",
+        "cluster.kind is missing",
+        "add cluster.kind: local or kuberay",
+    ),
+    (
         "cluster: {kind: kuberay}",
-        'cluster.kind is "kuberay", but must be local',
-        "write for example kind: local",
+        "cluster.image is missing",
+        "add cluster.image: registry.example.com/shoal:0.1.0",
+    ),
+    (
+        "cluster: {kind: kuberay, image: a, imagee: b}",
+        "cluster.imagee is not a known key",
+        "did you mean cluster.image?",
+    ),
+    (
+        "cluster: {kind: kuberay, image: a, env_from_secret: [b]}",
+        "cluster.env_from_secret is not a known key",
+        "did you mean cluster.env_from_secrets?",
+    ),
+    (
+        "cluster: {kind: kuberay, image: a, secret_key: b}",
+        "cluster.secret_key is not a known key",
+        "a job file is stored with the run and holds no secrets: name a secret of Kubernetes in "
+        "cluster.env_from_secrets",
+    ),
+    (
+        "cluster: {kind: local, image: a, queue: b}",
+        "cluster.image and cluster.queue belong to cluster.kind kuberay, but cluster.kind is local",
+        "write cluster.kind: kuberay, or keep local alone: --set 'cluster={kind: local}'",
+    ),
+    (
+        "cluster: {kind: kuberay, image: a, env_from_secrets: [AKIA]}",
+        'cluster.env_from_secrets[0] is "AKIA", but must be at most 63 lower-case letters, digits, '
+        "hyphens and dots, with a letter or digit first and last",
+        "write the name of an object in Kubernetes, such as team-a",
     ),
 ]
 
