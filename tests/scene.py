@@ -51,8 +51,12 @@ class Scene:
         optimizer = build_optimizer(model, spec.optimizer)
         return Trainee(task, model, optimizer, torch.device("cpu"), torch.float32)
 
+    @property
+    def runs_folder(self) -> Path:
+        return self.folder / "runs"
+
     def run_folder(self, run_id: str = "run") -> Path:
-        return self.folder / "runs" / run_id
+        return self.runs_folder / run_id
 
     def paths(self, run_id: str = "run") -> RunPaths:
         return RunPaths(run_id)

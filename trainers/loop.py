@@ -36,6 +36,12 @@ from trainers.tasks.task import Batch, Evaluation, Task
 from trainers.time_account import TimeAccount
 
 
+_DIVERGED_HINT = (
+    "lower optimizer.learning_rate, set optimizer.max_grad_norm, or use model.precision float32; "
+    "the last good checkpoint is kept"
+)
+
+
 class Ending(StrEnum):
     """Why `train` returned."""
 
@@ -148,7 +154,8 @@ def train(
     is committed with it, so a run killed anywhere takes the same decisions when it is resumed.
     Requests are heeded between two steps, at the same step on all ranks.
 
-    Raises TrainingError, on all ranks at the same step, when the gradient is not finite.
+    Raises TrainingError, on all ranks at the same step, when the gradient or what was measured is
+    not finite; the state is not committed then.
     """
     trainee.model.train()  # pretrained models come with their dropout switched off
     feed = _Feed(spec, plan, trainee.task, around, agreement=agreement, time=time)
@@ -160,6 +167,7 @@ def train(
             decision = coming.pending.wait()
         if decision.failed or decision.stop or decision.save:
             if committed_step != progress.step:
+                window.check()
                 around.commit(progress, None)
                 committed_step = progress.step
             if decision.failed:
@@ -189,6 +197,7 @@ def train(
         if progress.step == plan.total_steps:
             progress = replace(progress, finished=True)
         if commit_is_due(spec, progress):
+            window.check()
             around.commit(progress, evaluation)
             committed_step = progress.step
         if progress.finished and following is not None:
@@ -220,9 +229,17 @@ def evaluation_is_due(spec: JobSpec, plan: Plan, progress: Progress) -> bool:
 
 
 def judge(spec: JobSpec, progress: Progress, evaluation: Evaluation | None) -> Progress:
-    """The progress with what an evaluation means for the best model and for early stopping."""
+    """The progress with what an evaluation means for the best model and for early stopping.
+
+    Raises TrainingError where a metric is not finite: the model is destroyed.
+    """
     if evaluation is None:
         return progress
+    for name, value in evaluation.metrics.items():
+        if not math.isfinite(value):
+            raise TrainingError(
+                Problem(f"step {progress.step}: validation/{name} is {value}", _DIVERGED_HINT)
+            )
     metric, mode, min_delta = spec.best
     value = evaluation.metrics[metric.removeprefix("validation/")]
     sign = 1.0 if mode == "max" else -1.0
@@ -296,7 +313,7 @@ def train_step(
     )
     # On a GPU looking at the norm would wait for it; there the window looks at intervals.
     if trainee.device.type == "cpu":
-        require_finite(norm, step)
+        require_finite(norm, step + 1)
     trainee.optimizer.step()
     return _LocalFacts(
         loss_sum=loss_sum,
@@ -318,15 +335,13 @@ def _backward(trainee: Trainee, batch: Batch, scale: float) -> torch.Tensor:
 
 
 def require_finite(norm: torch.Tensor, step: int) -> None:
-    """Raises TrainingError where the gradient norm, equal on all ranks, is not finite."""
+    """Raises TrainingError where the gradient norm, equal on all ranks, is not finite.
+
+    `step` counts from 1: it is the number that the step has in the metrics.
+    """
     if not bool(torch.isfinite(norm)):
-        raise TrainingError(
-            Problem(
-                f"step {step}: the gradient is not finite (norm {float(norm)})",
-                "lower optimizer.learning_rate, set optimizer.max_grad_norm, or use "
-                "model.precision float32; the last good checkpoint is kept",
-            )
-        )
+        message = f"step {step}: the gradient is not finite (norm {float(norm)})"
+        raise TrainingError(Problem(message, _DIVERGED_HINT))
 
 
 class _Window:
@@ -335,20 +350,34 @@ class _Window:
     def __init__(self, every_steps: int) -> None:
         self._every_steps = every_steps
         self._facts: list[_LocalFacts] = []
+        self._step = 0
+
+    def check(self) -> None:
+        """Raises TrainingError where the gradient of the last step was not finite.
+
+        A state after such a step is not to be committed. No later gradient is finite either, so
+        one look at intervals finds it.
+        """
+        if self._facts:
+            require_finite(self._facts[-1].grad_norm, self._step)
 
     def add(
         self, facts: _LocalFacts, progress: Progress, agreement: Agreement, *, is_last: bool
     ) -> StepFacts | None:
+        """What to tell of the steps since the last entry; None where none is due."""
         self._facts.append(facts)
+        self._step = progress.step
         if progress.step % self._every_steps and not is_last:
             return None
+        self.check()
         held, self._facts = self._facts, []
-        require_finite(facts.grad_norm, progress.step)
         loss = torch.stack([f.loss_sum for f in held]).sum().double().cpu()
         weight, rows, tokens = (
             float(sum(getattr(f, name) for f in held)) for name in ("weight", "rows", "tokens")
         )
-        total = agreement.sum(torch.tensor([float(loss), weight, rows, tokens]).double())
+        total = agreement.sum(
+            torch.tensor([float(loss), weight, rows, tokens], dtype=torch.float64)
+        )
         return StepFacts(
             progress=progress,
             loss=float(total[0] / total[1]),

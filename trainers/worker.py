@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cluster.storage import Store, open_store
+from cluster.storage import StorageError, Store, open_store
 from jobs.errors import EnvironmentFault, ShoalError, TrainingError
 from jobs.record import Failure, Manifest, Outcome, RunPaths, Source, State
 from trainers.agreement import Agreement
@@ -72,7 +72,13 @@ def train_worker(session: Session, assignment: Assignment) -> Outcome:
         rank = _Rank(session, assignment, agreement, store, paths, telemetry, account)
         outcome = rank.run(claim)
         if session.rank == 0:
-            store.write(paths.outcome(claim.attempt.attempt), outcome.to_bytes())
+            try:
+                store.write(paths.outcome(claim.attempt.attempt), outcome.to_bytes())
+            except StorageError as error:
+                if outcome.failure is None:
+                    raise
+                # Why the attempt failed matters more than that its record cannot be written.
+                log.error("the outcome cannot be written: %s", error)
         return outcome
 
 
@@ -146,6 +152,7 @@ class _Rank:
         )
         with contextlib.ExitStack() as stack:
             stack.callback(self._writer.close)
+            stack.callback(self._close_stream)
             if self._session.rank == 0:
                 poller = ControlPoller(
                     self._store, self._paths, after=self._assignment.controls_seen
@@ -323,7 +330,9 @@ class _Rank:
         """The evaluation of `model` on a data set, over all ranks."""
         task = self._prepared.task
         metrics = task.metrics()
-        stream = self._open_stream(data, lanes=self._session.world_size, window=1)
+        stream = self._together(
+            lambda: self._open_stream(data, lanes=self._session.world_size, window=1)
+        )
         try:
             self._together(
                 lambda: measure(

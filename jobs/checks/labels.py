@@ -26,9 +26,10 @@ def class_of(label: str, *, labels: Sequence[str], are_positions: bool) -> str |
 def are_positions(kind: str, labels: Sequence[str]) -> bool:
     """Whether a column of this type holds positions in `labels` rather than the labels.
 
-    Whole numbers are positions, unless 0 or 1 are labels themselves.
+    Whole numbers are positions, unless a label is a whole number itself.
     """
-    return is_integer_type(kind) and not set(labels) & {"0", "1"}
+    has_number = any(label.removeprefix("-").isdigit() for label in labels)
+    return is_integer_type(kind) and not has_number
 
 
 def check_labels(

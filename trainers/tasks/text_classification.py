@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -93,13 +94,16 @@ class TextClassification:
 
     def build_model(self, folder: Path, *, dropout: float | None, seed: int) -> nn.Module:
         labels = self._spec.labels
-        config = AutoConfig.from_pretrained(
-            folder,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-            problem_type="single_label_classification",
-        )
+        try:
+            config = AutoConfig.from_pretrained(
+                folder,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={label: i for i, label in enumerate(labels)},
+                problem_type="single_label_classification",
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise self._no_model(error) from error
         if dropout is not None:
             held = [key for key in _DROPOUT_KEYS if hasattr(config, key)]
             if not held:
@@ -129,14 +133,17 @@ class TextClassification:
             model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise SpecError(
-                Problem(
-                    f"model.source holds no model for {self._spec.kind}: {_first_line(error)}",
-                    "name a folder with config.json and safetensors weights of an encoder",
-                )
-            ) from error
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise self._no_model(error) from error
         return model
+
+    def _no_model(self, error: Exception) -> SpecError:
+        return SpecError(
+            Problem(
+                f"model.source holds no model for {self._spec.kind}: {_first_line(error)}",
+                "name a folder with config.json and safetensors weights of an encoder",
+            )
+        )
 
     def save_extras(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(folder)
@@ -155,6 +162,13 @@ class TextClassification:
         if self._pretokenized:
             return Ragged.from_arrow(rows.column("input_ids"), first_row=first_row)
         texts = rows.column(self._spec.text)
+        if not _is_text(texts.type):
+            raise DataError(
+                Problem(
+                    f"the text column {self._spec.text} holds {texts.type}, not text",
+                    "name the column of texts in task.text",
+                )
+            )
         if texts.null_count:
             row = first_row + pc.index(pc.is_null(texts), True).as_py()
             raise DataError(
@@ -182,7 +196,7 @@ class TextClassification:
         names = pa.array(self._spec.labels, pa.string())
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        if pa.types.is_integer(column.type) and not set(self._spec.labels) & {"0", "1"}:
+        if pa.types.is_integer(column.type) and not _has_number(self._spec.labels):
             codes = pc.cast(column, pa.int64())
             known = pc.and_(pc.greater_equal(codes, 0), pc.less(codes, len(names)))
             known = pc.fill_null(known, False)
@@ -299,6 +313,19 @@ def load_tokenizer(folder: Path) -> Any:
             )
         )
     return tokenizer
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _has_number(labels: Sequence[str]) -> bool:
+    """Whether a label is a whole number: a column of numbers then holds labels, not positions."""
+    return any(label.removeprefix("-").isdigit() for label in labels)
 
 
 def _ragged(items: Items) -> Ragged:
