@@ -111,6 +111,7 @@ def _on_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -118,6 +119,13 @@ def _on_hub(name: str, revision: str | None) -> Path:
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except HFValidationError as error:
+        raise SpecError(
+            Problem(
+                f"model.source is {name}, which is no name of the hub: {error}",
+                "check the name; or name a folder if you meant one",
+            )
+        ) from error
     except GatedRepoError as error:
         raise SpecError(
             Problem(f"{name} is gated", "accept its terms on the hub and set HF_TOKEN")

@@ -110,7 +110,10 @@ def _load(source: str, access: StoreAccess) -> Any:
         elif Path(source).expanduser().is_dir():
             place = str(Path(source).expanduser())
         try:
-            return AutoTokenizer.from_pretrained(place, use_fast=True)
+            tokenizer = AutoTokenizer.from_pretrained(place, use_fast=True)
+            if Path(place).is_dir() and not has_own_files(tokenizer, Path(place)):
+                raise FileNotFoundError("it holds no tokenizer.json")
+            return tokenizer
         except Exception as error:
             # transformers raises anything here, from OSError to errors of its Rust parser.
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -121,6 +124,15 @@ def _load(source: str, access: StoreAccess) -> Any:
                     "or on this machine, or a model on the Hugging Face hub",
                 )
             ) from error
+
+
+def has_own_files(tokenizer: Any, folder: Path) -> bool:
+    """Whether a tokenizer of transformers was made from files of `folder`.
+
+    Without them transformers makes an empty one, to which every word is unknown.
+    """
+    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    return any((folder / name).is_file() for name in names)
 
 
 def _backend(tokenizer: Any) -> Any:

@@ -19,7 +19,7 @@ from jobs import spec as job
 from jobs.errors import DataError, Problem, SpecError
 from trainers.data.index import Index
 from trainers.data.items import Items, Ragged
-from trainers.data.tokenizers import tokenizer_digest
+from trainers.data.tokenizers import has_own_files, tokenizer_digest
 from trainers.positions import most_tokens
 from trainers.tasks.confusion import ConfusionMetrics
 from trainers.tasks.task import Batch, Evaluation
@@ -305,6 +305,13 @@ def load_tokenizer(folder: Path) -> Any:
                 "put tokenizer.json and tokenizer_config.json beside the weights",
             )
         ) from error
+    if not has_own_files(tokenizer, folder):
+        raise SpecError(
+            Problem(
+                "model.source holds no tokenizer",
+                "put tokenizer.json and tokenizer_config.json beside the weights",
+            )
+        )
     if not tokenizer.is_fast:
         raise SpecError(
             Problem(
