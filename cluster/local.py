@@ -8,11 +8,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from jobs.record import Past
 from jobs.spec import StoreAccess
 
 
 def start_driver(
-    run_uri: str, *, access: StoreAccess, controls_seen: int, attended: bool
+    run_uri: str, *, access: StoreAccess, past: Past, attended: bool
 ) -> subprocess.Popen[bytes]:
     """Starts `python -m jobs.run RUN_URI` in a session of its own, and returns at once.
 
@@ -23,12 +24,12 @@ def start_driver(
     command = [
         sys.executable, "-m", "jobs.run", run_uri,
         "--store-access", access.model_dump_json(exclude_defaults=True),
-        "--controls-seen", str(controls_seen),
+        "--past-controls", str(past.controls), "--past-generation", str(past.generation),
     ]  # fmt: skip
     if attended:
         command += ["--attended-by", str(os.getpid())]
     with driver_log(run_uri).open("ab") as log:
-        return subprocess.Popen(
+        return subprocess.Popen(  # noqa: S603 - our own program, no shell
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,

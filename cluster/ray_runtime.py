@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,14 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
         os.environ.setdefault(name, value)
     import ray
 
+    if " " in sys.executable:
+        raise ClusterError(
+            Problem(
+                f"Ray starts no worker with an interpreter whose path has a space: "
+                f"{sys.executable}",
+                "install shoal in a virtual environment whose path has none",
+            )
+        )
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:

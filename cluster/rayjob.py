@@ -14,6 +14,7 @@ import shlex
 from typing import Any
 
 from jobs.errors import Problem, SpecError
+from jobs.record import NOTHING_PAST, Past
 from jobs.spec import JobSpec, KubeRayCluster, StoreAccess
 
 Manifest = dict[str, Any]
@@ -40,11 +41,13 @@ that is evicted would end a healthy run."""
 _USER_ID = 1000
 
 
-def build_rayjob(spec: JobSpec, *, run_id: str, run_uri: str, controls_seen: int = 0) -> Manifest:
+def build_rayjob(
+    spec: JobSpec, *, run_id: str, run_uri: str, past: Past = NOTHING_PAST
+) -> Manifest:
     """The manifest of the run, keys in the order in which people write them.
 
-    The same arguments give the same manifest. Requests to the run up to number `controls_seen`
-    are old. Raises SpecError where `cluster.kind` is not kuberay.
+    The same arguments give the same manifest. `past` is that of a run that starts again. Raises
+    SpecError where `cluster.kind` is not kuberay.
     """
     cluster = spec.cluster
     if not isinstance(cluster, KubeRayCluster):
@@ -67,9 +70,7 @@ def build_rayjob(spec: JobSpec, *, run_id: str, run_uri: str, controls_seen: int
             "annotations": {"shoal/run": run_uri},
         },
         "spec": {
-            "entrypoint": _entrypoint(
-                run_uri, access=spec.store.access, controls_seen=controls_seen
-            ),
+            "entrypoint": _entrypoint(run_uri, access=spec.store.access, past=past),
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": _SECONDS_AFTER_END,
             "backoffLimit": cluster.backoff_limit,
@@ -89,7 +90,7 @@ def _cache_gib(spec: JobSpec) -> int:
     return math.ceil(2 * spec.data.cache_gib)
 
 
-def _entrypoint(run_uri: str, *, access: StoreAccess, controls_seen: int) -> str:
+def _entrypoint(run_uri: str, *, access: StoreAccess, past: Past) -> str:
     """The driver's command line, for a shell; as `cluster.local.start_driver` has it.
 
     Two shells read it: the submitter's, and the one in which Ray starts the driver. Older versions
@@ -99,8 +100,9 @@ def _entrypoint(run_uri: str, *, access: StoreAccess, controls_seen: int) -> str
     command = ["python", "-m", "jobs.run", run_uri]
     if given := access.model_dump(mode="json", exclude_defaults=True):
         command += ["--store-access", json.dumps(given)]
-    if controls_seen:
-        command += ["--controls-seen", str(controls_seen)]
+    if past != NOTHING_PAST:
+        command += ["--past-controls", str(past.controls)]
+        command += ["--past-generation", str(past.generation)]
     return shlex.join(command)
 
 

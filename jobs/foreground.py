@@ -34,7 +34,7 @@ from jobs.runs import RunReader
 from jobs.status import RunStatus
 from jobs.status_view import before_and_after
 from jobs.submit import SubmittedRun, request_stop
-from jobs.terminal import console_for, print_to, state_text
+from jobs.terminal import console_for, print_to
 from jobs.watch import NoView, View, make_view, watch_run
 
 _LOG_LINES_SHOWN = 15
@@ -54,7 +54,11 @@ def attend(
     if process is None:
         raise ValueError("a run in the background cannot be attended")
     since = time.time() if after_generation else 0.0
-    view = make_view(since=since) if show_progress else NoView(console_for(sys.stderr))
+    view = (
+        make_view(since=since, tells_end=False)
+        if show_progress
+        else NoView(console_for(sys.stderr))
+    )
     interrupts = _Interrupts(process, reader, view)
     try:
         with interrupts.caught():

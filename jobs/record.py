@@ -68,6 +68,11 @@ class State(StrEnum):
     """Storage, a node or the driver failed; a resume may succeed."""
 
     @property
+    def ends_retries(self) -> bool:
+        """Whether a platform that starts the driver again would only meet the same end."""
+        return self.is_final and self not in (State.FAILED_INFRA, State.FAILED_RESOURCES)
+
+    @property
     def is_final(self) -> bool:
         return self in _FINAL
 
@@ -379,6 +384,20 @@ class RunPaths:
     @property
     def report_json(self) -> str:
         return self._join("report", "report.json")
+
+
+@dataclass(frozen=True)
+class Past:
+    """What of a run lies before a start of its driver, and does not concern it."""
+
+    controls: int = 0
+    """Number of the last request that is old."""
+    generation: int = 0
+    """Generation of the last driver whose end is old. Where a later one has ended for a reason that
+    a restart would meet again, this start is a retry of the platform with nothing to do."""
+
+
+NOTHING_PAST = Past()
 
 
 LineKind = Literal["events", "metrics", "rows", "logs"]

@@ -25,17 +25,19 @@ from cluster.ray_runtime import ray_cluster
 from cluster.storage import StorageError, Store, open_store, split_uri
 from jobs.capture import captured_output
 from jobs.errors import ShoalError, render_error
-from jobs.record import Failure, Lease, Outcome, Result, RunPaths, Source, State
+from jobs.record import NOTHING_PAST, Failure, Lease, Outcome, Past, Result, RunPaths, Source, State
 from jobs.report import write_report
 from jobs.runs import RunReader
 from jobs.spec import StoreAccess
 from jobs.submit import request_stop
-from trainers.telemetry import Telemetry
+from trainers.telemetry import Telemetry, impatient
 
 if TYPE_CHECKING:
     from trainers.attempt import Assignment
 
-LEASE_SECONDS = 30.0
+LEASE_SECONDS = 60.0
+"""Longest that the store may be away while a run goes on; longest that a new driver waits to see
+whether one on another machine lives."""
 _WATCH_SECONDS = 0.5
 
 log = logging.getLogger("shoal.run")
@@ -44,14 +46,22 @@ log = logging.getLogger("shoal.run")
 @click.command()
 @click.argument("run_uri")
 @click.option("--store-access", default="{}", help="JSON of the store's access, without secrets.")
-@click.option("--controls-seen", type=int, default=0, help="Requests up to this one are old.")
+@click.option("--past-controls", type=int, default=0, help="Requests up to this one are old.")
+@click.option("--past-generation", type=int, default=0, help="Ends up to this driver's are old.")
 @click.option("--attended-by", type=int, help="Stop the run if this process is gone.")
-def main(run_uri: str, store_access: str, controls_seen: int, attended_by: int | None) -> None:
+def main(
+    run_uri: str,
+    store_access: str,
+    past_controls: int,
+    past_generation: int,
+    attended_by: int | None,
+) -> None:
     """Drive a run to its end; the exit code says how it ended."""
     try:
         parent, run_id = split_uri(run_uri)
         store = open_store(parent, StoreAccess.model_validate_json(store_access))
-        code = drive(store, run_id, controls_seen=controls_seen, attended_by=attended_by)
+        past = Past(controls=past_controls, generation=past_generation)
+        code = drive(store, run_id, past=past, attended_by=attended_by)
     except ShoalError as error:
         click.echo(render_error(error), err=True)
         code = error.exit_code
@@ -59,22 +69,36 @@ def main(run_uri: str, store_access: str, controls_seen: int, attended_by: int |
 
 
 def drive(
-    store: Store, run_id: str, *, controls_seen: int = 0, attended_by: int | None = None
+    store: Store, run_id: str, *, past: Past = NOTHING_PAST, attended_by: int | None = None
 ) -> int:
-    """Takes the run's lease, trains, and writes result and report; the exit code."""
+    """Takes the run's lease, trains, and writes result and report; the exit code.
+
+    Where a driver after `past` has ended the run for a reason that a restart would meet again,
+    nothing is started.
+    """
     from trainers.attempt import Assignment
     from trainers.finish import build_result
 
     reader = RunReader(store, run_id)
     spec, paths = reader.spec(), RunPaths(run_id)
+    ended_before = reader.result()
+    if (
+        ended_before is not None
+        and ended_before.generation > past.generation
+        and ended_before.state.ends_retries
+    ):
+        sys.stderr.write(f"shoal: the run has ended: {ended_before.state}\n")
+        return ended_before.exit_code
     with acquire(store, paths.lease, ttl_seconds=LEASE_SECONDS, wait=_say_waiting) as lease:
         with ExitStack() as stack:
-            telemetry = stack.enter_context(Telemetry(store, paths, Source(lease.generation, None)))
+            telemetry = stack.enter_context(
+                Telemetry(impatient(spec), paths, Source(lease.generation, None))
+            )
             output = logging.getLogger("shoal.output")
             output.setLevel(logging.DEBUG)
             stack.enter_context(captured_output(lambda line: output.debug("%s", line)))
             telemetry.state(State.STARTING, "starting Ray and the workers")
-            assignment = Assignment(spec, run_id, lease.generation, controls_seen)
+            assignment = Assignment(spec, run_id, lease.generation, past.controls)
             ended = _fit(assignment, store, lease, attended_by=attended_by)
             if isinstance(ended, Failure) and ended.traceback:
                 log.error("%s", ended.traceback)

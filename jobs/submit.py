@@ -27,7 +27,7 @@ from jobs.parse import (
     parse_spec,
     with_absolute_paths,
 )
-from jobs.record import Amendment, Control, RunPaths, State
+from jobs.record import NOTHING_PAST, Amendment, Control, Past, RunPaths, State
 from jobs.runs import RunReader
 from jobs.spec import (
     MAX_RUN_ID_CHARACTERS,
@@ -36,6 +36,7 @@ from jobs.spec import (
     JobSpec,
     KubeRayCluster,
 )
+from trainers.controls import last_request
 
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
 """Characters of a run id's suffix: none that looks like another."""
@@ -85,7 +86,7 @@ def submit_job(spec: JobSpec, *, run_id: str | None = None, foreground: bool) ->
         ) from error
     if isinstance(spec.cluster, KubeRayCluster):
         return SubmittedRun(run_id, join_uri(store.uri, run_id), None, kubectl="apply")
-    return _start(store, spec, run_id, controls_seen=0, foreground=foreground)
+    return _start(store, spec, run_id, past=NOTHING_PAST, foreground=foreground)
 
 
 def require_place(spec: JobSpec, *, foreground: bool) -> None:
@@ -166,9 +167,7 @@ def rayjob_of_run(reader: RunReader) -> Manifest:
                 f"{reader.uri} --set 'cluster={{kind: kuberay, image: IMAGE}}'",
             )
         )
-    # A request to stop that came before the first start still counts.
-    seen = 0 if reader.result() is None else _last_number(reader.store, reader.paths.control)
-    return build_rayjob(spec, run_id=reader.run_id, run_uri=reader.uri, controls_seen=seen)
+    return build_rayjob(spec, run_id=reader.run_id, run_uri=reader.uri, past=_past(reader))
 
 
 def resume_run(
@@ -202,8 +201,7 @@ def resume_run(
         )
     if on_kubernetes:
         return SubmittedRun(run_id, reader.uri, None, kubectl="replace --force")
-    seen = _last_number(store, paths.control)
-    return _start(store, spec, run_id, controls_seen=seen, foreground=foreground)
+    return _start(store, spec, run_id, past=_past(reader), foreground=foreground)
 
 
 def request_stop(store: Store, run_id: str, *, by: str) -> None:
@@ -250,13 +248,22 @@ def require_training() -> None:
 
 
 def _start(
-    store: Store, spec: JobSpec, run_id: str, *, controls_seen: int, foreground: bool
+    store: Store, spec: JobSpec, run_id: str, *, past: Past, foreground: bool
 ) -> SubmittedRun:
     uri = join_uri(store.uri, run_id)
-    process = start_driver(
-        uri, access=spec.store.access, controls_seen=controls_seen, attended=foreground
-    )
+    process = start_driver(uri, access=spec.store.access, past=past, attended=foreground)
     return SubmittedRun(run_id, uri, process if foreground else None)
+
+
+def _past(reader: RunReader) -> Past:
+    """What a start from now on is not concerned with."""
+    lease, result = reader.lease(), reader.result()
+    if lease is None and result is None:
+        return NOTHING_PAST  # a request to stop that came before the first start still counts
+    return Past(
+        controls=last_request(reader.store, reader.paths),
+        generation=result.generation if result is not None else 0,
+    )
 
 
 def _write_numbered(store: Store, folder: str, key_of: Callable[[int], str], data: bytes) -> None:

@@ -85,10 +85,15 @@ def watch_run(
                 pause.clear()
 
 
-def make_view(*, since: float = 0.0) -> View:
-    """The live view if stderr is a terminal, else plain lines of what was said after `since`."""
+def make_view(*, since: float = 0.0, tells_end: bool = True) -> View:
+    """The live view if stderr is a terminal, else plain lines of what was said after `since`.
+
+    `tells_end`: the lines end with how the run did, unless somebody else says so.
+    """
     console = console_for(sys.stderr)
-    return LiveView(console) if console.is_terminal else LineView(console, since=since)
+    if console.is_terminal:
+        return LiveView(console)
+    return LineView(console, since=since, tells_end=tells_end)
 
 
 class LiveView:
@@ -114,10 +119,11 @@ class LiveView:
 class LineView:
     """Plain lines, for files and CI: events, evaluations, and at a look the newest of training."""
 
-    def __init__(self, console: Console, *, since: float = 0.0) -> None:
+    def __init__(self, console: Console, *, since: float = 0.0, tells_end: bool = True) -> None:
         """Lines up to `since` (Unix seconds) are those of drivers before, and are not shown."""
         self._console = console
         self._since = since
+        self._tells_end = tells_end
         self._seen: set[tuple[object, ...]] = set()
         self._state: tuple[object, ...] = ()
 
@@ -143,7 +149,11 @@ class LineView:
         for line, text in sorted(new, key=lambda pair: float(pair[0]["time"])):
             self._console.print(Text(f"{_clock(line)} {text}"), soft_wrap=True)
         situation = status.situation
-        if situation.is_over and self._state != (situation.state, situation.generation):
+        if (
+            self._tells_end
+            and situation.is_over
+            and self._state != (situation.state, situation.generation)
+        ):
             self._state = (situation.state, situation.generation)
             self._console.print(headline(status))
 

@@ -17,14 +17,15 @@ from cluster.lease import acquire
 from cluster.storage import ObjectExists, open_store
 from jobs.errors import Problem, ShoalError, SpecError, render_error
 from jobs.parse import load_spec, spec_from_json, with_absolute_paths
-from jobs.record import RunPaths
+from jobs.record import Outcome, RunPaths
 from jobs.spec import JobSpec
 from trainers.attempt import Assignment
+from trainers.controls import last_request
 from trainers.finish import build_result
 from trainers.session import ProcessSession
 from trainers.worker import train_worker
 
-_LEASE_SECONDS = 30.0
+_LEASE_SECONDS = 60.0
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,27 +57,28 @@ def _train(spec: JobSpec, run_id: str) -> int:
     paths = RunPaths(run_id)
     with ProcessSession(use_gpu=bool(spec.workers.gpus)) as session:
         if session.rank != 0:
-            return _end(session, spec, run_id, generation=0)
+            assignment = Assignment(spec, run_id, generation=0, controls_seen=0)
+            return _exit_code(train_worker(session, assignment))
         try:
             store.write_if_absent(paths.spec, spec.to_json().encode())
         except ObjectExists:
             _refuse_other_job(spec, spec_from_json(store.read(paths.spec)), run_id)
         with acquire(store, paths.lease, ttl_seconds=_LEASE_SECONDS, wait=True) as lease:
-            return _end(session, spec, run_id, generation=lease.generation)
-
-
-def _end(session: ProcessSession, spec: JobSpec, run_id: str, *, generation: int) -> int:
-    assignment = Assignment(spec, run_id, generation, controls_seen=0)
-    outcome = train_worker(session, assignment)
-    if session.rank == 0:
-        store, paths = open_store(spec.store.uri, spec.store.access), RunPaths(run_id)
-        result = build_result(spec, store, paths, generation=generation, ended=outcome)
-        store.write(paths.result, result.to_bytes())
+            # Requests before this start were for the one before; before the first they count.
+            seen = last_request(store, paths) if lease.generation > 1 else 0
+            assignment = Assignment(spec, run_id, lease.generation, controls_seen=seen)
+            outcome = train_worker(session, assignment)
+            lease.check()
+            result = build_result(spec, store, paths, generation=lease.generation, ended=outcome)
+            store.write(paths.result, result.to_bytes())
         click.echo(f"{result.state.value} at step {result.step}: {store.uri}/{run_id}", err=True)
         if result.failure is not None:
-            for message, hint in result.failure.problems:
-                click.echo(render_error(ShoalError(Problem(message, hint))), err=True)
-        return result.exit_code
+            problems = (Problem(message, hint) for message, hint in result.failure.problems)
+            click.echo(render_error(ShoalError(*problems)), err=True)
+        return _exit_code(outcome)
+
+
+def _exit_code(outcome: Outcome) -> int:
     return outcome.failure.exit_code if outcome.failure else outcome.state.exit_code
 
 

@@ -14,6 +14,14 @@ from jobs.record import Control, RunPaths
 POLL_SECONDS = 1.0
 
 
+def last_request(store: Store, paths: RunPaths) -> int:
+    """Number of the newest request to the run; 0 without any."""
+    names = (
+        head.key.rpartition("/")[2].removesuffix(".json") for head in store.list(paths.control)
+    )
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 class ControlPoller:
     """Looks for new requests in a thread of its own. A context manager."""
 

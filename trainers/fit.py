@@ -42,7 +42,7 @@ def fit(assignment: Assignment) -> Outcome | Failure:
     )
     try:
         result = trainer.fit()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
         return _failure(error)
     return Outcome.model_validate_json(getattr(result, "return_value"))  # noqa: B009 - untyped
 
@@ -100,7 +100,7 @@ class RaySession:
         ray.train.report(dict(metrics))
 
 
-def _failure(error: TrainingFailedError) -> Failure:
+def _failure(error: Exception) -> Failure:
     """What ended the last try, from Ray's wrapping of it."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         rank, cause = min(error.worker_failures.items())
@@ -127,8 +127,8 @@ def _failure(error: TrainingFailedError) -> Failure:
 
 def _state_of_crash(error: BaseException) -> State:
     """A worker process that vanished is the environment's fault, an exception is the code's."""
-    died = isinstance(error, ray.exceptions.RayError) or "died" in type(error).__name__.lower()
-    return State.FAILED_INFRA if died else State.FAILED_USER
+    is_rays = isinstance(error, ray.exceptions.RayError)
+    return State.FAILED_INFRA if is_rays else State.FAILED_USER
 
 
 def _first_line(error: BaseException) -> str:

@@ -138,9 +138,15 @@ def resume(
 
 def _check(spec: JobSpec, *, skip: bool) -> None:
     if not skip:
+        from jobs.checks.finding import Verdict
         from jobs.preflight import check_job
 
-        check_job(spec).raise_problems()
+        checked = check_job(spec)
+        for finding in checked.findings:
+            if finding.verdict is Verdict.WARNING:
+                hint = f" (hint: {finding.hint})" if finding.hint else ""
+                click.echo(f"warning: {finding.message}{hint}", err=True)
+        checked.raise_problems()
 
 
 def _tell(submitted: SubmittedRun, *, store: str | None, as_json: bool) -> None:

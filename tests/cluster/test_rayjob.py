@@ -17,6 +17,7 @@ from jsonschema import ValidationError
 from cluster.rayjob import build_rayjob
 from jobs.errors import SpecError
 from jobs.parse import load_spec, parse_spec
+from jobs.record import Past
 from jobs.spec import JobSpec, StoreAccess
 
 ROOT = Path(__file__).parent.parent.parent
@@ -235,8 +236,8 @@ def test_the_entrypoint_is_the_driver_of_the_run() -> None:
     assert rayjob(job())["spec"]["entrypoint"] == (
         "python -m jobs.run s3://shoal/runs/sentiment-a1b2c3"
     )
-    again = rayjob(job(), controls_seen=3)["spec"]["entrypoint"]
-    assert again.endswith(" --controls-seen 3")
+    again = rayjob(job(), past=Past(controls=3, generation=2))["spec"]["entrypoint"]
+    assert again.endswith(" --past-controls 3 --past-generation 2")
 
 
 @pytest.mark.parametrize("joined_by", [shlex.join, subprocess.list2cmdline])

@@ -220,7 +220,7 @@ def test_a_stopped_run_that_is_rendered_again_does_not_hear_the_old_request(
     s3_shell.run("submit", s3_shell.job(), "--skip-check", "--run-id", "sentiment-1")
     store, uri = open_store(s3_shell.store), f"{s3_shell.store}/sentiment-1"
     request_stop(store, "sentiment-1", by="test")
-    assert "--controls-seen" not in s3_shell.run("render", uri)
+    assert "--past-controls" not in s3_shell.run("render", uri)
     ended = Result(
         run_id="sentiment-1",
         state=State.STOPPED,
@@ -230,7 +230,7 @@ def test_a_stopped_run_that_is_rendered_again_does_not_hear_the_old_request(
     )
     store.write(RunPaths("sentiment-1").result, ended.to_bytes())
     assert yaml.safe_load(s3_shell.run("render", uri))["spec"]["entrypoint"].endswith(
-        " --controls-seen 1"
+        " --past-controls 1 --past-generation 1"
     )
 
 
