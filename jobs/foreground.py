@@ -34,7 +34,7 @@ from jobs.runs import RunReader
 from jobs.status import RunStatus
 from jobs.status_view import before_and_after
 from jobs.submit import SubmittedRun, request_stop
-from jobs.terminal import console_for, print_to
+from jobs.terminal import console_for, print_to, state_text
 from jobs.watch import NoView, View, make_view, watch_run
 
 _LOG_LINES_SHOWN = 15

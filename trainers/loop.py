@@ -35,7 +35,6 @@ from trainers.parallel import (
 from trainers.tasks.task import Batch, Evaluation, Task
 from trainers.time_account import TimeAccount
 
-
 _DIVERGED_HINT = (
     "lower optimizer.learning_rate, set optimizer.max_grad_norm, or use model.precision float32; "
     "the last good checkpoint is kept"

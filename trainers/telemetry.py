@@ -19,10 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cluster.storage import StorageError, Store
+from cluster.storage import StorageError, Store, Transfer, open_store
 from jobs.record import LineKind, RunPaths, Source, State
+from jobs.spec import JobSpec
 
 FLUSH_SECONDS = 2.0
+_RETRY_SECONDS = 4.0
+"""How long one flush bears a store that does not answer; its lines stay for the next."""
 MAX_WAITING_LINES = 100_000
 """Lines kept in memory while the store does not answer; the oldest go first after that."""
 
@@ -30,6 +33,13 @@ _OWN_LOGGERS = frozenset({"shoal", "cluster", "jobs", "trainers"})
 """Only these are heard below warnings: libraries tell much that nobody asked for."""
 
 log = logging.getLogger("shoal")
+
+
+def impatient(spec: JobSpec) -> Store:
+    """The store of runs for telemetry, which waits for its next turn rather than for the store."""
+    return open_store(
+        spec.store.uri, spec.store.access, transfer=Transfer(retry_seconds=_RETRY_SECONDS)
+    )
 
 
 class LineWriter:

@@ -34,7 +34,7 @@ from trainers.parallel import plain, trained_parameters
 from trainers.preparation import DataSet, prepare, replicated
 from trainers.session import Session
 from trainers.tasks.task import Evaluation
-from trainers.telemetry import Telemetry, log
+from trainers.telemetry import Telemetry, impatient, log
 from trainers.time_account import TimeAccount
 
 _EVALUATION_ROWS = 512
@@ -66,9 +66,9 @@ def train_worker(session: Session, assignment: Assignment) -> Outcome:
     with account.spent("start"):
         claim = claim_attempt(session, assignment, agreement, store, paths)
     source = Source(claim.attempt.attempt, session.rank)
-    with Telemetry(store, paths, source, rows=spec.train.log_rows) as telemetry:
+    with Telemetry(impatient(spec), paths, source, rows=spec.train.log_rows) as telemetry:
         if session.rank == 0 and "tensorboard" in spec.tracking:
-            telemetry.with_tensorboard(store, paths)
+            telemetry.with_tensorboard(impatient(spec), paths)
         rank = _Rank(session, assignment, agreement, store, paths, telemetry, account)
         outcome = rank.run(claim)
         if session.rank == 0:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
 
-from cluster.storage import StorageError
-from jobs.errors import Problem
+import pytest
+
+from cluster.folder import FolderStore
+from cluster.storage import StorageError, Store, open_store
+from jobs.errors import EnvironmentFault, Problem
 from jobs.record import Outcome, State
-from tests.ranks import assignment_of, run_group
+from tests.ranks import assignment_of, on_ranks, run_group
 from tests.scene import Scene
-from trainers import preparation
-
-
-class FailsToPrepare:
-    """Before training: on rank 1 the model cannot be fetched."""
-
-    def __call__(self) -> None:
-        if os.environ["RANK"] == "1":
-            preparation.pretrained_folder = refuse
+from trainers import preparation, worker
+from trainers.checkpoint import newest_restorable, read_manifests
+from trainers.session import Session
 
 
 def same_on_all(outcomes: list[Outcome]) -> Outcome:
@@ -27,15 +28,119 @@ def same_on_all(outcomes: list[Outcome]) -> Outcome:
     return first
 
 
-def refuse(*_: object, **__: object) -> None:
-    raise StorageError(Problem("the model is not reached"))
+class PreparationFails:
+    """Before training: on rank 1 the model cannot be fetched."""
+
+    def __call__(self) -> None:
+        if os.environ["RANK"] == "1":
+            preparation.pretrained_folder = refuse
+
+
+class UploadsFail:
+    """From the second checkpoint on rank 0 cannot upload."""
+
+    def __call__(self) -> None:
+        whole = FolderStore.upload
+
+        def upload(store: Store, key: str, path: Path) -> str:
+            return whole(store, key, path) if "step-00000002" in key else refuse()
+
+        FolderStore.upload = upload  # type: ignore[method-assign]
+
+
+class StoreVanishes:
+    """After rank 0's third step a file is where the folder of all runs was."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self) -> None:
+        whole = worker._Rank.stepped
+
+        def stepped(rank: Any, batch: Any, progress: Any) -> None:
+            whole(rank, batch, progress)
+            if os.environ["RANK"] == "0" and progress.step == 3:
+                shutil.rmtree(self.folder)
+                self.folder.touch()
+
+        worker._Rank.stepped = stepped  # type: ignore[method-assign]
+
+
+class Evaluates:
+    """Rank 1 cannot read its share of the validation set."""
+
+    def __call__(self) -> None:
+        if os.environ["RANK"] == "1":
+            worker.measure = refuse
+
+
+def refuse(*_: object, **__: object) -> Any:
+    raise StorageError(Problem("the store is away"))
+
+
+def failed(scene: Scene, before: Any, **parts: Any) -> Outcome:
+    spec = scene.job(workers={"count": 2}, **parts)
+    outcome = same_on_all(run_group(assignment_of(spec, "run"), world_size=2, before=before))
+    assert outcome.state is State.FAILED_INFRA
+    assert outcome.failure is not None
+    assert outcome.failure.exit_code == 3
+    return outcome
 
 
 def test_a_rank_that_cannot_prepare_ends_all_ranks(scene: Scene) -> None:
-    spec = scene.job(workers={"count": 2})
-    outcomes = run_group(assignment_of(spec, "run"), world_size=2, before=FailsToPrepare())
-    outcome = same_on_all(outcomes)
-    assert outcome.state is State.FAILED_INFRA
+    outcome = failed(scene, PreparationFails())
     assert outcome.failure is not None
     assert outcome.failure.where.startswith("rank 1 ")
-    assert outcome.failure.exit_code == 3
+
+
+def test_a_rank_that_cannot_evaluate_ends_all_ranks(scene: Scene) -> None:
+    outcome = failed(scene, Evaluates())
+    assert outcome.step == 0
+
+
+def test_a_checkpoint_that_cannot_be_stored_ends_all_ranks_and_leaves_the_one_before(
+    scene: Scene,
+) -> None:
+    outcome = failed(scene, UploadsFail(), checkpoint={"every_steps": 2})
+    assert outcome.failure is not None
+    assert outcome.failure.where.startswith("rank 0 ")
+    assert [m.step for m in read_manifests(scene.runs, scene.paths())] == [2]
+    restored, skipped = newest_restorable(
+        scene.runs, scene.paths(), cache_folder=scene.folder / "cache"
+    )
+    assert restored is not None
+    assert (restored.step, skipped) == (2, ())
+
+
+def test_a_store_that_vanishes_ends_all_ranks(scene: Scene) -> None:
+    outcome = failed(scene, StoreVanishes(scene.runs_folder), checkpoint={"every_steps": 4})
+    assert outcome.step >= 4
+
+
+class Claims:
+    """Trains; gives the error that it raised."""
+
+    def __init__(self, assignment: Any) -> None:
+        self.assignment = assignment
+
+    def __call__(self, session: Session) -> str:
+        with pytest.raises(EnvironmentFault) as raised:
+            worker.train_worker(session, self.assignment)
+        return str(raised.value)
+
+
+def test_a_store_that_is_not_there_at_the_start_is_heard_of_by_all_ranks(scene: Scene) -> None:
+    assignment = assignment_of(scene.job(workers={"count": 2}), "run")
+    shutil.rmtree(scene.runs_folder)
+    scene.runs_folder.touch()
+    first, second = on_ranks(Claims(assignment), world_size=2)
+    assert first == second
+    assert str(scene.runs_folder) in first
+
+
+def test_no_thread_of_a_failed_run_stays(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "measure", refuse)
+    before = set(threading.enumerate())
+    assert scene.train(scene.job()).state is State.FAILED_INFRA
+    assert {t.name for t in threading.enumerate() if t not in before} == set()
+    assert open_store(scene.runs_folder).head(scene.paths().outcome(1)) is not None
