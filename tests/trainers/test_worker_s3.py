@@ -1,0 +1,58 @@
+"""A run over an object store: killed, resumed, the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load
+
+from cluster.storage import Store
+from jobs.record import RunPaths, State
+from jobs.spec import JobSpec
+from tests.ranks import Kill, assignment_of, run_ranks
+from tests.tiny import tiny_job, tiny_model, tiny_reviews
+from trainers.checkpoint import read_attempts, read_manifests
+
+
+def weights(store: Store, run_id: str) -> dict[str, bytes]:
+    last = read_manifests(store, RunPaths(run_id))[-1]
+    assert last.is_last_step
+    folder = RunPaths(run_id).checkpoint(last.step)
+    return {
+        f"{name}/{key}": value.tobytes()
+        for name in ("model/model.safetensors", "optimizer.safetensors")
+        for key, value in load(store.read(folder + name)).items()
+    }
+
+
+def test_a_run_in_an_object_store_is_killed_and_resumed_to_the_same_bits(
+    s3_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = s3_store.within("model")
+    for path in tiny_model(tmp_path / "model", hidden=64).iterdir():
+        model.upload(path.name, path)
+    data = tiny_reviews(f"{s3_store.uri}/data", rows=40, rows_per_group=7, held_out=11)
+    runs = s3_store.within("runs")
+    spec: JobSpec = tiny_job(
+        model.uri,
+        {**data, "lanes": 2},
+        runs.uri,
+        workers={"count": 2},
+        checkpoint={"every_steps": 2},
+        tracking=["tensorboard"],
+    )
+    for run_id in ("calm", "killed"):
+        monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / run_id))
+        if run_id == "killed":
+            run_ranks(assignment_of(spec, run_id), world_size=2, kill=Kill("step", 7))
+        outcome = run_ranks(
+            assignment_of(spec, run_id, generation=1 if run_id == "calm" else 2), world_size=2
+        )
+        assert outcome is not None
+        assert outcome.state is State.SUCCEEDED
+    restored = read_attempts(runs, RunPaths("killed"))[-1].restored_step
+    assert restored is not None
+    assert 0 < restored < 7
+    assert weights(runs, "killed") == weights(runs, "calm")
+    assert list(runs.list("killed/tensorboard/"))
