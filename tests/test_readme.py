@@ -32,11 +32,11 @@ def inline_code(text: str) -> list[str]:
 
 
 def typed_commands(text: str) -> list[list[str]]:
-    """Words of each `shoal ...` in code: in backquotes, after a prompt or in a substitution."""
+    """Words of each `shoal ...` in code, up to a pipe: in backquotes, after a prompt, in `$()`."""
     typed = [code for code in inline_code(text) if code.startswith("shoal ")]
     typed += re.findall(r"^\$ (shoal .*)$", text, re.MULTILINE)
     typed += re.findall(r"\$\((shoal [^)]*)\)", text)
-    return [command.split() for command in typed]
+    return [command.partition(" | ")[0].split() for command in typed]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
