@@ -218,7 +218,8 @@ class Data(SpecPart):
     stream_memory: Bytes = 2**30
     """Upper limit for the row groups that one worker holds in memory."""
     cache_gib: PositiveFloat = 20.0
-    """Local disk, shared by the workers of a node, for fetched row groups and model files."""
+    """Local disk, shared by the workers of a node, for fetched row groups. Model files and
+    checkpoints under way come on top."""
 
 
 class Batching(SpecPart):

@@ -133,6 +133,9 @@ def prepare(
     )
     source = folder / "model" if folder else pretrained_folder(spec, cache_folder=cache_folder())
     task = build_task(spec, model_folder=source, index=train_set.index)
+    for held_out in (validation, test):
+        if held_out is not None:
+            task.check_data(held_out.index)
     model = task.build_model(source, dropout=spec.model.dropout, seed=data.seed)
     freeze(model, spec.model.freeze)
     model = model.to(session.device)

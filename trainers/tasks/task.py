@@ -72,6 +72,10 @@ class Task(Protocol):
     columns: tuple[str, ...]
     """Columns of the data set that are read."""
 
+    def check_data(self, index: Index) -> None:
+        """Raises DataError where a further data set of the job is not stored as the first is."""
+        ...
+
     def build_model(self, folder: Path, *, dropout: float | None, seed: int) -> nn.Module:
         """The pretrained model in `folder` with this task's head, float32, on the CPU.
 

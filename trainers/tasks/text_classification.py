@@ -63,6 +63,16 @@ class TextClassification:
             spec.label,
         )
 
+    def check_data(self, index: Index) -> None:
+        if self._check_tokenizer(index) != self._pretokenized:
+            holds, lacks = ("texts", "tokens") if self._pretokenized else ("tokens", "texts")
+            raise DataError(
+                Problem(
+                    f"a data set of the job holds {holds}, but the training set holds {lacks}",
+                    "prepare all of them with --tokenizer, or none",
+                )
+            )
+
     def _check_tokenizer(self, index: Index) -> bool:
         """Whether the data set holds this tokenizer's tokens; DataError where it holds others."""
         record = index.tokenizer

@@ -407,6 +407,17 @@ def test_a_run_on_tokens_goes_on_from_its_checkpoint(scene: Scene) -> None:
     assert read_attempts(scene.runs, scene.paths())[-1].restored_step == 2
 
 
+def test_a_held_out_set_that_is_stored_otherwise_is_refused(scene: Scene) -> None:
+    uri = prepare_rows(
+        str(scene.folder / "tokens"), review_rows(ROWS), rows_per_group=3,
+        tokenizer=str(scene.model), max_tokens=MAX_TOKENS,
+    )  # fmt: skip
+    outcome = scene.train(scene.job(data={"validation": uri}))
+    assert outcome.state == "FAILED_USER"
+    assert outcome.failure is not None
+    assert "a data set of the job holds tokens" in outcome.failure.problems[0][0]
+
+
 def test_more_tokens_than_the_model_reads_are_refused(scene: Scene) -> None:
     spec = scene.job(task={"max_tokens": 65})
     with pytest.raises(SpecError, match="max_tokens is 65, but this model reads at most 64"):
