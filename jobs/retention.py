@@ -1,8 +1,8 @@
 """Deleting runs, and what nobody can use any more.
 
 A deletion that is cut off never leaves what looks whole: a mark comes first, then the objects that
-commit something (result, manifests) go, then what they named, and the mark and the job last,
-together, so that no new run takes the name while old objects are there.
+commit something (result, manifests) go, then what they named, then the job, and the mark last: what
+is left always bears the mark, and no new run takes the name while old objects are there.
 """
 
 from __future__ import annotations
@@ -20,12 +20,6 @@ from jobs.status import read_situation
 
 PENDING_GRACE_SECONDS = 120.0
 """A run that has no driver yet may get one for so long after its submission."""
-
-_NAMES_OF_A_RUN = {
-    *("spec.json", "lease.json", "result.json", "deleting.json", "amendments", "control"),
-    *("attempts", "events", "metrics", "rows", "logs", "checkpoints", "tensorboard", "report"),
-    "ray",
-}
 
 
 def refuse_running(reader: RunReader, *, now: float) -> None:
@@ -49,13 +43,14 @@ def refuse_running(reader: RunReader, *, now: float) -> None:
 def delete_run(store: Store, run_id: str) -> None:
     """Delete all objects of a run; to be repeated if it was cut off."""
     paths = RunPaths(run_id)
-    last = [paths.deleting, paths.spec]
     store.write(paths.deleting, b"{}")
     keys = [head.key for head in store.list(f"{run_id}/")]
     commits = [key for key in keys if key == paths.result or key.endswith("/manifest.json")]
     store.delete(commits)
-    store.delete(key for key in keys if key not in {*commits, *last})
-    store.delete(last)
+    store.delete(key for key in keys if key not in {*commits, paths.spec, paths.deleting})
+    # Not in one batch, of which a store may do any part: a job without the mark looks like a run.
+    store.delete([paths.spec])
+    store.delete([paths.deleting])
 
 
 @dataclass(frozen=True)
@@ -84,18 +79,17 @@ class Garbage:
 
 def find_garbage(store: Store, *, older_than_seconds: float, now: float) -> Iterator[Garbage]:
     """What nobody can use in a store of runs; nothing younger than the bound, nothing of a run
-    that goes on, and nothing of a folder that holds what Shoal does not write."""
+    that goes on, and nothing of a folder that is neither a run nor marked by a deletion."""
     newest = now - older_than_seconds
     for run_id in store.list_folders():
         heads = list(store.list(f"{run_id}/"))
-        own_names = {head.key.split("/")[1] for head in heads}
-        if not heads or not own_names <= _NAMES_OF_A_RUN:
-            continue
-        if "spec.json" not in own_names or "deleting.json" in own_names:
+        keys = {head.key for head in heads}
+        paths = RunPaths(run_id)
+        if paths.deleting in keys:
             if max(head.modified_at for head in heads) < newest:
                 yield Garbage(run_id, "a deletion was cut off", "all", tuple(heads), True)
-            continue
-        yield from _garbage_of_run(RunReader(store, run_id), heads, newest=newest, now=now)
+        elif paths.spec in keys:
+            yield from _garbage_of_run(RunReader(store, run_id), heads, newest=newest, now=now)
 
 
 def _garbage_of_run(

@@ -264,6 +264,7 @@ def test_gc_removes_what_nobody_can_use_and_nothing_else(shell: Shell) -> None:
     shell.store.write(made.paths.checkpoint(260) + "model/model.safetensors", b"half")
     made.checkpoint(1, 130, time=START)  # attempt 2 went on from step 100
     shell.store.write("left-over/checkpoints/step-00000001/part", b"x")
+    shell.store.write("left-over/deleting.json", b"{}")
     shell.store.write("foreign/data.csv", b"not ours")
     alive = running(shell.store, now=time.time(), run_id="live-000001")
     shell.store.write(alive.paths.checkpoint(110) + "part", b"being written")
@@ -279,7 +280,7 @@ def test_gc_removes_what_nobody_can_use_and_nothing_else(shell: Shell) -> None:
     before = len(list(shell.store.list()))
     shown = shell.run("gc", "--older-than", "0s")
     assert "a later attempt went another way" in shown
-    assert before - len(list(shell.store.list())) == 5
+    assert before - len(list(shell.store.list())) == 6
     assert shell.json("gc", "--older-than", "0s")["garbage"] == []
     assert shell.json("checkpoints", RUN, "--verify")["checkpoints"][-1]["is_whole"]
     assert shell.store.head("foreign/data.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,6 +56,36 @@ def test_gc_finishes_a_deletion_that_was_cut_off(local_store: Store) -> None:
     (garbage,) = find_garbage(local_store, older_than_seconds=30, now=later)
     collect(local_store, garbage)
     assert list(local_store.list()) == []
+
+
+def test_a_deletion_that_is_cut_off_anywhere_is_found_and_finished(local_store: Store) -> None:
+    num_objects = len(list(succeeded(local_store).store.list())) + 1  # and the mark
+    for deletions in range(num_objects):
+        made = succeeded(local_store, run_id=f"cut-{deletions:03d}")
+        with pytest.raises(StorageError):
+            delete_run(DyingStore(local_store, deletions=deletions), made.run_id)  # type: ignore[arg-type]
+    found = list(find_garbage(local_store, older_than_seconds=0, now=time.time() + 60))
+    assert [garbage.run_id for garbage in found] == [f"cut-{n:03d}" for n in range(num_objects)]
+    for garbage in found:
+        collect(local_store, garbage)
+    assert {head.key.split("/")[0] for head in local_store.list()} == {"sentiment-a1b2c3"}
+
+
+@pytest.mark.parametrize("key", ["archive/logs/mine.txt", "eval-notes/report/x.pdf"])
+def test_a_folder_that_no_deletion_has_marked_is_never_garbage(
+    local_store: Store, key: str
+) -> None:
+    local_store.write(key, b"mine")
+    assert list(find_garbage(local_store, older_than_seconds=0, now=START + 10**9)) == []
+
+
+def test_a_run_with_evaluations_and_notes_is_looked_through_too(local_store: Store) -> None:
+    made = succeeded(local_store)
+    local_store.write(made.paths.evaluation("d1") + "metrics.json", b"{}")
+    local_store.write(f"{made.run_id}/notes.txt", b"mine")
+    local_store.write(made.paths.checkpoint(260) + "model.safetensors", b"cut off")
+    (garbage,) = find_garbage(local_store, older_than_seconds=0, now=START + 10**9)
+    assert (garbage.what, garbage.why) == ("checkpoints/step-00000260", "has no manifest")
 
 
 def test_the_best_checkpoint_of_a_result_is_never_garbage(local_store: Store) -> None:
