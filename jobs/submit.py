@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.local import start_driver
+from cluster.process import ProcessIdentity, identify
 from cluster.rayjob import Manifest, build_rayjob
 from cluster.storage import ObjectExists, Store, is_s3, join_uri, open_store
 from jobs.errors import EnvironmentFault, Problem, SpecError
@@ -36,6 +37,7 @@ from jobs.spec import (
     JobSpec,
     KubeRayCluster,
 )
+from jobs.status import read_situation
 from trainers.controls import last_request
 
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
@@ -74,6 +76,14 @@ def submit_job(spec: JobSpec, *, run_id: str | None = None, foreground: bool) ->
     spec = with_absolute_paths(spec)
     run_id = check_run_id(run_id) if run_id is not None else new_run_id(spec.name)
     store = open_store(spec.store.uri, spec.store.access)
+    if store.head(RunPaths(run_id).deleting) is not None:
+        uri = join_uri(store.uri, run_id)
+        raise SpecError(
+            Problem(
+                f"the run {uri} is being deleted",
+                f"choose another --run-id, or finish that first: shoal delete {uri} --yes",
+            )
+        )
     try:
         store.write_if_absent(RunPaths(run_id).spec, spec.to_json().encode())
     except ObjectExists as error:
@@ -175,10 +185,11 @@ def resume_run(
 ) -> SubmittedRun:
     """Records what `--set` changes and starts a driver for a run that has ended.
 
-    Raises SpecError where the run is done, or a key may not be changed by a resume.
+    Raises SpecError where the run is done, a driver lives, or a key may not be changed by a resume.
     """
     reader = RunReader(store, run_id)
     spec = reader.spec()
+    _refuse_driven(reader, now=time.time())
     paths = RunPaths(run_id)
     if overrides:
         check_resume_overrides(overrides)
@@ -189,7 +200,8 @@ def resume_run(
     require_place(spec, foreground=foreground and not on_kubernetes)
     if overrides:
         amendment = Amendment(overrides=tuple(overrides), made_at=time.time())
-        _write_numbered(store, paths.amendments, paths.amendment, amendment.to_bytes())
+        number_before = sum(1 for _ in store.list(paths.amendments))  # they have no gaps
+        _write_numbered(store, paths.amendment, amendment.to_bytes(), after=number_before)
     result = reader.result()
     if result is not None and result.state is State.SUCCEEDED and not overrides:
         raise SpecError(
@@ -208,7 +220,8 @@ def request_stop(store: Store, run_id: str, *, by: str) -> None:
     """Asks the run to save its state and end; heard by its driver wherever that is."""
     paths = RunPaths(run_id)
     control = Control(kind="stop", requested_at=time.time(), by=by)
-    _write_numbered(store, paths.control, paths.control_request, control.to_bytes())
+    number_before = last_request(store, paths)
+    _write_numbered(store, paths.control_request, control.to_bytes(), after=number_before)
 
 
 def new_run_id(name: str) -> str:
@@ -266,22 +279,37 @@ def _past(reader: RunReader) -> Past:
     )
 
 
-def _write_numbered(store: Store, folder: str, key_of: Callable[[int], str], data: bytes) -> None:
+def _refuse_driven(reader: RunReader, *, now: float) -> None:
+    """Raises SpecError if a driver works on the run for all that can be known here.
+
+    A holder on another machine that has been silent for its time to live may be gone: the new
+    driver finds that out, by waiting.
+    """
+    lease = reader.lease()
+    if lease is None or lease.released or read_situation(reader, now=now).is_over:
+        return
+    holder = ProcessIdentity(host=lease.host, boot=lease.boot, pid=lease.pid, started=lease.started)
+    lives_here = holder.host == identify().host and holder.is_alive
+    if not lives_here and now - lease.renewed_at > lease.ttl_seconds:
+        return
+    raise SpecError(
+        Problem(
+            f"{reader.uri} is driven by process {lease.pid} on {lease.host}, so it cannot be "
+            "resumed",
+            f"stop that one first: shoal stop {reader.uri} --wait, or follow it: shoal watch "
+            f"{reader.uri} (if its machine is gone, its lease ends {lease.ttl_seconds:.0f} s "
+            "after its last sign)",
+        )
+    )
+
+
+def _write_numbered(store: Store, key_of: Callable[[int], str], data: bytes, *, after: int) -> None:
     """Writes the object with the next free number; several writers get several numbers."""
-    number = _last_number(store, folder) + 1
-    for candidate in range(number, number + _MOST_NUMBERS_TRIED):
+    for candidate in range(after + 1, after + 1 + _MOST_NUMBERS_TRIED):
         try:
             store.write_if_absent(key_of(candidate), data)
         except ObjectExists:
             continue
         return
+    folder = key_of(after + 1).rpartition("/")[0]
     raise EnvironmentFault(f"{folder} is being written to by too many others at once")
-
-
-def _last_number(store: Store, folder: str) -> int:
-    last = 0
-    for head in store.list(folder):
-        name = head.key.rpartition("/")[2].removesuffix(".json")
-        if name.isdigit():
-            last = max(last, int(name))
-    return last
