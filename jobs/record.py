@@ -28,7 +28,6 @@ Everything here is data and pure functions; reading and writing happen elsewhere
 
 from __future__ import annotations
 
-import math
 import posixpath
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -230,6 +229,8 @@ class Manifest(Record):
     stream: StreamPosition
     evaluation: dict[str, float] = {}
     """Metrics of the evaluation at this step, such as validation/f1; empty without one."""
+    best_step: int | None = None
+    """Step of the best evaluation so far, this one included."""
     is_last_step: bool = False
 
     @property
@@ -465,24 +466,25 @@ def live_manifests(manifests: Iterable[Manifest], attempts: Iterable[Attempt]) -
     return sorted(live, key=lambda m: m.step)
 
 
-def best_manifest(
-    manifests: Iterable[Manifest],
-    *,
-    metric: str,
-    mode: Literal["min", "max"],
-    min_delta: float = 0.0,
-) -> Manifest | None:
-    """The manifest with the best evaluation as training judges it; None without any.
+def best_manifest(live: Sequence[Manifest]) -> Manifest | None:
+    """The best checkpoint as training judged it: what the newest of `live` (by step) says it is.
 
-    In the order of steps one is better than the best before it by more than `min_delta` only.
+    None where nothing was evaluated, or where the best one is gone.
     """
-    sign = 1 if mode == "max" else -1
-    best: Manifest | None = None
-    for manifest in sorted((m for m in manifests if metric in m.evaluation), key=lambda m: m.step):
-        gain = sign * (manifest.evaluation[metric] - best.evaluation[metric]) if best else math.inf
-        if gain > min_delta:
-            best = manifest
-    return best
+    best_step = live[-1].best_step if live else None
+    return next((m for m in live if m.step == best_step), None)
+
+
+def by_merit(
+    live: Sequence[Manifest], *, metric: str, mode: Literal["min", "max"]
+) -> list[Manifest]:
+    """The best first, then the others that were evaluated by their value, the earlier of equals
+    first."""
+    best = best_manifest(live)
+    sign = 1 if mode == "min" else -1
+    scored = [m for m in live if metric in m.evaluation and m is not best]
+    scored.sort(key=lambda m: (sign * m.evaluation[metric], m.step))
+    return scored if best is None else [best, *scored]
 
 
 def merge_metrics(

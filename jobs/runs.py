@@ -151,8 +151,7 @@ class RunReader:
         return live_manifests(manifests, self.attempts())
 
     def best_manifest(self) -> Manifest | None:
-        metric, mode, min_delta = self.spec().best
-        return best_manifest(self.live_manifests(), metric=metric, mode=mode, min_delta=min_delta)
+        return best_manifest(self.live_manifests())
 
     def controls(self) -> list[Control]:
         return self._read_all(self._heads(self.paths.control), Control)

@@ -39,6 +39,8 @@ class Claim:
     restored: Manifest | None
     skipped: tuple[str, ...]
     """Why newer checkpoints were not taken."""
+    recovers: bool
+    """Whether this driver had started the group before."""
 
 
 def claim_attempt(
@@ -58,6 +60,7 @@ def claim_attempt(
                 "attempt": claim.attempt.model_dump(mode="json"),
                 "restored": claim.restored and claim.restored.model_dump(mode="json"),
                 "skipped": claim.skipped,
+                "recovers": claim.recovers,
             }
         except EnvironmentFault as error:
             told = {"problems": [[p.message, p.hint] for p in error.problems]}
@@ -68,13 +71,15 @@ def claim_attempt(
         attempt=Attempt.model_validate(told["attempt"]),
         restored=told["restored"] and Manifest.model_validate(told["restored"]),
         skipped=tuple(told["skipped"]),
+        recovers=told["recovers"],
     )
 
 
 def _claim(
     assignment: Assignment, store: Store, paths: RunPaths, *, hosts: list[str], session: Session
 ) -> Claim:
-    number = max((a.attempt for a in read_attempts(store, paths)), default=0) + 1
+    before = read_attempts(store, paths)
+    number = max((a.attempt for a in before), default=0) + 1
     restored, skipped = newest_restorable(store, paths, cache_folder=cache_folder())
     attempt = Attempt(
         attempt=number,
@@ -92,7 +97,8 @@ def _claim(
         raise EnvironmentFault(
             Problem(f"attempt {number} was begun by another driver at the same time")
         ) from error
-    return Claim(attempt, restored, skipped)
+    recovers = any(a.generation == assignment.generation for a in before)
+    return Claim(attempt, restored, skipped, recovers)
 
 
 def _device_name(device: torch.device) -> str:

@@ -39,7 +39,7 @@ from jobs.record import (
     Part,
     RunPaths,
     StreamPosition,
-    best_manifest,
+    by_merit,
     live_manifests,
 )
 from jobs.spec import JobSpec, format_bytes
@@ -175,6 +175,7 @@ class CheckpointWriter:
             digests=self._spec.digests(),
             stream=snapshot.stream,
             evaluation={f"validation/{name}": value for name, value in evaluation.items()},
+            best_step=snapshot.progress.best_step,
             is_last_step=snapshot.progress.finished,
         )
 
@@ -272,6 +273,11 @@ def read_attempts(store: Store, paths: RunPaths) -> list[Attempt]:
     ]
 
 
+def read_live_manifests(store: Store, paths: RunPaths) -> list[Manifest]:
+    """Manifests of a run that no later attempt has superseded, by step."""
+    return live_manifests(read_manifests(store, paths), read_attempts(store, paths))
+
+
 def newest_restorable(
     store: Store, paths: RunPaths, *, cache_folder: Path
 ) -> tuple[Manifest | None, tuple[str, ...]]:
@@ -340,39 +346,33 @@ def superfluous(
     keep_best: int,
     metric: str,
     mode: Literal["min", "max"],
-    min_delta: float = 0.0,
 ) -> list[Manifest]:
-    """Manifests that retention removes: neither among the last nor among the best. Pure.
-
-    The first of the best is the one that training takes for it, the others go by their value.
-    """
+    """Manifests that retention removes: neither among the last nor among the best. Pure."""
     live = live_manifests(manifests, attempts)
-    kept = {m.step for m in live[-keep_last:]}
-    best = best_manifest(live, metric=metric, mode=mode, min_delta=min_delta)
-    rest = list(live)
-    for _ in range(keep_best):
-        if best is None:
-            break
-        kept.add(best.step)
-        rest.remove(best)
-        best = best_manifest(rest, metric=metric, mode=mode)
+    best = by_merit(live, metric=metric, mode=mode)[:keep_best]
+    kept = {m.step for m in [*live[-keep_last:], *best]}
     return [m for m in live if m.step not in kept]
 
 
 def apply_retention(spec: JobSpec, store: Store, paths: RunPaths, telemetry: Telemetry) -> None:
-    """Deletes what retention gives up: the manifest first, so that nothing half looks whole."""
-    metric, mode, min_delta = spec.best
-    removed = superfluous(
-        read_manifests(store, paths),
-        read_attempts(store, paths),
-        keep_last=spec.checkpoint.keep_last,
-        keep_best=spec.checkpoint.keep_best,
-        metric=metric,
-        mode=mode,
-        min_delta=min_delta,
-    )
-    for manifest in removed:
-        folder = paths.checkpoint(manifest.step)
-        store.delete([paths.manifest(manifest.step)])
-        store.delete([head.key for head in store.list(folder)])
-        telemetry.event("retention", f"deleted step {manifest.step}", step=manifest.step)
+    """Deletes what retention gives up: the manifest first, so that nothing half looks whole.
+
+    What cannot be deleted now is named again after the next checkpoint.
+    """
+    metric, mode, _ = spec.best
+    try:
+        removed = superfluous(
+            read_manifests(store, paths),
+            read_attempts(store, paths),
+            keep_last=spec.checkpoint.keep_last,
+            keep_best=spec.checkpoint.keep_best,
+            metric=metric,
+            mode=mode,
+        )
+        for manifest in removed:
+            folder = paths.checkpoint(manifest.step)
+            store.delete([paths.manifest(manifest.step)])
+            store.delete([head.key for head in store.list(folder)])
+            telemetry.event("retention", f"deleted step {manifest.step}", step=manifest.step)
+    except StorageError as error:
+        telemetry.event("warning", f"old checkpoints could not be deleted: {error}")

@@ -222,8 +222,7 @@ def _best_manifest(store: Store, paths: RunPaths, spec: JobSpec) -> Manifest:
                 )
             ) from error
     live = live_manifests(read_manifests(store, paths), read_attempts(store, paths))
-    metric, mode, _ = spec.best
-    best = best_manifest(live, metric=metric, mode=mode) or (live[-1] if live else None)
+    best = best_manifest(live) or (live[-1] if live else None)
     if best is None:
         raise SpecError(
             Problem(

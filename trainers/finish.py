@@ -22,10 +22,10 @@ def build_result(
 ) -> Result:
     """The result of a run that has just ended. Reads manifests and attempts."""
     live = live_manifests(read_manifests(store, paths), read_attempts(store, paths))
-    metric, mode, min_delta = spec.best
-    best = best_manifest(live, metric=metric, mode=mode, min_delta=min_delta)
-    best = best or (live[-1] if live else None)
     outcome = ended if isinstance(ended, Outcome) else None
+    tested_step = outcome.test["step"] if outcome is not None and outcome.test else None
+    best = next((m for m in live if m.step == tested_step), None) or best_manifest(live)
+    best = best or (live[-1] if live else None)
     failure = ended if isinstance(ended, Failure) else ended.failure
     return Result(
         run_id=paths.run_id,

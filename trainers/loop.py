@@ -158,7 +158,7 @@ def train(
     """
     trainee.model.train()  # pretrained models come with their dropout switched off
     feed = _Feed(spec, plan, trainee.task, around, agreement=agreement, time=time)
-    window = _Window(spec.train.log_every_steps)
+    window = _Window()
     committed_step = progress.step
     coming = None if progress.finished else feed.next_after(progress)
     while coming is not None:
@@ -169,6 +169,8 @@ def train(
                 window.check()
                 around.commit(progress, None)
                 committed_step = progress.step
+            if decision.failed or decision.stop:
+                window.tell(around, agreement, time)
             if decision.failed:
                 return Ending.FAILED, progress, coming.error
             if decision.stop:
@@ -184,10 +186,9 @@ def train(
             )  # fmt: skip
         progress = advanced
         around.stepped(coming.batch, progress)
-        with time.spent("synchronisation"):
-            told = window.add(facts, progress, agreement, is_last=progress.step == plan.total_steps)
-        if told is not None:
-            around.tell(told)
+        window.add(facts, progress)
+        if progress.step % spec.train.log_every_steps == 0 or progress.step == plan.total_steps:
+            window.tell(around, agreement, time)
 
         evaluation = None
         if evaluation_is_due(spec, plan, progress):
@@ -199,8 +200,9 @@ def train(
             window.check()
             around.commit(progress, evaluation)
             committed_step = progress.step
-        if progress.finished and following is not None:
+        if progress.finished and following is not None:  # early stopping
             following.pending.wait()
+            window.tell(around, agreement, time)
         coming = None if progress.finished else following
     return Ending.FINISHED, progress, None
 
@@ -346,10 +348,14 @@ def require_finite(norm: torch.Tensor, step: int) -> None:
 class _Window:
     """Adds up the steps between two entries of the metrics, and over the ranks when one is due."""
 
-    def __init__(self, every_steps: int) -> None:
-        self._every_steps = every_steps
+    def __init__(self) -> None:
         self._facts: list[_LocalFacts] = []
-        self._step = 0
+        self._progress = Progress()
+
+    def add(self, facts: _LocalFacts, progress: Progress) -> None:
+        """Another step; `progress` stands after it."""
+        self._facts.append(facts)
+        self._progress = progress
 
     def check(self) -> None:
         """Raises TrainingError where the gradient of the last step was not finite.
@@ -358,16 +364,17 @@ class _Window:
         one look at intervals finds it.
         """
         if self._facts:
-            require_finite(self._facts[-1].grad_norm, self._step)
+            require_finite(self._facts[-1].grad_norm, self._progress.step)
 
-    def add(
-        self, facts: _LocalFacts, progress: Progress, agreement: Agreement, *, is_last: bool
-    ) -> StepFacts | None:
-        """What to tell of the steps since the last entry; None where none is due."""
-        self._facts.append(facts)
-        self._step = progress.step
-        if progress.step % self._every_steps and not is_last:
-            return None
+    def tell(self, around: Surroundings, agreement: Agreement, time: TimeAccount) -> None:
+        """Tells of the steps since the last entry, if there are any. Called by all ranks."""
+        if not self._facts:
+            return
+        with time.spent("synchronisation"):
+            facts = self._summed(agreement)
+        around.tell(facts)
+
+    def _summed(self, agreement: Agreement) -> StepFacts:
         self.check()
         held, self._facts = self._facts, []
         loss = torch.stack([f.loss_sum for f in held]).sum().double().cpu()
@@ -378,10 +385,10 @@ class _Window:
             torch.tensor([float(loss), weight, rows, tokens], dtype=torch.float64)
         )
         return StepFacts(
-            progress=progress,
+            progress=self._progress,
             loss=float(total[0] / total[1]),
-            learning_rate=facts.learning_rate,
-            grad_norm=float(facts.grad_norm),
+            learning_rate=held[-1].learning_rate,
+            grad_norm=float(held[-1].grad_norm),
             rows=int(total[2]),
             tokens=int(total[3]),
             steps=len(held),

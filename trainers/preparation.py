@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.storage import Store, open_store
-from jobs.errors import Problem, SpecError
+from jobs.errors import DataError, Problem, SpecError
 from jobs.record import Manifest, RunPaths, StreamPosition
 from jobs.spec import JobSpec
 from trainers.checkpoint import checkpoint_copy, load_optimizer, load_progress
@@ -50,7 +50,12 @@ class Prepared:
 def open_data(spec: JobSpec, uri: str) -> DataSet:
     """A data set of the job."""
     store = open_store(uri, spec.data.access)
-    return DataSet(uri, store, open_index(store))
+    index = open_index(store)
+    if index.num_rows == 0:
+        raise DataError(
+            Problem(f"the data set {uri} has no rows", "prepare it from a source that has some")
+        )
+    return DataSet(uri, store, index)
 
 
 def stream_position(spec: JobSpec, index: Index, progress: Progress) -> StreamPosition:

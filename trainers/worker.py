@@ -12,23 +12,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from cluster.storage import StorageError, Store, open_store
+from cluster.storage import ObjectMissing, StorageError, Store, open_store
 from jobs.errors import EnvironmentFault, ShoalError, TrainingError
-from jobs.record import Failure, Manifest, Outcome, RunPaths, Source, State
+from jobs.record import Failure, Manifest, Outcome, RunPaths, Source, State, by_merit
 from trainers.agreement import Agreement
 from trainers.attempt import Assignment, Claim, claim_attempt
-from trainers.checkpoint import CheckpointWriter, checkpoint_copy, drop_checkpoint_copies
+from trainers.checkpoint import (
+    CheckpointWriter,
+    checkpoint_copy,
+    drop_checkpoint_copies,
+    read_live_manifests,
+)
 from trainers.controls import ControlPoller
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import measure
+from trainers.local_copy import DamagedPart
 from trainers.loop import Ending, Progress, StepFacts, train
 from trainers.parallel import plain, trained_parameters
 from trainers.preparation import DataSet, prepare, replicated
@@ -113,6 +121,7 @@ class _Rank:
         self._stream: RankStream | None = None
         self._told_at = time.monotonic()
         self._waited_before = 0.0
+        self._is_stopping = False
 
     # ---- the attempt, top down
 
@@ -141,6 +150,9 @@ class _Rank:
 
     def _with_helpers(self) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
+        scratch = cache_folder() / "uploads" / self._paths.run_id
+        if self._session.rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)  # what an attempt that was killed has left
         self._writer = CheckpointWriter(
             self._spec,
             self._store,
@@ -148,7 +160,7 @@ class _Rank:
             self._telemetry,
             task=self._prepared.task,
             attempt=self._attempt,
-            scratch=cache_folder() / "uploads",
+            scratch=scratch,
         )
         with contextlib.ExitStack() as stack:
             stack.callback(self._writer.close)
@@ -163,6 +175,13 @@ class _Rank:
     def _train_and_test(self) -> Outcome:
         prepared = self._prepared
         self._before = prepared.before
+        if prepared.progress.finished and self._session.rank == 0:
+            self._telemetry.event(
+                "warning",
+                f"training had ended at step {prepared.progress.step} of "
+                f"{prepared.plan.total_steps}; what is left is the test",
+                step=prepared.progress.step,
+            )
         if self._before is None and prepared.progress.step == 0:
             self._before = self._evaluate_untrained()
         if self._session.rank == 0:
@@ -202,22 +221,46 @@ class _Rank:
         if data is None:
             return None
         with self._account.spent("finish"):
-            best = progress.best_step if progress.best_step is not None else progress.step
-            model = plain(self._prepared.trainee.model)
-            if best != progress.step:
-                model = self._together(lambda: self._model_of_step(best))
-                self._drop_checkpoint_copies()
+            step, model = self._best_model(progress)
             evaluation = self._measure(model, data)
-        return evaluation.to_json() | {"step": best, "split": name}
+        return evaluation.to_json() | {"step": step, "split": name}
+
+    def _best_model(self, progress: Progress) -> tuple[int, torch.nn.Module]:
+        """Step and weights of the best checkpoint; a damaged one is skipped for the next best."""
+        own = progress.step, plain(self._prepared.trainee.model)
+        if progress.best_step in (None, progress.step):
+            return own
+        metric, mode, _ = self._spec.best
+        live = self._together(lambda: read_live_manifests(self._store, self._paths))
+        for manifest in by_merit(live, metric=metric, mode=mode):
+            if manifest.step == progress.step:
+                return own
+            model = self._together(partial(self._model_of, manifest))
+            is_whole = all(self._agreement.gather(model is not None))
+            self._drop_checkpoint_copies()
+            if model is not None and is_whole:
+                return manifest.step, model
+            if self._session.rank == 0:
+                self._telemetry.event(
+                    "warning",
+                    f"the checkpoint of step {manifest.step} is damaged; the next best is tested",
+                    step=manifest.step,
+                )
+        return own
 
     def _tested_on(self) -> tuple[DataSet | None, str]:
         if self._prepared.test is not None:
             return self._prepared.test, "test"
         return self._prepared.validation, "validation"
 
-    def _model_of_step(self, step: int) -> torch.nn.Module:
-        manifest = Manifest.model_validate_json(self._store.read(self._paths.manifest(step)))
-        folder = checkpoint_copy(self._store, self._paths, manifest, cache_folder=cache_folder())
+    def _model_of(self, manifest: Manifest) -> torch.nn.Module | None:
+        """The model of a checkpoint; None where it is damaged or gone."""
+        try:
+            folder = checkpoint_copy(
+                self._store, self._paths, manifest, cache_folder=cache_folder()
+            )
+        except (DamagedPart, ObjectMissing):
+            return None
         model = self._prepared.task.build_model(folder / "model", dropout=None, seed=0)
         return model.to(self._session.device)
 
@@ -303,7 +346,11 @@ class _Rank:
 
     def requests(self) -> tuple[bool, bool]:
         stop, save = self._poller.take() if self._poller is not None else (False, False)
-        return stop or self._session.stop_requested(), save
+        stop = stop or self._session.stop_requested()
+        if stop and not self._is_stopping and self._session.rank == 0:
+            self._is_stopping = True
+            self._telemetry.state(State.STOPPING, "a stop was asked for", step=self._step)
+        return stop, save
 
     # ---- smaller parts
 
@@ -430,6 +477,8 @@ class _Rank:
                 if attempt.restored_step is not None
                 else "starts"
             )
+            if claim.recovers:
+                self._telemetry.state(State.RECOVERING, "the workers were started again")
             self._telemetry.event(
                 "attempt",
                 f"attempt {attempt.attempt} {begins} with {attempt.world_size} "

@@ -77,7 +77,9 @@ def checkpoints(
     """The checkpoints of a run: step, size, metrics; with --verify, whether they are whole."""
     from jobs.checkpoints import read_checkpoints, show_checkpoints
 
-    found = read_checkpoints(open_run(run, store), verify=verify)
+    reader = open_run(run, store)
+    reader.spec_head()
+    found = read_checkpoints(reader, verify=verify)
     if as_json:
         print_json({"checkpoints": [checkpoint.to_json() for checkpoint in found]})
     else:

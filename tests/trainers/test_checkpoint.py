@@ -7,16 +7,18 @@ import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BartConfig, BartModel
 
 from cluster.storage import ObjectMissing, StorageError, Store, open_store
 from jobs.errors import EnvironmentFault, Problem
-from jobs.record import Attempt, Manifest, RunPaths, Source, StreamPosition
+from jobs.record import Attempt, Manifest, RunPaths, Source, StreamPosition, best_manifest
 from tests.scene import Scene
 from tests.tiny import VOCABULARY, tiny_tokenizer
 from trainers.checkpoint import (
@@ -29,7 +31,7 @@ from trainers.checkpoint import (
     read_manifests,
     superfluous,
 )
-from trainers.loop import Progress, Trainee
+from trainers.loop import Progress, Trainee, judge
 from trainers.tasks.task import Evaluation
 from trainers.telemetry import Telemetry
 
@@ -373,23 +375,50 @@ def removed(
     return [m.step for m in gone]
 
 
+def judged(*manifests: Manifest, mode: Literal["min", "max"] = "min") -> list[Manifest]:
+    """The manifests, each knowing the best step so far, as a run without min_delta writes them."""
+    sign, best, told = (1 if mode == "min" else -1), None, []
+    for m in manifests:
+        if m.evaluation and (best is None or sign * (m.evaluation["loss"] - best[1]) < 0):
+            best = (m.step, m.evaluation["loss"])
+        told.append(m.model_copy(update={"best_step": best and best[0]}))
+    return told
+
+
 def test_the_last_and_the_best_are_kept() -> None:
     held = [manifest(1, 3.0), manifest(2, 1.0), manifest(3, 2.0), manifest(4), manifest(5, 4.0)]
-    assert removed(held) == [1, 3, 4]
-    assert removed(held, keep_last=3) == [1]
-    assert removed(held, keep_best=2) == [1, 4]
-    assert removed(held, mode="max") == [1, 2, 3, 4]
-    assert removed(held, keep_best=9) == [4]
+    assert removed(judged(*held)) == [1, 3, 4]
+    assert removed(judged(*held), keep_last=3) == [1]
+    assert removed(judged(*held), keep_best=2) == [1, 4]
+    assert removed(judged(*held, mode="max"), mode="max") == [1, 2, 3, 4]
+    assert removed(judged(*held), keep_best=9) == [4]
 
 
 def test_of_equals_the_earlier_is_the_best() -> None:
-    assert removed([manifest(1, 1.0), manifest(2, 1.0), manifest(3)]) == [2]
+    assert removed(judged(manifest(1, 1.0), manifest(2, 1.0), manifest(3))) == [2]
 
 
-def test_the_best_is_the_one_that_training_takes_for_it() -> None:
-    held = [manifest(1, 1.0), manifest(2, 0.95), manifest(3, 0.8), manifest(4, 0.75), manifest(5)]
-    assert removed(held, min_delta=0.1) == [1, 2, 4]
-    assert removed(held[:2] + held[4:], min_delta=0.1) == [2]
+@pytest.mark.parametrize("seed", range(20))
+def test_retention_never_removes_what_training_takes_for_the_best(scene: Scene, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    stop = {"metric": "validation/f1", "mode": "max", "min_delta": 0.05, "patience": 99}
+    spec = scene.job(train={"early_stopping": stop})
+    progress, held = Progress(), list[Manifest]()
+    for step in range(1, 25):
+        value = float(rng.uniform(0.4, 0.9))
+        progress = judge(
+            spec, replace(progress, step=step), Evaluation(metrics={"f1": value}, rows=1)
+        )
+        told = manifest(step).model_copy(
+            update={"evaluation": {"validation/f1": value}, "best_step": progress.best_step}
+        )
+        held.append(told)
+        for gone in removed(held, keep_last=2, metric="validation/f1", mode="max"):
+            held = [m for m in held if m.step != gone]
+        assert progress.best_step in {m.step for m in held}
+        best = best_manifest(held)
+        assert best is not None
+        assert best.step == progress.best_step
 
 
 def test_without_evaluations_the_last_are_kept() -> None:

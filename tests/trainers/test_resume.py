@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from cluster.storage import Store, open_store
-from jobs.record import RunPaths, in_lineage, lineage
+from jobs.record import RunPaths, best_manifest, in_lineage, lineage
 from jobs.spec import JobSpec
 from tests.ranks import Kill, Moment, assignment_of, run_ranks
 from tests.tiny import tiny_job, tiny_model, tiny_reviews
@@ -32,17 +32,18 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def job(scene: Path, *, workers: int, **parts: object) -> JobSpec:
+def job(scene: Path, *, workers: int, **parts: dict[str, object]) -> JobSpec:
     data = {name: str(scene / "data" / name) for name in ("train", "validation", "test")}
+    train = {"epochs": 2, "evaluate_every_steps": 4, "log_rows": True, "log_every_steps": 1}
+    own: dict[str, dict[str, object]] = {
+        "batching": {"global_batch_size": BATCH, "max_tokens_per_microbatch": 48},
+        "workers": {"count": workers},
+        "train": train,
+        "checkpoint": {"every_steps": 5},
+    }
+    merged = {part: {**own.get(part, {}), **parts.get(part, {})} for part in {**own, **parts}}
     return tiny_job(
-        scene / "model",
-        {**data, "lanes": 12, "seed": 5},
-        str(scene / "runs"),
-        batching={"global_batch_size": BATCH, "max_tokens_per_microbatch": 48},
-        workers={"count": workers},
-        train={"epochs": 2, "evaluate_every_steps": 4, "log_rows": True, "log_every_steps": 1},
-        checkpoint={"every_steps": 5},
-        **parts,
+        scene / "model", {**data, "lanes": 12, "seed": 5}, str(scene / "runs"), **merged
     )
 
 
@@ -184,3 +185,27 @@ def test_dropout_is_on_in_training(scene: Path) -> None:
         run_ranks(assignment_of(spec, name), world_size=1)
         runs_of[name] = final_parts(scene, name)
     assert runs_of["with-dropout"] != runs_of["without-dropout"]
+
+
+def test_a_damaged_best_checkpoint_costs_the_next_best_only(
+    scene: Path, calm: dict[int, str]
+) -> None:
+    """The best lies before the last, and one of its bits flips before the run is trained on."""
+    run_id = "best-is-damaged"
+    # The lowest accuracy is the best here: that of the first evaluation, so it never changes.
+    stop = {"metric": "validation/accuracy", "mode": "min", "patience": 99}
+    spec = job(scene, workers=1, checkpoint={"keep_best": 3}, train={"early_stopping": stop})
+    run_ranks(assignment_of(spec, run_id), world_size=1, kill=Kill("step", 22))
+    manifests = read_manifests(runs(scene), RunPaths(run_id))
+    best = best_manifest(manifests)
+    assert best is not None
+    model = scene / "runs" / RunPaths(run_id).checkpoint(best.step) / "model/model.safetensors"
+    damaged = bytearray(model.read_bytes())
+    damaged[-1] ^= 1
+    model.write_bytes(damaged)
+    outcome = run_ranks(assignment_of(spec, run_id, generation=2), world_size=1)
+    assert outcome is not None
+    assert outcome.state == "SUCCEEDED"
+    assert outcome.test is not None
+    assert outcome.best_step == best.step, "it is not about the best checkpoint"
+    assert outcome.test["step"] != best.step
