@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,10 +29,16 @@ FLUSH_SECONDS = 2.0
 _RETRY_SECONDS = 4.0
 """How long one flush bears a store that does not answer; its lines stay for the next."""
 MAX_WAITING_LINES = 100_000
-"""Lines kept in memory while the store does not answer; the oldest go first after that."""
+"""Lines kept in memory while the store does not answer; the oldest go first after that. Those of an
+object whose write failed come on top."""
 
 _OWN_LOGGERS = frozenset({"shoal", "cluster", "jobs", "trainers"})
 """Only these are heard below warnings: libraries tell much that nobody asked for."""
+
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN")
+"""Variables whose values never belong into a line."""
+_LEAST_SECRET_CHARACTERS = 8
+"""Shorter values are no secrets, and would mask what has nothing to do with them."""
 
 log = logging.getLogger("shoal")
 
@@ -43,7 +51,10 @@ def impatient(spec: JobSpec) -> Store:
 
 
 class LineWriter:
-    """One stream of JSON lines; `write` returns at once, a thread flushes."""
+    """One stream of JSON lines; `write` returns at once, a thread flushes.
+
+    Secrets of the environment, as it is when the stream is opened, are written as `***`.
+    """
 
     def __init__(self, store: Store, paths: RunPaths, kind: LineKind, source: Source) -> None:
         self._store = store
@@ -53,6 +64,14 @@ class LineWriter:
         self._lock = threading.Lock()
         self._flush_lock = threading.Lock()
         self._lines: list[str] = []
+        self._sending: list[str] = []
+        """Lines of the object `_number`, fixed from its first write on: one whose answer was lost
+        may have been read."""
+        values = {os.environ.get(name, "") for name in _SECRETS}
+        # The longest first, as one may be a part of another.
+        self._secrets = sorted(
+            (v for v in values if len(v) >= _LEAST_SECRET_CHARACTERS), key=len, reverse=True
+        )
         self._num_lost = 0
         self._number = 1
         self._closing = threading.Event()
@@ -61,27 +80,24 @@ class LineWriter:
 
     def write(self, line: dict[str, Any]) -> None:
         """Adds a line; `time` is set to now where it is absent."""
-        text = json.dumps({"time": round(time.time(), 3)} | line, default=str)
+        line = {"time": round(time.time(), 3)} | line
+        if self._secrets:
+            line = self._masked(line)
+        text = json.dumps(line, default=str)
         with self._lock:
             self._lines.append(text)
             self._drop_oldest()
 
     def flush(self) -> None:
-        """Makes all lines so far durable, as one object; StorageError leaves them waiting."""
+        """Makes all lines so far durable, as one object; StorageError leaves them waiting.
+
+        An object whose write failed before is written first, as it was.
+        """
         with self._flush_lock:
+            self._send()
             with self._lock:
-                lines, self._lines = self._lines, []
-            if not lines:
-                return
-            key = self._paths.lines(self._kind, self._source, self._number)
-            try:
-                self._store.write(key, ("\n".join(lines) + "\n").encode())
-            except BaseException:
-                with self._lock:
-                    self._lines[:0] = lines
-                    self._drop_oldest()
-                raise
-            self._number += 1
+                self._sending, self._lines = self._lines, []
+            self._send()
 
     def close(self) -> None:
         """Flushes and ends the thread."""
@@ -102,6 +118,26 @@ class LineWriter:
             num_lost, self._num_lost = self._num_lost, 0
         if num_lost:
             sys.stderr.write(f"shoal: {num_lost} lines of {self._kind} are lost: too many waited\n")
+
+    def _send(self) -> None:
+        if self._sending:
+            key = self._paths.lines(self._kind, self._source, self._number)
+            self._store.write(key, ("\n".join(self._sending) + "\n").encode())
+            self._number += 1
+            self._sending = []
+
+    def _masked(self, value: Any) -> Any:
+        """The value, with secrets masked in every text of it."""
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, Mapping):
+            return {key: self._masked(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._masked(inner) for inner in value]
+        text = str(value)
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
     def _drop_oldest(self) -> None:
         excess = len(self._lines) - MAX_WAITING_LINES
@@ -124,6 +160,12 @@ class LogHandler(logging.Handler):
         }
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._emit(record)
+        except Exception:  # as logging's own handlers: who logs must not fail by it
+            self.handleError(record)
+
+    def _emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.WARNING and record.name.partition(".")[0] not in _OWN_LOGGERS:
             return
         line: dict[str, Any] = {

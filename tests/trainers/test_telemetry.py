@@ -25,6 +25,7 @@ class Flaky:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.down = False
+        self.loses_answers = False
         self.in_write = threading.Event()
         self.go_on: threading.Event | None = None
 
@@ -37,7 +38,10 @@ class Flaky:
             assert self.go_on.wait(30)
         if self.down:
             raise StorageError("the store is away")
-        return self._store.write(key, data)
+        etag = self._store.write(key, data)
+        if self.loses_answers:
+            raise StorageError("the answer was lost")
+        return etag
 
 
 @pytest.fixture
@@ -115,7 +119,49 @@ def test_nothing_is_lost_while_the_store_is_away(
     flaky.down = False
     write(writer, 4)
     writer.flush()
-    assert numbers(flaky) == [[1], [2, 3, 4]]
+    assert numbers(flaky) == [[1], [2], [3, 4]]
+
+
+def test_an_object_whose_answer_was_lost_is_written_again_as_it_was(
+    writer: LineWriter, flaky: Flaky
+) -> None:
+    write(writer, 1)
+    flaky.loses_answers = True
+    with pytest.raises(StorageError):
+        writer.flush()
+    seen = objects(flaky)
+    flaky.loses_answers = False
+    write(writer, 2)
+    writer.flush()
+    assert objects(flaky)[:1] == seen
+    assert numbers(flaky) == [[1], [2]]
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN"]
+)
+def test_secrets_of_the_environment_are_masked(
+    flaky: Flaky, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, 'wJalr"XUtn\\FEMI')
+    writer = LineWriter(flaky, PATHS, "metrics", RANK)
+    text = 'key wJalr"XUtn\\FEMI!'
+    writer.write({"message": text, "nested": [{"deep": text}], "error": ValueError(text)})
+    writer.close()
+    [[line]] = objects(flaky)
+    assert line["message"] == line["nested"][0]["deep"] == line["error"] == "key ***!"
+
+
+def test_what_is_too_short_for_a_secret_and_numbers_are_not_masked(
+    flaky: Flaky, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "1234567")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "87654321")
+    writer = LineWriter(flaky, PATHS, "metrics", RANK)
+    writer.write({"message": "step 1234567", "n": 87654321})
+    writer.close()
+    [[line]] = objects(flaky)
+    assert (line["message"], line["n"]) == ("step 1234567", 87654321)
 
 
 def test_the_thread_flushes_by_itself(flaky: Flaky, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +228,19 @@ def test_every_stream_is_flushed_at_the_end(local_store: Store) -> None:
     assert lines[0].items() >= {
         "level": "WARNING", "logger": "somebody", "rank": 0, "attempt": 2, "generation": None,
     }.items()  # fmt: skip
+
+
+def test_a_log_line_that_cannot_be_formatted_does_not_stop_who_logs(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # pytest's own handlers raise for such a line.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with Telemetry(local_store, PATHS, RANK):
+        module.log.warning("%d of them", "many")
+        module.log.warning("after it")
+    [lines] = objects(local_store, "logs")
+    assert [line["message"] for line in lines] == ["after it"]
+    assert "%d of them" in capsys.readouterr().err
 
 
 def test_a_driver_writes_as_its_generation_and_its_state_at_once(local_store: Store) -> None:
