@@ -8,7 +8,7 @@ from types import TracebackType
 
 from pydantic import ValidationError
 
-from cluster.storage import StorageError, Store
+from cluster.storage import Store
 from jobs.record import Control, RunPaths
 
 POLL_SECONDS = 1.0
@@ -58,7 +58,7 @@ class ControlPoller:
         while not self._closing.is_set():
             try:
                 self._look()
-            except StorageError as error:
+            except Exception as error:  # a thread that ended would never hear a request again
                 sys.stderr.write(f"shoal: requests are not heard at present: {error}\n")
             self._closing.wait(POLL_SECONDS)
 

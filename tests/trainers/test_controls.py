@@ -24,6 +24,7 @@ class Rounds:
         self._store = store
         self._looked = threading.Semaphore(0)
         self.down = False
+        self.broken = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -32,6 +33,8 @@ class Rounds:
         try:
             if self.down:
                 raise StorageError("the store is away")
+            if self.broken:
+                raise OSError("too many open files")
             yield from self._store.list(prefix, after=after)
         finally:
             self._looked.release()
@@ -107,6 +110,20 @@ def test_a_store_that_is_away_for_a_while_loses_no_request(
         store.wait()
         assert poller.take() == (True, False)
     assert "requests are not heard at present: the store is away" in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_foresaw_does_not_make_it_deaf(
+    store: Rounds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ControlPoller(store, PATHS, after=0) as poller:
+        store.broken = True
+        ask(store, 1, "stop")
+        store.wait()
+        assert poller.take() == (False, False)
+        store.broken = False
+        store.wait()
+        assert poller.take() == (True, False)
+    assert "requests are not heard at present" in capsys.readouterr().err
 
 
 def test_the_thread_ends_with_the_block(store: Rounds) -> None:
