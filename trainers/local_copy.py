@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from cluster.storage import StorageError, Store
+from cluster.storage import StorageError, Store, check_key
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import Part
 
@@ -27,16 +27,22 @@ def local_copy(store: Store, parts: Sequence[Part], folder: Path) -> Path:
     """`folder`, holding all `parts` of the store (names relative to it).
 
     A part whose sha256 is empty is checked by its bytes only. Processes of a node that ask at the
-    same time fetch once. Raises DamagedPart, ObjectMissing, StorageError, or EnvironmentFault
+    same time fetch once. A folder that is there is taken if its files have the bytes of the parts,
+    else it is fetched anew. Raises DamagedPart, ObjectMissing, StorageError, or EnvironmentFault
     where the disk has no room.
     """
+    for part in parts:
+        _check_name(store, part)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if folder.is_dir():
+            if _has_sizes(folder, parts):
                 return folder
             unfinished = folder.with_name(folder.name + ".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
+            if folder.exists():
+                folder.rename(unfinished)
+                shutil.rmtree(unfinished)
             try:
                 with ThreadPoolExecutor(_THREADS) as pool:
                     list(pool.map(lambda part: _fetch(store, part, unfinished), parts))
@@ -64,6 +70,22 @@ def drop_copy(folder: Path) -> None:
             folder.rename(unfinished)
             shutil.rmtree(unfinished)
         Path(f"{folder}.lock").unlink()
+
+
+def _check_name(store: Store, part: Part) -> None:
+    """DamagedPart for a name that could lie outside the folder: records come from the store too."""
+    try:
+        check_key(part.name)
+    except ValueError as error:
+        raise DamagedPart(
+            Problem(f"{store.uri} names a part {part.name!r}, which is no name of a file in it")
+        ) from error
+
+
+def _has_sizes(folder: Path, parts: Sequence[Part]) -> bool:
+    """Whether all parts lie in the folder with their bytes; content is not read again."""
+    files = [(folder / part.name, part.bytes) for part in parts]
+    return folder.is_dir() and all(f.is_file() and f.stat().st_size == size for f, size in files)
 
 
 def _fetch(store: Store, part: Part, folder: Path) -> None:

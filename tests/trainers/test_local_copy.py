@@ -128,6 +128,28 @@ def test_a_full_disk_is_the_environments_fault(
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside", "a//b", ""])
+def test_a_part_that_would_lie_elsewhere_is_refused_before_anything_is_made(
+    source: Store, parts: list[Part], folder: Path, name: str
+) -> None:
+    with pytest.raises(DamagedPart, match="no name of a file"):
+        local_copy(source, [*parts, Part(name=name, bytes=1, sha256="")], folder)
+    assert not folder.parent.exists()
+
+
+@pytest.mark.parametrize("harm", ["shorter", "gone"])
+def test_a_copy_that_was_harmed_is_fetched_anew(
+    source: Store, parts: list[Part], folder: Path, harm: str
+) -> None:
+    weights = local_copy(source, parts, folder) / "model/weights"
+    if harm == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(b"w")
+    assert held(local_copy(source, parts, folder)) == CONTENT
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["copy", "copy.lock"]
+
+
 class Killing(Counting):
     """A store in whose second download the process is killed."""
 
