@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from jobs.errors import Problem, SpecError
 from jobs.problems import Sources, no_group, problems_of
 from jobs.schema import job_schema
-from jobs.spec import JobSpec, no_validation_set
+from jobs.spec import MAX_RUN_ID_CHARACTERS, RUN_ID_PATTERN, JobSpec, no_validation_set
 from jobs.strict_yaml import read_yaml
 
 
@@ -78,12 +78,17 @@ RESUME_PATHS = ("workers", "retries", "cluster", "checkpoint", "tracking", "trai
 """What `shoal resume --set` may change: operation, and the number of epochs."""
 
 
+def may_change_on_resume(path: str) -> bool:
+    """Whether a resume may change the key with that dotted path."""
+    return any(path == allowed or path.startswith(allowed + ".") for allowed in RESUME_PATHS)
+
+
 def check_resume_overrides(overrides: Sequence[str]) -> None:
     """Raises SpecError for each override of a key that a resume may not change."""
     problems = []
     for override in overrides:
         path = override.partition("=")[0]
-        if not any(path == allowed or path.startswith(allowed + ".") for allowed in RESUME_PATHS):
+        if not may_change_on_resume(path):
             problems.append(
                 Problem(
                     f"--set {override}: a resume goes on with the same training, so {path} cannot "
@@ -94,6 +99,19 @@ def check_resume_overrides(overrides: Sequence[str]) -> None:
             )
     if problems:
         raise SpecError(*problems)
+
+
+def check_run_id(run_id: str) -> str:
+    """The run id, if it may name a run; raises SpecError."""
+    if not RUN_ID_PATTERN.fullmatch(run_id) or len(run_id) > MAX_RUN_ID_CHARACTERS:
+        raise SpecError(
+            Problem(
+                f"--run-id {run_id} is not allowed: at most {MAX_RUN_ID_CHARACTERS} lower-case "
+                "letters, digits and hyphens, with a letter first and no hyphen last",
+                "write for example --run-id sentiment-1",
+            )
+        )
+    return run_id
 
 
 def with_absolute_paths(spec: JobSpec) -> JobSpec:

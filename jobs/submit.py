@@ -25,18 +25,13 @@ from jobs.errors import EnvironmentFault, Problem, SpecError
 from jobs.parse import (
     apply_overrides,
     check_resume_overrides,
+    check_run_id,
     parse_spec,
     with_absolute_paths,
 )
 from jobs.record import NOTHING_PAST, Amendment, Control, Past, RunPaths, State
 from jobs.runs import RunReader
-from jobs.spec import (
-    MAX_RUN_ID_CHARACTERS,
-    RUN_ID_PATTERN,
-    RUN_ID_SUFFIX_CHARACTERS,
-    JobSpec,
-    KubeRayCluster,
-)
+from jobs.spec import RUN_ID_SUFFIX_CHARACTERS, JobSpec, KubeRayCluster
 from jobs.status import read_situation
 from trainers.controls import last_request
 
@@ -228,19 +223,6 @@ def new_run_id(name: str) -> str:
     """`name` and a short random suffix."""
     suffix = "".join(secrets.choice(_ALPHABET) for _ in range(RUN_ID_SUFFIX_CHARACTERS))
     return f"{name}-{suffix}"
-
-
-def check_run_id(run_id: str) -> str:
-    """The run id, if it may name a run; raises SpecError."""
-    if not RUN_ID_PATTERN.fullmatch(run_id) or len(run_id) > MAX_RUN_ID_CHARACTERS:
-        raise SpecError(
-            Problem(
-                f"--run-id {run_id} is not allowed: at most {MAX_RUN_ID_CHARACTERS} lower-case "
-                "letters, digits and hyphens, with a letter first and no hyphen last",
-                "write for example --run-id sentiment-1",
-            )
-        )
-    return run_id
 
 
 def require_training() -> None:

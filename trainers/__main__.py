@@ -7,17 +7,30 @@ say as many, since it decides how rows are dealt. The run folder is the same as 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cluster.lease import acquire
-from cluster.storage import ObjectExists, open_store
+from cluster.lease import Held, acquire
+from cluster.storage import ObjectExists, Store, open_store
 from jobs.errors import Problem, ShoalError, SpecError, render_error
-from jobs.parse import load_spec, spec_from_json, with_absolute_paths
-from jobs.record import Outcome, RunPaths
+from jobs.parse import (
+    apply_overrides,
+    check_run_id,
+    load_spec,
+    may_change_on_resume,
+    parse_spec,
+    with_absolute_paths,
+)
+from jobs.record import Amendment, Outcome, RunPaths
 from jobs.spec import JobSpec
 from trainers.attempt import Assignment
 from trainers.controls import last_request
@@ -26,6 +39,7 @@ from trainers.session import ProcessSession
 from trainers.worker import train_worker
 
 _LEASE_SECONDS = 60.0
+_WATCH_SECONDS = 0.5
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,10 +49,10 @@ _LEASE_SECONDS = 60.0
 def main(job: Path, overrides: tuple[str, ...], run_id: str) -> None:
     """Train the job in this process, or in those that torchrun started."""
     try:
-        code = _train(with_absolute_paths(load_spec(job, overrides)), run_id)
+        code = _train(with_absolute_paths(load_spec(job, overrides)), check_run_id(run_id))
     except ShoalError as error:
-        if os.environ.get("RANK", "0") == "0":
-            click.echo(render_error(error), err=True)
+        # On every rank: one of them may have met what no other did.
+        click.echo(render_error(error), err=True)
         code = error.exit_code
     sys.exit(code)
 
@@ -62,12 +76,14 @@ def _train(spec: JobSpec, run_id: str) -> int:
         try:
             store.write_if_absent(paths.spec, spec.to_json().encode())
         except ObjectExists:
-            _refuse_other_job(spec, spec_from_json(store.read(paths.spec)), run_id)
+            _changes(store, paths, spec)  # refuses another job before it waits for the lease
         with acquire(store, paths.lease, ttl_seconds=_LEASE_SECONDS, wait=True) as lease:
             # Requests before this start were for the one before; before the first they count.
             seen = last_request(store, paths) if lease.generation > 1 else 0
             assignment = Assignment(spec, run_id, lease.generation, controls_seen=seen)
-            outcome = train_worker(session, assignment)
+            _record_changes(store, paths, spec)
+            with _ends_with(lease):
+                outcome = train_worker(session, assignment)
             lease.check()
             result = build_result(spec, store, paths, generation=lease.generation, ended=outcome)
             store.write(paths.result, result.to_bytes())
@@ -82,16 +98,80 @@ def _exit_code(outcome: Outcome) -> int:
     return outcome.failure.exit_code if outcome.failure else outcome.state.exit_code
 
 
-def _refuse_other_job(own: JobSpec, held: JobSpec, run_id: str) -> None:
-    """SpecError where the run of that id is another job's; operation and epochs may differ."""
-    for group in ("architecture", "data_order"):
-        if own.digests()[group] != held.digests()[group]:
-            raise SpecError(
+@contextmanager
+def _ends_with(lease: Held) -> Iterator[None]:
+    """Inside the block the loss of the lease ends this process, and with it the other ranks."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_WATCH_SECONDS):
+            if lease.lost.is_set():
+                # Another driver may have started: nothing more may be written from here.
+                sys.stderr.write("shoal: the run's lease is lost; ending at once\n")
+                sys.stderr.flush()
+                os._exit(3)
+
+    thread = threading.Thread(target=watch, name="shoal-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _record_changes(store: Store, paths: RunPaths, spec: JobSpec) -> None:
+    """Records what differs from the run's job, as a resume does; the caller holds the lease."""
+    changes = _changes(store, paths, spec)
+    if changes:
+        overrides = tuple(
+            f"{path}={json.dumps(own, ensure_ascii=False)}" for path, own, _ in changes
+        )
+        amendment = Amendment(overrides=overrides, made_at=time.time())
+        number = len(list(store.list(paths.amendments))) + 1
+        store.write_if_absent(paths.amendment(number), amendment.to_bytes())
+
+
+def _changes(store: Store, paths: RunPaths, spec: JobSpec) -> list[tuple[str, Any, Any]]:
+    """(path, own value, value in the run) of what a resume may change; SpecError for more."""
+    differing = list(_differences(spec.model_dump(mode="json"), _recorded(store, paths)))
+    refused = [change for change in differing if not may_change_on_resume(change[0])]
+    if refused:
+        raise SpecError(
+            *(
                 Problem(
-                    f"the run {run_id} exists and is another job's ({group.replace('_', ' ')})",
-                    "choose another --run-id",
+                    f"{path} is {json.dumps(own)}, but {json.dumps(held)} in the run "
+                    f"{paths.run_id}, which exists",
+                    "go on with the job as it was, or choose another --run-id",
                 )
+                for path, own, held in refused
             )
+        )
+    return differing
+
+
+def _recorded(store: Store, paths: RunPaths) -> dict[str, Any]:
+    """The run's job as it is now, as a tree of plain values: all amendments applied."""
+    overrides: list[str] = []
+    for head in store.list(paths.amendments):
+        overrides += Amendment.model_validate_json(store.read(head.key)).overrides
+    tree = apply_overrides(json.loads(store.read(paths.spec)), overrides)
+    return parse_spec(tree, where=f"{store.uri}/{paths.spec}").model_dump(mode="json")
+
+
+def _differences(
+    own: dict[str, Any], held: dict[str, Any], group: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted path, own value, held value) of each difference.
+
+    Groups of different keys differ as a whole: an override cannot take a key away.
+    """
+    for key, value in own.items():
+        other, path = held[key], group + key
+        if isinstance(value, dict) and isinstance(other, dict) and value.keys() == other.keys():
+            yield from _differences(value, other, path + ".")
+        elif value != other:
+            yield path, value, other
 
 
 if __name__ == "__main__":
