@@ -121,7 +121,8 @@ class _Interrupts:
             self.view.say(f"{render_error(error)}\npress Ctrl-C again to kill the run")
             return
         self.view.say(
-            "stopping: a checkpoint is being written; press Ctrl-C again to kill the run at once"
+            "asked to stop; the run saves what it has trained and ends; press Ctrl-C again to kill "
+            "it at once"
         )
 
 

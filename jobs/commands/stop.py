@@ -12,7 +12,7 @@ from jobs.commands.target import open_run, run_argument
 @click.option("--wait", is_flag=True, help="Return when the run has ended, and exit as it did.")
 @click.pass_context
 def stop(ctx: click.Context, run: str, store: str | None, wait: bool) -> None:
-    """Ask a run to write a checkpoint and end. `shoal resume RUN` goes on from there."""
+    """Ask a run to save what it has trained and end. `shoal resume RUN` goes on from there."""
     from jobs.errors import Problem, SpecError
     from jobs.foreground import requester
     from jobs.status import read_situation
@@ -29,7 +29,7 @@ def stop(ctx: click.Context, run: str, store: str | None, wait: bool) -> None:
             )
         )
     request_stop(reader.store, reader.run_id, by=requester())
-    click.echo("asked; the run writes a checkpoint and ends", err=True)
+    click.echo("asked to stop; the run saves what it has trained and ends", err=True)
     if wait:
         from jobs.watch import watch_run
 

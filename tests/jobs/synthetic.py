@@ -101,7 +101,7 @@ class SyntheticRun:
     spec: JobSpec = field(default_factory=make_spec)
     steps: int = STEPS
     _numbers: dict[tuple[str, Source], int] = field(default_factory=dict)
-    _losses: dict[int, float] = field(default_factory=dict)
+    _scores: dict[int, float] = field(default_factory=dict)
 
     @property
     def paths(self) -> RunPaths:
@@ -242,9 +242,11 @@ class SyntheticRun:
             digest = hashlib.sha256(data).hexdigest()
             parts.append(Part(name=name, bytes=len(data), sha256=digest))
         metrics = evaluation(self.labels, skill=self.skill(step), rows=800, seed=step)["metrics"]
-        self._losses[step] = metrics["loss"]
+        metric, mode, _ = self.spec.best
+        sign = 1 if mode == "min" else -1
+        self._scores[step] = sign * metrics[metric.removeprefix("validation/")]
         manifest = Manifest(
-            best_step=min(self._losses, key=lambda s: (self._losses[s], s)),
+            best_step=min(self._scores, key=lambda s: (self._scores[s], s)),
             step=step,
             attempt=attempt,
             generation=generation,

@@ -312,6 +312,12 @@ def test_a_job_file_names_the_store_too(
     assert shell.json("status", RUN, "--store", str(job))["state"] == "SUCCEEDED"
 
 
+def test_stop_promises_no_checkpoint_that_may_never_be(shell: Shell) -> None:
+    running(shell.store, now=time.time())
+    shell.run("stop", RUN)
+    assert shell.error == "asked to stop; the run saves what it has trained and ends\n"
+
+
 def test_stop_of_a_run_that_has_ended_is_refused(shell: Shell) -> None:
     pytest.importorskip("jobs.submit")
     succeeded(shell.store)
