@@ -103,7 +103,7 @@ def drive(
             if isinstance(ended, Failure) and ended.traceback:
                 log.error("%s", ended.traceback)
             lease.check()
-            result = build_result(spec, store, paths, generation=lease.generation, ended=ended)
+            result = build_result(store, paths, generation=lease.generation, ended=ended)
             telemetry.state(result.state, _sentence(result), step=result.step)
         # Lines are durable now, so the report can tell all of it; the result is the last object.
         lease.check()

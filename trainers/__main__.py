@@ -85,7 +85,7 @@ def _train(spec: JobSpec, run_id: str) -> int:
             with _ends_with(lease):
                 outcome = train_worker(session, assignment)
             lease.check()
-            result = build_result(spec, store, paths, generation=lease.generation, ended=outcome)
+            result = build_result(store, paths, generation=lease.generation, ended=outcome)
             store.write(paths.result, result.to_bytes())
         click.echo(f"{result.state.value} at step {result.step}: {store.uri}/{run_id}", err=True)
         if result.failure is not None:

@@ -62,7 +62,7 @@ def evaluate_run(store: Store, run_id: str, data_uri: str, output: Path | None) 
     """
     paths = RunPaths(run_id)
     spec = _read_spec(store, paths)
-    manifest = _best_manifest(store, paths, spec)
+    manifest = _best_manifest(store, paths)
     data = _open_data(spec, data_uri)
     checkpoint = store.within(paths.checkpoint(manifest.step).rstrip("/"))
     folder = model_of_checkpoint(checkpoint, manifest, cache_folder())
@@ -204,7 +204,7 @@ def _read_spec(store: Store, paths: RunPaths) -> JobSpec:
         ) from error
 
 
-def _best_manifest(store: Store, paths: RunPaths, spec: JobSpec) -> Manifest:
+def _best_manifest(store: Store, paths: RunPaths) -> Manifest:
     """The best checkpoint of the run: that of its result, or the best so far while it goes on."""
     uri = join_uri(store.uri, paths.run_id)
     head = store.head(paths.result)

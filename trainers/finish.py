@@ -13,12 +13,11 @@ from jobs.record import (
     best_manifest,
     live_manifests,
 )
-from jobs.spec import JobSpec
 from trainers.checkpoint import read_attempts, read_manifests
 
 
 def build_result(
-    spec: JobSpec, store: Store, paths: RunPaths, *, generation: int, ended: Outcome | Failure
+    store: Store, paths: RunPaths, *, generation: int, ended: Outcome | Failure
 ) -> Result:
     """The result of a run that has just ended. Reads manifests and attempts."""
     live = live_manifests(read_manifests(store, paths), read_attempts(store, paths))

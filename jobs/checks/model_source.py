@@ -60,11 +60,11 @@ def _find(spec: JobSpec, stores: Stores) -> tuple[list[Finding], ModelFolder | N
         parent, run_id = split_uri(source)
         same = parent == spec.store.uri.rstrip("/")
         runs = stores.open(parent, spec.store.access if same else spec.data.access)
-        return _in_run(runs, run_id, spec)
+        return _in_run(runs, run_id)
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / RunPaths("").spec).is_file():
-            return _in_run(stores.open(str(path.parent), StoreAccess()), path.name, spec)
+            return _in_run(stores.open(str(path.parent), StoreAccess()), path.name)
         return _in_folder(source, stores.open(str(path), StoreAccess()), spec)
     if "/" not in source:
         runs = stores.open(spec.store.uri, spec.store.access)
@@ -73,7 +73,7 @@ def _find(spec: JobSpec, stores: Stores) -> tuple[list[Finding], ModelFolder | N
         except ValueError:  # no name that a store could have
             is_run = False
         if is_run:
-            return _in_run(runs, source, spec)
+            return _in_run(runs, source)
     if not _HUB_NAME.fullmatch(source) or source.startswith((".", "/", "~")):
         raise SpecError(
             Problem(
@@ -106,7 +106,7 @@ def _in_folder(shown: str, store: Store, spec: JobSpec) -> tuple[list[Finding], 
     return findings, ModelFolder(shown, store, files)
 
 
-def _in_run(runs: Store, run_id: str, spec: JobSpec) -> tuple[list[Finding], ModelFolder | None]:
+def _in_run(runs: Store, run_id: str) -> tuple[list[Finding], ModelFolder | None]:
     """The best model of a run that has ended."""
     uri = f"{runs.uri}/{run_id}"
     try:

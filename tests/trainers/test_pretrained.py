@@ -152,7 +152,7 @@ def trained(scene: Scene) -> Path:
     spec = scene.job(train={"epochs": 1})
     outcome = scene.train(spec, "teacher")
     paths = scene.paths("teacher")
-    result = build_result(spec, scene.runs, paths, generation=1, ended=outcome)
+    result = build_result(scene.runs, paths, generation=1, ended=outcome)
     scene.runs.write(paths.result, result.to_bytes())
     return scene.run_folder("teacher") / str(result.best_checkpoint) / "model"
 
