@@ -3,7 +3,7 @@
     spec.json                                   the job, immutable; created only if absent
     amendments/0001.json                        keys that a resume changed
     lease.json                                  who drives the run now (compare-and-swap)
-    control/0001.json                           requests: stop, save
+    control/0001.json                           requests: stop, save, yield
     attempts/0001.json                          one start of the worker group: what it restored
     attempts/0001-outcome.json                  how it ended
     events/gen-0001/driver/000001.jsonl         state changes, numbered whole objects
@@ -51,7 +51,9 @@ class State(StrEnum):
     """The driver is up; workers, data and model are being prepared."""
     RUNNING = "RUNNING"
     RECOVERING = "RECOVERING"
-    """A worker died; the group is started again from the last checkpoint."""
+    """The workers are started again from the last checkpoint (one died, a node was taken, their
+    number changes), or training waits for a store that does not answer. As the state of an attempt:
+    it saved and gave way to the next one."""
     STOPPING = "STOPPING"
     """A stop was asked for; the state is being saved."""
     SUCCEEDED = "SUCCEEDED"
@@ -261,9 +263,13 @@ class Lease(Record):
 class Control(Record):
     """A request to the run, from any machine."""
 
-    kind: Literal["stop", "save"]
+    kind: Literal["stop", "save", "yield"]
+    """stop: save and end the run. save: save and go on. yield: save and end the attempt, so that
+    another one goes on, with another number of workers."""
     requested_at: float
     by: str = ""
+    attempt: int | None = None
+    """The only attempt that is meant; None: every one. A yield names its attempt."""
 
 
 class Amendment(Record):

@@ -1,19 +1,17 @@
 """What all ranks decide together: one small all-gather on CPU, a batch ahead of its step.
 
-Every decision that changes what a rank does (stop, save, end with an error, how many micro-batches)
-is taken from the same gathered votes, so all ranks take it at the same step.
+Every decision that changes what a rank does (stop, save, give way, end with an error, how many
+micro-batches) is taken from the same gathered votes, so all ranks take it at the same step.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-_FIELDS = 5
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,8 @@ class Vote:
     num_microbatches: int
     stop: bool = False
     save: bool = False
+    yields: bool = False
+    """This attempt is to save and give way to another: a node is taken, or workers are added."""
     failed: bool = False
     """This rank cannot go on, for a reason that a restart would meet again."""
 
@@ -39,6 +39,7 @@ class Decision:
     """Micro-batches of every rank: the largest number that any rank needs."""
     stop: bool
     save: bool
+    yields: bool
     failed: bool
 
 
@@ -52,12 +53,13 @@ class PendingDecision:
     def wait(self) -> Decision:
         if self._work is not None:
             self._work.wait()
-        weight, microbatches, stop, save, failed = self._votes.unbind(dim=1)
+        weight, microbatches, stop, save, yields, failed = self._votes.unbind(dim=1)
         return Decision(
             weight=float(weight.sum()),
             num_microbatches=int(microbatches.max()),
             stop=bool(stop.any()),
             save=bool(save.any()),
+            yields=bool(yields.any()),
             failed=bool(failed.any()),
         )
 
@@ -77,13 +79,10 @@ class Agreement:
 
     def start(self, vote: Vote) -> PendingDecision:
         """Begins to gather the votes on the coming step."""
-        own = torch.tensor(
-            [vote.weight, vote.num_microbatches, vote.stop, vote.save, vote.failed],
-            dtype=torch.float64,
-        )
+        own = torch.tensor([float(value) for value in astuple(vote)], dtype=torch.float64)
         if self._ahead is None:
-            return PendingDecision(own.reshape(1, _FIELDS), None)
-        votes = torch.empty(self.world_size, _FIELDS, dtype=torch.float64)
+            return PendingDecision(own.reshape(1, len(fields(Vote))), None)
+        votes = torch.empty(self.world_size, len(fields(Vote)), dtype=torch.float64)
         work = dist.all_gather(list(votes), own, group=self._ahead, async_op=True)
         return PendingDecision(votes, work)
 

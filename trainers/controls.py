@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from pydantic import ValidationError
@@ -12,6 +13,18 @@ from cluster.storage import Store
 from jobs.record import Control, RunPaths
 
 POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What a rank was asked for between two steps."""
+
+    stop: bool = False
+    """Save, and end the run."""
+    save: bool = False
+    """Save, and go on."""
+    yields: bool = False
+    """Save, and end the attempt: another one goes on."""
 
 
 def last_request(store: Store, paths: RunPaths) -> int:
@@ -25,13 +38,13 @@ def last_request(store: Store, paths: RunPaths) -> int:
 class ControlPoller:
     """Looks for new requests in a thread of its own. A context manager."""
 
-    def __init__(self, store: Store, paths: RunPaths, *, after: int) -> None:
+    def __init__(self, store: Store, paths: RunPaths, *, after: int, attempt: int) -> None:
+        self._attempt = attempt
         self._store = store
         self._paths = paths
         self._last_key = paths.control_request(after)
         self._lock = threading.Lock()
-        self._stop = False
-        self._save = False
+        self._asked = Requests()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shoal-controls", daemon=True)
 
@@ -48,11 +61,11 @@ class ControlPoller:
         self._closing.set()
         self._thread.join()
 
-    def take(self) -> tuple[bool, bool]:
-        """Whether a stop was ever asked for, and whether a save was since the last call."""
+    def take(self) -> Requests:
+        """What was asked for: a save since the last call, the others ever."""
         with self._lock:
-            save, self._save = self._save, False
-            return self._stop, save
+            asked, self._asked = self._asked, replace(self._asked, save=False)
+            return asked
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -69,7 +82,14 @@ class ControlPoller:
             except ValidationError:
                 sys.stderr.write(f"shoal: {head.key} is no request that is known\n")
             else:
-                with self._lock:
-                    self._stop |= request.kind == "stop"
-                    self._save |= request.kind == "save"
+                if request.attempt in (None, self._attempt):
+                    self._take(request)
             self._last_key = head.key
+
+    def _take(self, request: Control) -> None:
+        with self._lock:
+            self._asked = Requests(
+                stop=self._asked.stop or request.kind == "stop",
+                save=self._asked.save or request.kind == "save",
+                yields=self._asked.yields or request.kind == "yield",
+            )

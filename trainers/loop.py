@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -35,6 +35,9 @@ from trainers.parallel import (
 from trainers.tasks.task import Batch, Evaluation, Task
 from trainers.time_account import TimeAccount
 
+if TYPE_CHECKING:
+    from trainers.controls import Requests
+
 _DIVERGED_HINT = (
     "lower optimizer.learning_rate, set optimizer.max_grad_norm, or use model.precision float32; "
     "the last good checkpoint is kept"
@@ -48,6 +51,8 @@ class Ending(StrEnum):
     """All epochs are done, or early stopping ended them."""
     STOPPED = "stopped"
     """On request; the state is committed."""
+    YIELDED = "yielded"
+    """To another attempt, which goes on from the state that is committed."""
     FAILED = "failed"
     """A rank cannot read its rows; what was trained is committed."""
 
@@ -132,8 +137,8 @@ class Surroundings(Protocol):
         """Another `log_every_steps` steps are done."""
         ...
 
-    def requests(self) -> tuple[bool, bool]:
-        """Whether (stop, save) was asked for on this rank since the last call."""
+    def requests(self) -> Requests:
+        """What was asked for on this rank since the last call."""
         ...
 
 
@@ -164,17 +169,20 @@ def train(
     while coming is not None:
         with time.spent("synchronisation"):
             decision = coming.pending.wait()
-        if decision.failed or decision.stop or decision.save:
+        ends = decision.failed or decision.stop or decision.yields
+        if ends or decision.save:
             if committed_step != progress.step:
                 window.check()
                 around.commit(progress, None)
                 committed_step = progress.step
-            if decision.failed or decision.stop:
+            if ends:
                 window.tell(around, agreement, time)
             if decision.failed:
                 return Ending.FAILED, progress, coming.error
             if decision.stop:
                 return Ending.STOPPED, progress, None
+            if decision.yields:
+                return Ending.YIELDED, progress, None
 
         assert coming.batch is not None  # a rank without rows has an empty batch, not none
         advanced = advance(progress, coming.batch, plan)
@@ -433,7 +441,7 @@ class _Feed:
         """The step that follows `progress`; None where none does."""
         if progress.step >= self._plan.total_steps:
             return None
-        stop, save = self._around.requests()
+        asked = self._around.requests()
         batch, microbatches, error, weight = None, list[Batch](), None, 0.0
         with self._time.spent("data_wait"):
             try:
@@ -448,8 +456,9 @@ class _Feed:
         vote = Vote(
             weight=weight,
             num_microbatches=max(1, len(microbatches)),
-            stop=stop,
-            save=save,
+            stop=asked.stop,
+            save=asked.save,
+            yields=asked.yields,
             failed=error is not None,
         )
         return _Coming(batch, microbatches, self._agreement.start(vote), error)

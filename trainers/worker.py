@@ -16,6 +16,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ from trainers.checkpoint import (
     drop_checkpoint_copies,
     read_live_manifests,
 )
-from trainers.controls import ControlPoller
+from trainers.controls import ControlPoller, Requests
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import measure
@@ -167,7 +168,10 @@ class _Rank:
             stack.callback(self._close_stream)
             if self._session.rank == 0:
                 poller = ControlPoller(
-                    self._store, self._paths, after=self._assignment.controls_seen
+                    self._store,
+                    self._paths,
+                    after=self._assignment.controls_seen,
+                    attempt=self._attempt.attempt,
                 )
                 self._poller = stack.enter_context(poller)
             return self._train_and_test()
@@ -203,6 +207,8 @@ class _Rank:
             self._raise_any(error)
         if ending is Ending.STOPPED:
             return self._outcome(State.STOPPED, best_step=progress.best_step)
+        if ending is Ending.YIELDED:
+            return self._outcome(State.RECOVERING, best_step=progress.best_step)
         tested = self._test_best(progress)
         return self._outcome(State.SUCCEEDED, best_step=progress.best_step, test=tested)
 
@@ -344,13 +350,13 @@ class _Rank:
                 }
             )
 
-    def requests(self) -> tuple[bool, bool]:
-        stop, save = self._poller.take() if self._poller is not None else (False, False)
-        stop = stop or self._session.stop_requested()
+    def requests(self) -> Requests:
+        asked = self._poller.take() if self._poller is not None else Requests()
+        stop = asked.stop or self._session.stop_requested()
         if stop and not self._is_stopping and self._session.rank == 0:
             self._is_stopping = True
             self._telemetry.state(State.STOPPING, "a stop was asked for", step=self._step)
-        return stop, save
+        return replace(asked, stop=stop)
 
     # ---- smaller parts
 

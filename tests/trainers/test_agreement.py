@@ -41,7 +41,7 @@ def votes(session: Session) -> list[Decision]:
     decisions = []
     for voter in range(session.world_size):
         mine = session.rank == voter
-        for kind in ("stop", "save", "failed"):
+        for kind in ("stop", "save", "yields", "failed"):
             pending = agreement.start(
                 Vote(weight=session.rank + 1.0, num_microbatches=session.rank, **{kind: mine})
             )
@@ -82,9 +82,10 @@ def test_one_vote_decides_for_all_while_other_collectives_run(world_size: int) -
             num_microbatches=world_size - 1,
             stop=kind == "stop",
             save=kind == "save",
+            yields=kind == "yields",
             failed=kind == "failed",
         )
-        for kind in ("stop", "save", "failed")
+        for kind in ("stop", "save", "yields", "failed")
     ]
     assert first == expected * world_size
 
@@ -97,7 +98,9 @@ def test_a_vote_may_be_started_before_the_one_before_is_waited_for() -> None:
 def test_one_rank_agrees_with_itself() -> None:
     agreement = Agreement(rank=0, world_size=1)
     vote = Vote(weight=3.0, num_microbatches=2, save=True)
-    assert agreement.start(vote).wait() == Decision(3.0, 2, stop=False, save=True, failed=False)
+    assert agreement.start(vote).wait() == Decision(
+        3.0, 2, stop=False, save=True, yields=False, failed=False
+    )
     assert agreement.gather({"a": 1}) == [{"a": 1}]
     assert agreement.first("x") == "x"
     assert agreement.sum(torch.ones(2)).tolist() == [1.0, 1.0]

@@ -12,7 +12,7 @@ import pytest
 from cluster.storage import Head, StorageError, Store
 from jobs.record import Control, RunPaths
 from trainers import controls as module
-from trainers.controls import ControlPoller
+from trainers.controls import ControlPoller, Requests
 
 PATHS = RunPaths("run")
 
@@ -53,38 +53,40 @@ def store(local_store: Store, monkeypatch: pytest.MonkeyPatch) -> Rounds:
     return Rounds(local_store)
 
 
-def ask(store: Rounds, number: int, kind: Literal["stop", "save"]) -> None:
-    request = Control(kind=kind, requested_at=time.time())
+def ask(
+    store: Rounds, number: int, kind: Literal["stop", "save", "yield"], attempt: int | None = None
+) -> None:
+    request = Control(kind=kind, requested_at=time.time(), attempt=attempt)
     store.write(PATHS.control_request(number), request.to_bytes())
 
 
 def test_nothing_is_asked_for_at_first(store: Rounds) -> None:
-    with ControlPoller(store, PATHS, after=0) as poller:
+    with ControlPoller(store, PATHS, after=0, attempt=1) as poller:
         store.wait()
-        assert poller.take() == (False, False)
+        assert poller.take() == Requests()
 
 
 def test_a_save_is_heard_once_and_a_stop_stays(store: Rounds) -> None:
-    with ControlPoller(store, PATHS, after=0) as poller:
+    with ControlPoller(store, PATHS, after=0, attempt=1) as poller:
         ask(store, 1, "save")
         store.wait()
-        assert poller.take() == (False, True)
-        assert poller.take() == (False, False)
+        assert poller.take() == Requests(save=True)
+        assert poller.take() == Requests()
         ask(store, 2, "stop")
         ask(store, 3, "save")
         store.wait()
-        assert poller.take() == (True, True)
-        assert poller.take() == (True, False)
+        assert poller.take() == Requests(stop=True, save=True)
+        assert poller.take() == Requests(stop=True)
 
 
 def test_requests_to_an_earlier_driver_are_not_heard(store: Rounds) -> None:
     ask(store, 1, "stop")
-    with ControlPoller(store, PATHS, after=1) as poller:
+    with ControlPoller(store, PATHS, after=1, attempt=1) as poller:
         store.wait()
-        assert poller.take() == (False, False)
+        assert poller.take() == Requests()
         ask(store, 2, "save")
         store.wait()
-        assert poller.take() == (False, True)
+        assert poller.take() == Requests(save=True)
 
 
 def test_a_request_that_is_not_known_is_passed_over(
@@ -92,41 +94,49 @@ def test_a_request_that_is_not_known_is_passed_over(
 ) -> None:
     store.write(PATHS.control_request(1), b'{"kind": "dance"}')
     ask(store, 2, "save")
-    with ControlPoller(store, PATHS, after=0) as poller:
+    with ControlPoller(store, PATHS, after=0, attempt=1) as poller:
         store.wait()
-        assert poller.take() == (False, True)
+        assert poller.take() == Requests(save=True)
     assert capsys.readouterr().err.count("control/0001.json is no request that is known") == 1
 
 
 def test_a_store_that_is_away_for_a_while_loses_no_request(
     store: Rounds, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with ControlPoller(store, PATHS, after=0) as poller:
+    with ControlPoller(store, PATHS, after=0, attempt=1) as poller:
         store.down = True
         ask(store, 1, "stop")
         store.wait()
-        assert poller.take() == (False, False)
+        assert poller.take() == Requests()
         store.down = False
         store.wait()
-        assert poller.take() == (True, False)
+        assert poller.take() == Requests(stop=True)
     assert "requests are not heard at present: the store is away" in capsys.readouterr().err
 
 
 def test_an_error_that_nobody_foresaw_does_not_make_it_deaf(
     store: Rounds, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with ControlPoller(store, PATHS, after=0) as poller:
+    with ControlPoller(store, PATHS, after=0, attempt=1) as poller:
         store.broken = True
         ask(store, 1, "stop")
         store.wait()
-        assert poller.take() == (False, False)
+        assert poller.take() == Requests()
         store.broken = False
         store.wait()
-        assert poller.take() == (True, False)
+        assert poller.take() == Requests(stop=True)
     assert "requests are not heard at present" in capsys.readouterr().err
 
 
 def test_the_thread_ends_with_the_block(store: Rounds) -> None:
-    with ControlPoller(store, PATHS, after=0):
+    with ControlPoller(store, PATHS, after=0, attempt=1):
         store.wait()
     assert "shoal-controls" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_request_to_give_way_is_heard_by_its_attempt_alone(store: Rounds) -> None:
+    ask(store, 1, "yield", attempt=1)
+    for attempt in (1, 2):
+        with ControlPoller(store, PATHS, after=0, attempt=attempt) as poller:
+            store.wait()
+            assert poller.take() == Requests(yields=attempt == 1)

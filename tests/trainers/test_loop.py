@@ -23,7 +23,7 @@ from tests.scene import Scene
 from tests.tiny import prepare_rows, review_rows, tiny_reviews
 from trainers import worker
 from trainers.checkpoint import read_attempts, read_manifests
-from trainers.controls import ControlPoller
+from trainers.controls import ControlPoller, Requests
 from trainers.data.items import Items
 from trainers.data.stream import RankBatch
 from trainers.loop import (
@@ -302,16 +302,33 @@ def test_a_signal_commits_and_stops_and_the_run_goes_on_to_the_same_bits(
     assert outcome.before is not None
 
 
-def hear(monkeypatch: pytest.MonkeyPatch, *, stop_at: int = 99, save_at: int = 99) -> None:
+def hear(
+    monkeypatch: pytest.MonkeyPatch, *, stop_at: int = 99, save_at: int = 99, yield_at: int = 99
+) -> None:
     """Requests are heard when the poller is asked for the n-th time."""
     calls = 0
 
-    def take(_: ControlPoller) -> tuple[bool, bool]:
+    def take(_: ControlPoller) -> Requests:
         nonlocal calls
         calls += 1
-        return calls >= stop_at, calls == save_at
+        return Requests(stop=calls >= stop_at, save=calls == save_at, yields=calls >= yield_at)
 
     monkeypatch.setattr(ControlPoller, "take", take)
+
+
+def test_an_attempt_that_gives_way_has_saved_and_the_next_goes_on_from_there(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = scene.job(checkpoint={"every_steps": 100})
+    scene.train(spec, "calm")
+    with monkeypatch.context() as patch:
+        hear(patch, yield_at=5)
+        outcome = scene.train(spec)
+    assert outcome.state == "RECOVERING"
+    assert outcome.step == 4
+    assert scene.train(spec, generation=2).state == "SUCCEEDED"
+    assert [a.restored_step for a in read_attempts(scene.runs, scene.paths())] == [None, 4]
+    assert weights(scene) == weights(scene, "calm")
 
 
 def test_a_request_to_save_commits_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,6 +266,7 @@ def gradients(subject: Subject, model: nn.Module, *, ranks: int, max_tokens: int
         num_microbatches=max(len(batches) for batches in cut),
         stop=False,
         save=False,
+        yields=False,
         failed=False,
     )
     loss, total = 0.0, None
