@@ -6,7 +6,6 @@ weights must be the same bits, and the losses the same numbers.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,15 +14,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import yaml
 
 from cluster.storage import Store, join_uri
-from jobs.record import RunPaths, State, in_lineage, lineage
+from jobs.record import RunPaths, State
 from jobs.runs import RunReader
+from tests.evidence import final_weights, losses, rows_by_epoch
 from tests.tiny import tiny_model, tiny_reviews, tiny_tree
 from trainers.checkpoint import read_attempts, read_manifests
 
@@ -107,9 +106,9 @@ def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
     assert peer.returncode == 0
 
     assert final_weights(runs, "lively") == final_weights(runs, "peer")
-    assert losses(reader) == losses(RunReader(runs, "peer"))
-    for counts in rows_by_epoch(runs, "lively").values():
-        assert counts == Counter(range(ROWS))
+    assert losses(runs, "lively") == losses(runs, "peer")
+    rows = rows_by_epoch(runs, "lively")
+    assert rows == {epoch: Counter(range(ROWS)) for epoch in range(EPOCHS)}
     assert runs.head(RunPaths("lively").report_html) is not None
 
 
@@ -161,26 +160,3 @@ def tree_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def is_worker(process: psutil.Process) -> bool:
     return "RayTrainWorker" in " ".join(process.cmdline())
-
-
-def final_weights(runs: Store, run_id: str) -> dict[str, str]:
-    last = read_manifests(runs, RunPaths(run_id))[-1]
-    assert last.is_last_step
-    return {p.name: p.sha256 for p in last.parts if p.name.endswith(".safetensors")}
-
-
-def losses(reader: RunReader) -> dict[int, Any]:
-    return {line["step"]: line["loss"] for line in reader.metrics() if line["kind"] == "train"}
-
-
-def rows_by_epoch(runs: Store, run_id: str) -> dict[int, Counter[int]]:
-    paths = RunPaths(run_id)
-    spans = lineage(read_attempts(runs, paths))
-    epochs: dict[int, Counter[int]] = {}
-    for head in runs.list(paths.lines_folder("rows")):
-        for text in runs.read(head.key).splitlines():
-            line = json.loads(text)
-            if in_lineage(line["step"], line["attempt"], spans):
-                epochs.setdefault(line["epoch"], Counter()).update(line["rows"])
-    assert sorted(epochs) == list(range(EPOCHS))
-    return epochs

@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from cluster.storage import Store, open_store
-from jobs.record import RunPaths, best_manifest, in_lineage, lineage
+from jobs.record import RunPaths, best_manifest
 from jobs.spec import JobSpec
+from tests import evidence
 from tests.ranks import Kill, Moment, assignment_of, run_ranks
 from tests.tiny import tiny_job, tiny_model, tiny_reviews
 from trainers.checkpoint import read_attempts, read_manifests
@@ -64,27 +65,7 @@ def final_parts(scene: Path, run_id: str) -> dict[str, bytes]:
 
 
 def global_batches(scene: Path, run_id: str) -> dict[int, list[int]]:
-    """Rows of each step in the lineage of the final weights, dealt back from the ranks."""
-    store, paths = runs(scene), RunPaths(run_id)
-    spans = lineage(read_attempts(store, paths))
-    world = {a.attempt: a.world_size for a in read_attempts(store, paths)}
-    shares: dict[int, dict[int, tuple[int, list[int]]]] = {}
-    for head in store.list(paths.lines_folder("rows")):
-        rank = int(head.key.split("/rank-")[1].split("/")[0])
-        for text in store.read(head.key).splitlines():
-            line = json.loads(text)
-            if in_lineage(line["step"], line["attempt"], spans):
-                share = (line["first_item"], world[line["attempt"]], line["rows"])
-                assert rank not in shares.setdefault(line["step"], {}), "a step was logged twice"
-                shares[line["step"]][rank] = share
-    batches = {}
-    for step, ranks in shares.items():
-        first, size = next((f, w) for f, w, _ in ranks.values())
-        assert sorted(ranks) == list(range(size)), f"step {step} lacks a rank"
-        queues = {rank: iter(rows) for rank, (_, _, rows) in ranks.items()}
-        total = sum(len(rows) for _, _, rows in ranks.values())
-        batches[step] = [next(queues[p % size]) for p in range(first, first + total)]
-    return batches
+    return evidence.global_batches(runs(scene), run_id)
 
 
 @pytest.fixture(scope="module")
