@@ -8,7 +8,7 @@
     attempts/0001-outcome.json                  how it ended
     events/gen-0001/driver/000001.jsonl         state changes, numbered whole objects
     events/attempt-0001/rank-0/000001.jsonl
-    metrics/attempt-0001/rank-0/000001.jsonl    loss, learning rate, evaluations
+    metrics/attempt-0001/rank-0/000001.jsonl    loss, learning rate, evaluations, skipped steps
     rows/attempt-0001/rank-0/000001.jsonl       ids of the rows of each step (train.log_rows)
     logs/gen-0001/driver/000001.jsonl           log lines
     logs/attempt-0001/rank-0/000001.jsonl

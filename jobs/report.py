@@ -25,6 +25,7 @@ from jobs.record import Manifest, Result, RunPaths, State
 from jobs.runs import RunReader
 from jobs.spec import JobSpec
 from jobs.status import RunStatus, read_status
+from jobs.status_view import skipped_text
 
 REPORT_VERSION = 1
 HEADLINE_METRIC = "accuracy"
@@ -82,6 +83,7 @@ def build_report(reader: RunReader, *, result: Result | None = None) -> Report:
         "best": _best(status),
         "training": [_only(line, _TRAINING_KEYS) for line in _of_kind(reader.metrics(), "train")],
         "evaluations": [_only(line, _EVALUATION_KEYS) for line in status.evaluations],
+        "skipped": [_only(line, _SKIPPED_KEYS) for line in status.skipped],
         "throughput": _throughput(reader.metrics_lines()),
         "seconds": dict(status.seconds),
         "attempts": _attempts(status),
@@ -102,6 +104,7 @@ _TRAINING_KEYS = (
     *("rows_per_second", "tokens_per_second", "data_wait_share"),
 )
 _EVALUATION_KEYS = ("step", "time", "attempt", "split", "rows", "seconds", "metrics")
+_SKIPPED_KEYS = ("step", "time", "attempt", "epoch", "first_item", "next_item", "norm")
 _EVENT_KEYS = ("time", "event", "state", "message", "attempt", "generation", "step")
 
 
@@ -145,16 +148,22 @@ def _headline(
 
 def _notes(spec: JobSpec, status: RunStatus, tested_on: str | None) -> list[str]:
     """What a reader must know to take the headline for what it is."""
+    notes = []
+    if status.skipped:
+        rows = sum(int(line["next_item"]) - int(line["first_item"]) for line in status.skipped)
+        notes.append(f"Skipped: {skipped_text(status.skipped)}. Their {rows} rows taught nothing.")
     if tested_on != "validation":
-        return []
+        return notes
     if spec.data.test is None:
-        return [
+        notes.append(
             "The validation set was used: no test set given. It also chose the best checkpoint, "
             "so expect a little less on new data."
-        ]
-    if status.situation.is_over:
-        return ["Measured on the validation set: the run ended before the test."]
-    return ["Measured on the validation set so far; the test comes at the end."]
+        )
+    elif status.situation.is_over:
+        notes.append("Measured on the validation set: the run ended before the test.")
+    else:
+        notes.append("Measured on the validation set so far; the test comes at the end.")
+    return notes
 
 
 def _best(status: RunStatus) -> dict[str, Any] | None:

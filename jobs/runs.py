@@ -181,6 +181,8 @@ class RunReader:
             try:
                 int(line["step"]), int(line["attempt"])
                 is_whole = line["kind"] != "evaluation" or isinstance(line["metrics"], dict)
+                if line["kind"] == "skipped":
+                    int(line["first_item"]), int(line["next_item"])
             except (KeyError, TypeError, ValueError):
                 is_whole = False
             if not is_whole:

@@ -315,26 +315,13 @@ class Checkpoint(SpecPart):
     """Newest checkpoints that are kept."""
     keep_best: PositiveInt = 1
     """Best checkpoints that are kept besides."""
-    max_failures_in_a_row: NonNegativeInt = 3
-    """Checkpoints in a row that the store may refuse while training goes on; at one more, training
-    pauses until the store takes it, for `retries.wait_minutes` at most."""
 
 
 class Workers(SpecPart):
     """The processes that train, and what each is given."""
 
     count: PositiveInt = 1
-    """Number of workers."""
-    min: PositiveInt | None = None
-    """Fewest workers: the run starts with what the cluster has between `min` and `count`, goes on
-    with fewer when a node is lost, and grows back. Batches, learning rate and the order of rows
-    stay the same. null: always `count`."""
-    resize_seconds: PositiveFloat = 60.0
-    """With `min`: time between two looks whether the cluster has room for more workers. Each
-    change saves the state and starts the workers anew."""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: each worker holds the whole model. fsdp: weights, gradients and optimizer state are cut
-    over the workers (FSDP2), for models larger than one device."""
+    """Number of workers; each holds a copy of the model."""
     cpus: PositiveInt = 1
     """CPU cores, and threads of torch, of one worker."""
     memory_gib: PositiveFloat | None = None
@@ -347,15 +334,7 @@ class Retries(SpecPart):
     """How often the run starts again by itself."""
 
     worker_failures: NonNegativeInt = 2
-    """Restarts from the last checkpoint after a worker has died, hung, or run out of memory."""
-    preemptions: NonNegativeInt | Literal["unlimited"] = "unlimited"
-    """Restarts after the platform has taken a node, with notice or without; counted apart."""
-    wait_minutes: PositiveFloat = 30.0
-    """Longest wait for a store that does not answer, or for workers that the cluster does not
-    have; then the run ends with exit code 3 and can be resumed."""
-    hang_minutes: PositiveFloat = 10.0
-    """Longest time without progress (a step, a batch of an evaluation, bytes of a checkpoint)
-    after which a worker is taken for hung: its process ends and the workers start again."""
+    """Restarts from the last checkpoint after a worker has died."""
 
 
 class LocalCluster(SpecPart):
@@ -430,9 +409,6 @@ class JobSpec(SpecPart):
     retries: Retries = Retries()
     store: Annotated[StoreAt, BeforeValidator(_store_from_text)]
     """Where runs are kept: `s3://bucket/prefix` or a local folder, or `{uri: ..., access: ...}`."""
-    store_lease: Literal["required", "none"] = "required"
-    """required: the store must have conditional writes, by which one driver alone works on a run.
-    none: for stores without them; that no second driver is started is then your part."""
     cluster: Annotated[LocalCluster | KubeRayCluster, Field(discriminator="kind")] = LocalCluster(
         kind="local"
     )
@@ -452,16 +428,6 @@ class JobSpec(SpecPart):
                 f"write name: {near or 'sentiment'}",
             )
         return name
-
-    @model_validator(mode="after")
-    def _fewest_workers_are_few(self) -> JobSpec:
-        fewest, most = self.workers.min, self.workers.count
-        if fewest is not None and fewest > most:
-            raise UnfitError(
-                f"workers.min is {fewest}, but workers.count, the most workers, is {most}",
-                f"set workers.count to {fewest} or more, or lower workers.min",
-            )
-        return self
 
     @model_validator(mode="after")
     def _early_stopping_has_data(self) -> JobSpec:

@@ -136,6 +136,9 @@ class RunStatus:
     events: tuple[Line, ...]
     seconds: Mapping[str, float]
     """Where the wall clock went, over all attempts."""
+    skipped: tuple[Line, ...] = ()
+    """Steps whose gradient was not finite, and which changed nothing: step, epoch, first_item,
+    next_item, norm."""
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -179,6 +182,7 @@ class RunStatus:
                 "checkpoint": f"checkpoints/step-{best.step:08d}",
             },
             "checkpoints": [m.step for m in self.checkpoints],
+            "skipped_steps": [int(line["step"]) for line in self.skipped],
             "attempts": [
                 {
                     "attempt": a.attempt,
@@ -255,6 +259,7 @@ def read_status(
         outcomes=outcomes,
         result=current,
         events=tuple(events),
+        skipped=tuple(line for line in metrics if line["kind"] == "skipped"),
         seconds=seconds_spent(lines, attempts=attempts, outcomes=outcomes),
         problems=tuple(reader.problems),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from rich.console import Group, RenderableType
@@ -26,6 +27,7 @@ TIME_NAMES = {
     "other": "other",
 }
 """Names of the shares of the wall clock, in the order in which they are shown."""
+_SKIPPED_SHOWN = 10
 
 
 def show_status(status: RunStatus) -> None:
@@ -77,6 +79,8 @@ def _rows(status: RunStatus) -> list[tuple[str, RenderableType]]:
     if status.checkpoints:
         steps = ", ".join(str(m.step) for m in status.checkpoints)
         rows.append(("checkpoints", f"steps {steps}"))
+    if status.skipped:
+        rows.append(("skipped", skipped_text(status.skipped)))
     for attempt in status.attempts:
         rows.append((f"attempt {attempt.attempt}", _attempt_text(attempt, status)))
     if status.seconds:
@@ -113,6 +117,13 @@ def train_text(line: Line) -> str:
         f"data wait {format_percent(line.get('data_wait_share'))}",
     ]
     return ", ".join(parts)
+
+
+def skipped_text(skipped: Sequence[Line]) -> str:
+    """`3 steps whose gradient was not finite: 12, 13, 40`."""
+    shown = ", ".join(f"{line['step']}" for line in skipped[-_SKIPPED_SHOWN:])
+    more = "... " if len(skipped) > _SKIPPED_SHOWN else ""
+    return f"{len(skipped)} step{'s' * (len(skipped) > 1)} without a finite gradient: {more}{shown}"
 
 
 def evaluation_text(line: Line) -> str:

@@ -190,7 +190,7 @@ class NoView:
 
 
 _EVENTS = ("state", "attempt", "checkpoint", "warning", "error")
-_EVENT_STYLES = {"warning": "yellow", "error": "red", "state": "cyan"}
+_EVENT_STYLES = {"warning": "yellow", "skipped": "yellow", "error": "red", "state": "cyan"}
 
 
 def live_renderable(status: RunStatus) -> RenderableType:

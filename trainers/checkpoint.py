@@ -141,6 +141,8 @@ class CheckpointWriter:
                 )
             ) from error
         manifest = self._manifest(snapshot, parts)
+        # What a state leaves out of its rows must be known wherever the state is.
+        self._telemetry.require_durable()
         self._commit(manifest)
         self._telemetry.event(
             "checkpoint",

@@ -21,10 +21,11 @@ from torch import nn
 from jobs.errors import Problem, TrainingError
 from jobs.spec import JobSpec
 from trainers.agreement import Agreement, Decision, PendingDecision, Vote
+from trainers.buffers import KeptBuffers
 from trainers.data.stream import RankBatch
 from trainers.evaluation import move
 from trainers.microbatch import cut_microbatches
-from trainers.optim import gradient_norm, learning_rate, set_learning_rate
+from trainers.optim import gradient_norm, learning_rate, set_learning_rate, update
 from trainers.parallel import (
     autocast,
     plain,
@@ -70,6 +71,8 @@ class Progress:
     best_value: float | None = None
     bad_evaluations: int = 0
     """Evaluations in a row that brought no improvement."""
+    skipped_in_a_row: int = 0
+    """Last steps, one after the other, that were skipped: their gradient was not finite."""
     finished: bool = False
 
 
@@ -106,12 +109,27 @@ class StepFacts:
     """What is worth telling about the steps since the last entry, over all ranks."""
 
     progress: Progress
-    loss: float
+    loss: float | None
+    """Mean over the steps that were not skipped; None where all were."""
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
+    """Of the last step that was not skipped."""
     rows: int
     tokens: int
     steps: int
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step without an update; its rows are used up like those of any other."""
+
+    step: int
+    epoch: int
+    first_item: int
+    next_item: int
+    """The rows at the positions first_item..next_item of the epoch have taught nothing."""
+    norm: float
+    """Norm of the gradient, over all ranks: infinite or not a number."""
 
 
 class Surroundings(Protocol):
@@ -131,6 +149,10 @@ class Surroundings(Protocol):
 
     def stepped(self, batch: RankBatch, progress: Progress) -> None:
         """A step is done; `progress` stands after it."""
+        ...
+
+    def skipped(self, step: SkippedStep) -> None:
+        """A step has changed nothing. Told before a state that contains it is committed."""
         ...
 
     def tell(self, facts: StepFacts) -> None:
@@ -158,12 +180,14 @@ def train(
     is committed with it, so a run killed anywhere takes the same decisions when it is resumed.
     Requests are heeded between two steps, at the same step on all ranks.
 
-    Raises TrainingError, on all ranks at the same step, when the gradient or what was measured is
-    not finite; the state is not committed then.
+    A step whose gradient is not finite is skipped. Raises TrainingError, on all ranks at the same
+    step, when too many in a row are, or when what was measured is not finite; the state is not
+    committed then.
     """
     trainee.model.train()  # pretrained models come with their dropout switched off
     feed = _Feed(spec, plan, trainee.task, around, agreement=agreement, time=time)
-    window = _Window()
+    buffers = KeptBuffers(plain(trainee.model))
+    window = _Window(spec.train.max_skipped_in_a_row)
     committed_step = progress.step
     coming = None if progress.finished else feed.next_after(progress)
     while coming is not None:
@@ -172,7 +196,7 @@ def train(
         ends = decision.failed or decision.stop or decision.yields
         if ends or decision.save:
             if committed_step != progress.step:
-                window.check()
+                progress = window.look(progress, around)
                 around.commit(progress, None)
                 committed_step = progress.step
             if ends:
@@ -190,12 +214,17 @@ def train(
         with time.spent("compute"):
             facts = train_step(
                 spec, plan, trainee, coming.batch, coming.microbatches, decision,
-                step=progress.step, agreement=agreement,
+                step=progress.step, buffers=buffers, agreement=agreement,
             )  # fmt: skip
         progress = advanced
+        window.add(facts, coming.batch, progress)
+        is_told = progress.step % spec.train.log_every_steps == 0
+        is_told = is_told or progress.step == plan.total_steps
+        # On a GPU looking at each step would wait for it.
+        if is_told or trainee.device.type == "cpu":
+            progress = window.look(progress, around)
         around.stepped(coming.batch, progress)
-        window.add(facts, progress)
-        if progress.step % spec.train.log_every_steps == 0 or progress.step == plan.total_steps:
+        if is_told:
             window.tell(around, agreement, time)
 
         evaluation = None
@@ -205,7 +234,7 @@ def train(
         if progress.step == plan.total_steps:
             progress = replace(progress, finished=True)
         if commit_is_due(spec, progress):
-            window.check()
+            progress = window.look(progress, around)
             around.commit(progress, evaluation)
             committed_step = progress.step
         if progress.finished and following is not None:  # early stopping
@@ -278,6 +307,8 @@ class _LocalFacts:
 
     loss_sum: torch.Tensor
     grad_norm: torch.Tensor
+    skipped: torch.Tensor
+    """1 where the gradient was not finite and nothing has changed, else 0; equal on all ranks."""
     weight: float
     rows: int
     tokens: int
@@ -293,6 +324,7 @@ def train_step(
     decision: Decision,
     *,
     step: int,
+    buffers: KeptBuffers,
     agreement: Agreement,
 ) -> _LocalFacts:
     """One optimizer step on this rank's share of a global batch.
@@ -301,6 +333,10 @@ def train_step(
     over ranks, so each rank's loss is scaled by world size over the global weight. Every rank runs
     `decision.num_microbatches` passes; missing ones weigh nothing and come first, so that the
     last, which reduces the gradients, has work to overlap with.
+
+    Where the norm of the reduced gradient, which has the same bits on all ranks, is not finite,
+    neither weights nor optimizer nor buffers change. The device decides; the host is not asked.
+    (A loss may overflow while its gradient is finite: that step counts.)
     """
     rate = learning_rate(spec.optimizer, step=step, total_steps=plan.total_steps)
     set_learning_rate(trainee.optimizer, rate)
@@ -309,6 +345,7 @@ def train_step(
     padding = decision.num_microbatches - len(microbatches)
     passes = [trainee.task.empty_batch() for _ in range(padding)] + microbatches
     loss_sum = torch.zeros((), device=trainee.device)
+    buffers.keep()
     for number, microbatch in enumerate(passes):
         seed_generators(spec.data.seed, step, agreement.rank, number)
         on_device = move(microbatch, trainee.device)
@@ -320,13 +357,13 @@ def train_step(
     norm = gradient_norm(
         trained_parameters(plain(trainee.model)), max_norm=spec.optimizer.max_grad_norm
     )
-    # On a GPU looking at the norm would wait for it; there the window looks at intervals.
-    if trainee.device.type == "cpu":
-        require_finite(norm, step + 1)
-    trainee.optimizer.step()
+    skipped = (~torch.isfinite(norm)).float()
+    update(trainee.optimizer, skipped=skipped)
+    buffers.put_back(skipped)
     return _LocalFacts(
         loss_sum=loss_sum,
         grad_norm=norm,
+        skipped=skipped,
         weight=float(trainee.task.weights(batch.items).sum()),
         rows=len(batch.rows),
         tokens=int(trainee.task.lengths(batch.items).sum()),
@@ -343,64 +380,102 @@ def _backward(trainee: Trainee, batch: Batch, scale: float) -> torch.Tensor:
     return loss_sum.detach()
 
 
-def require_finite(norm: torch.Tensor, step: int) -> None:
-    """Raises TrainingError where the gradient norm, equal on all ranks, is not finite.
+@dataclass(frozen=True)
+class _WindowStep:
+    """A step of the window, and the rows that it used."""
 
-    `step` counts from 1: it is the number that the step has in the metrics.
-    """
-    if not bool(torch.isfinite(norm)):
-        message = f"step {step}: the gradient is not finite (norm {float(norm)})"
-        raise TrainingError(Problem(message, _DIVERGED_HINT))
+    facts: _LocalFacts
+    step: int
+    epoch: int
+    first_item: int
+    next_item: int
 
 
 class _Window:
     """Adds up the steps between two entries of the metrics, and over the ranks when one is due."""
 
-    def __init__(self) -> None:
-        self._facts: list[_LocalFacts] = []
+    def __init__(self, max_skipped_in_a_row: int) -> None:
+        self._max_skipped_in_a_row = max_skipped_in_a_row
+        self._unseen: list[_WindowStep] = []
+        self._applied: list[_LocalFacts] = []
+        self._all: list[_LocalFacts] = []
         self._progress = Progress()
 
-    def add(self, facts: _LocalFacts, progress: Progress) -> None:
+    def add(self, facts: _LocalFacts, batch: RankBatch, progress: Progress) -> None:
         """Another step; `progress` stands after it."""
-        self._facts.append(facts)
+        self._all.append(facts)
+        self._unseen.append(
+            _WindowStep(facts, progress.step, batch.epoch, batch.first_item, batch.next_item)
+        )
         self._progress = progress
 
-    def check(self) -> None:
-        """Raises TrainingError where the gradient of the last step was not finite.
+    def look(self, progress: Progress, around: Surroundings) -> Progress:
+        """The progress with the steps since the last look counted; tells of those skipped.
 
-        A state after such a step is not to be committed. No later gradient is finite either, so
-        one look at intervals finds it.
+        Waits for the device. Raises TrainingError where more steps in a row were skipped than are
+        allowed.
         """
-        if self._facts:
-            require_finite(self._facts[-1].grad_norm, self._progress.step)
+        seen, self._unseen = self._unseen, []
+        if not seen:
+            return progress
+        in_a_row = progress.skipped_in_a_row
+        for held, skipped in zip(
+            seen, torch.stack([held.facts.skipped for held in seen]).tolist(), strict=True
+        ):
+            if not skipped:
+                in_a_row = 0
+                self._applied.append(held.facts)
+                continue
+            in_a_row += 1
+            norm = float(held.facts.grad_norm)
+            around.skipped(
+                SkippedStep(held.step, held.epoch, held.first_item, held.next_item, norm)
+            )
+            require_few_skipped(
+                in_a_row, limit=self._max_skipped_in_a_row, step=held.step, norm=norm
+            )
+        self._progress = replace(progress, skipped_in_a_row=in_a_row)
+        return self._progress
 
     def tell(self, around: Surroundings, agreement: Agreement, time: TimeAccount) -> None:
-        """Tells of the steps since the last entry, if there are any. Called by all ranks."""
-        if not self._facts:
+        """Tells of the steps since the last entry, if there are any. Called by all ranks, after a
+        look at them."""
+        assert not self._unseen
+        if not self._all:
             return
         with time.spent("synchronisation"):
             facts = self._summed(agreement)
         around.tell(facts)
 
     def _summed(self, agreement: Agreement) -> StepFacts:
-        self.check()
-        held, self._facts = self._facts, []
-        loss = torch.stack([f.loss_sum for f in held]).sum().double().cpu()
-        weight, rows, tokens = (
-            float(sum(getattr(f, name) for f in held)) for name in ("weight", "rows", "tokens")
-        )
-        total = agreement.sum(
-            torch.tensor([float(loss), weight, rows, tokens], dtype=torch.float64)
-        )
+        applied, self._applied = self._applied, []
+        steps, self._all = self._all, []
+        losses = [f.loss_sum for f in applied]
+        loss = float(torch.stack(losses).sum().double().cpu()) if losses else 0.0
+        weight = sum(f.weight for f in applied)
+        rows, tokens = (float(sum(getattr(f, name) for f in steps)) for name in ("rows", "tokens"))
+        total = agreement.sum(torch.tensor([loss, weight, rows, tokens], dtype=torch.float64))
         return StepFacts(
             progress=self._progress,
-            loss=float(total[0] / total[1]),
-            learning_rate=held[-1].learning_rate,
-            grad_norm=float(held[-1].grad_norm),
+            loss=float(total[0] / total[1]) if applied else None,
+            learning_rate=steps[-1].learning_rate,
+            grad_norm=float(applied[-1].grad_norm) if applied else None,
             rows=int(total[2]),
             tokens=int(total[3]),
-            steps=len(held),
+            steps=len(steps),
         )
+
+
+def require_few_skipped(in_a_row: int, *, limit: int, step: int, norm: float) -> None:
+    """Raises TrainingError where `in_a_row` steps, of which `step` is the last, are too many.
+
+    `step` counts from 1: it is the number that the step has in the metrics.
+    """
+    if in_a_row > limit:
+        message = f"step {step}: the gradient is not finite (norm {norm})"
+        if in_a_row > 1:
+            message += f", as in the {in_a_row - 1} steps before"
+        raise TrainingError(Problem(message, _DIVERGED_HINT))
 
 
 # ------------------------------------------------------------------------------- a batch ahead

@@ -67,6 +67,24 @@ def gradient_norm(parameters: Iterable[nn.Parameter], *, max_norm: float | None)
     return norm
 
 
+def update(optimizer: torch.optim.Optimizer, *, skipped: torch.Tensor) -> None:
+    """One step of a fused optimizer, or none where `skipped` is 1: weights and state stay as bits.
+
+    `skipped` is a float32 scalar, 0 or 1, on the device of the weights. The kernels look at it, as
+    they do for torch's GradScaler (torch/amp/grad_scaler.py), so the host waits for nothing.
+    """
+    # A first step that is skipped would leave the buffers that SGD makes in it without values.
+    # From zeros, its first step gives the gradient, as it does without a buffer.
+    momentum = optimizer.defaults.get("momentum")
+    for parameter in _parameters(optimizer) if momentum else ():
+        state = optimizer.state[parameter]
+        if parameter.grad is not None and "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
+
+
 def optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
@@ -119,3 +137,7 @@ def _state_names(optimizer: torch.optim.Optimizer) -> set[str]:
     if isinstance(optimizer, torch.optim.AdamW):
         return {"step", "exp_avg", "exp_avg_sq"}
     return {"momentum_buffer"} if optimizer.defaults["momentum"] else set()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

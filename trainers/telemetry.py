@@ -220,7 +220,8 @@ class Telemetry:
         self._board = _TensorBoard(store, f"{paths.tensorboard}attempt-{self.source.number:04d}/")
 
     def event(self, event: str, message: str, **fields: Any) -> None:
-        """An event: state, checkpoint, evaluation, attempt, retention, warning or error."""
+        """An event: state, checkpoint, evaluation, attempt, retention, skipped, warning or
+        error."""
         span = "generation" if self.source.rank is None else "attempt"
         self._events.write({"event": event, "message": message, span: self.source.number, **fields})
 
@@ -232,13 +233,19 @@ class Telemetry:
     def metrics(self, line: dict[str, Any]) -> None:
         """A line of metrics; numbers also go to TensorBoard."""
         self._metrics.write({"attempt": self.source.number, **line})
-        if self._board is not None:
+        if self._board is not None and line["kind"] != "skipped":
             self._board.add(line)
 
     def rows(self, line: dict[str, Any]) -> None:
         """The ids of the rows of a step, where the job asks for them."""
         if self._rows is not None:
             self._rows.write({"attempt": self.source.number, **line})
+
+    def require_durable(self) -> None:
+        """Makes metrics and rows so far durable; StorageError where the store does not answer."""
+        for stream in (self._metrics, self._rows):
+            if stream is not None:
+                stream.flush()
 
     def flush(self) -> None:
         """Makes metrics and rows so far durable, as far as the store answers."""

@@ -38,7 +38,7 @@ from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import measure
 from trainers.local_copy import DamagedPart
-from trainers.loop import Ending, Progress, StepFacts, train
+from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
 from trainers.parallel import plain, trained_parameters
 from trainers.preparation import DataSet, prepare, replicated
 from trainers.session import Session
@@ -320,6 +320,24 @@ class _Rank:
                     "first_item": batch.first_item,
                     "rows": batch.rows.tolist(),
                 }
+            )
+
+    def skipped(self, step: SkippedStep) -> None:
+        if self._session.rank == 0:
+            self._telemetry.metrics(
+                {
+                    "kind": "skipped",
+                    "step": step.step,
+                    "epoch": step.epoch,
+                    "first_item": step.first_item,
+                    "next_item": step.next_item,
+                    "norm": str(step.norm),  # JSON has no such numbers
+                }
+            )
+            self._telemetry.event(
+                "skipped",
+                f"step {step.step} is skipped: its gradient is not finite (norm {step.norm})",
+                step=step.step,
             )
 
     def tell(self, facts: StepFacts) -> None:

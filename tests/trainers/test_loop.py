@@ -7,21 +7,28 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.numpy import load_file
+from torch import nn
 
+from cluster.folder import FolderStore
+from cluster.storage import StorageError, Store
 from jobs.errors import TrainingError
 from jobs.record import Outcome, RunPaths, State
 from jobs.spec import JobSpec
 from tests.ranks import assignment_of, run_group
 from tests.scene import Scene
 from tests.tiny import prepare_rows, review_rows, tiny_reviews
-from trainers import worker
+from trainers import loop, worker
+from trainers.agreement import Agreement, Decision
+from trainers.buffers import KeptBuffers
 from trainers.checkpoint import read_attempts, read_manifests
 from trainers.controls import ControlPoller, Requests
 from trainers.data.items import Items
@@ -33,8 +40,10 @@ from trainers.loop import (
     commit_is_due,
     evaluation_is_due,
     judge,
-    require_finite,
+    require_few_skipped,
+    train_step,
 )
+from trainers.optim import build_optimizer
 from trainers.tasks.task import Evaluation
 from trainers.tasks.text_classification import TextClassification
 
@@ -137,10 +146,12 @@ def test_commits_come_at_their_interval_at_every_improvement_and_at_the_end(scen
     assert commit_is_due(spec, Progress(step=4, finished=True))
 
 
-def test_a_gradient_that_is_not_finite_is_told_with_its_step() -> None:
-    require_finite(torch.tensor(1.0), 7)
-    with pytest.raises(TrainingError, match="step 7: the gradient is not finite") as raised:
-        require_finite(torch.tensor(math.inf), 7)
+def test_too_many_skipped_steps_in_a_row_are_told_with_the_last() -> None:
+    require_few_skipped(5, limit=5, step=7, norm=math.inf)
+    with pytest.raises(TrainingError, match=r"step 7: the gradient is not finite \(norm inf\)$"):
+        require_few_skipped(1, limit=0, step=7, norm=math.inf)
+    with pytest.raises(TrainingError, match="as in the 5 steps before") as raised:
+        require_few_skipped(6, limit=5, step=7, norm=math.nan)
     assert "optimizer.learning_rate" in str(raised.value.problems[0].hint)
 
 
@@ -219,11 +230,12 @@ def test_early_stopping_ends_with_the_best_model(scene: Scene) -> None:
 
 
 class PoisonedLoss:
-    """On one rank the loss of the n-th micro-batch is infinite."""
+    """On one rank the losses of the n-th micro-batch and of those up to the last are infinite."""
 
-    def __init__(self, *, rank: int, count: int) -> None:
+    def __init__(self, *, rank: int, count: int, last: int | None = None) -> None:
         self.rank = rank
         self.count = count
+        self.last = last or count
 
     def __call__(self) -> None:
         if int(os.environ.get("RANK", "0")) != self.rank:
@@ -234,15 +246,122 @@ class PoisonedLoss:
             nonlocal calls
             calls += torch.is_grad_enabled()
             found = whole(task, output, rows)
-            return found * math.inf if calls == self.count else found
+            return found * math.inf if self.count <= calls <= self.last else found
 
         TextClassification.loss = loss  # type: ignore[method-assign]
 
 
-def test_a_gradient_that_is_not_finite_ends_all_ranks_and_keeps_the_last_good_checkpoint(
+class SkipsStep:
+    """The update of step `number` is skipped, whatever its gradient."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(self) -> None:
+        whole, calls = loop.update, 0
+
+        def update(optimizer: torch.optim.Optimizer, *, skipped: torch.Tensor) -> None:
+            nonlocal calls
+            calls += 1
+            whole(optimizer, skipped=torch.ones(()) if calls == self.number else skipped)
+
+        loop.update = update
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_gradient_that_is_not_finite_is_skipped_on_all_ranks_and_recorded(
+    scene: Scene, world_size: int
+) -> None:
+    spec = scene.job(
+        workers={"count": world_size},
+        checkpoint={"every_steps": 4},
+        data={"lanes": 6},
+        batching={"max_tokens_per_microbatch": 999},
+    )
+    poisoned = PoisonedLoss(rank=world_size - 1, count=4)
+    same_on_all(run_group(assignment_of(spec, "run"), world_size=world_size, before=poisoned))
+    told = SkipsStep(4)
+    same_on_all(run_group(assignment_of(spec, "calm"), world_size=world_size, before=told))
+    assert weights(scene) == weights(scene, "calm")
+    [skipped] = [line for line in lines(scene, "metrics") if line["kind"] == "skipped"]
+    assert {key: skipped[key] for key in ("step", "epoch", "first_item", "next_item", "norm")} == {
+        "step": 4, "epoch": 0, "first_item": 24, "next_item": 32, "norm": "nan"
+    }  # fmt: skip
+    [event] = [line for line in lines(scene, "events") if line["event"] == "skipped"]
+    assert event["step"] == 4
+    trained = [line for line in lines(scene, "metrics") if line["kind"] == "train"]
+    assert [line["step"] for line in trained if line["loss"] is None] == [4]
+    assert all(math.isfinite(line["loss"]) for line in trained if line["step"] != 4)
+
+
+def test_skipped_steps_in_a_row_are_counted_over_a_resume(scene: Scene) -> None:
+    """Two are allowed: one is skipped before the stop, two after it."""
+    spec = scene.job(train={"max_skipped_in_a_row": 2}, checkpoint={"every_steps": 100})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextClassification, "loss", TextClassification.loss)
+        PoisonedLoss(rank=0, count=3)()
+        hear(patch, stop_at=4)
+        stopped = scene.train(spec)
+    assert (stopped.state, stopped.step) == (State.STOPPED, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextClassification, "loss", TextClassification.loss)
+        PoisonedLoss(rank=0, count=1, last=2)()
+        outcome = scene.train(spec, generation=2)
+    assert outcome.state is State.FAILED_USER
+    assert outcome.failure is not None
+    assert "step 5: the gradient is not finite" in outcome.failure.problems[0][0]
+    skipped = [line["step"] for line in lines(scene, "metrics") if line["kind"] == "skipped"]
+    assert skipped == [3, 4, 5]
+    assert scene.train(spec, generation=3).state is State.SUCCEEDED, "nothing was saved of it"
+
+
+def test_statistics_of_a_skipped_batch_are_forgotten(scene: Scene) -> None:
+    trainee = scene.trainee(scene.job())
+    with_norm = nn.Sequential(trainee.model.classifier, nn.BatchNorm1d(2))
+    trainee.model.classifier = with_norm
+    trainee.model.train()
+    optimizer = build_optimizer(trainee.model, scene.job().optimizer)
+    trainee = replace(trainee, optimizer=optimizer)
+    task = trainee.task
+    items = task.encode(
+        pa.table({"text": ["good", "bad day"], "label": ["positive", "negative"]}), 0
+    )
+    rows = RankBatch(epoch=0, first_item=0, next_item=2, rows=np.arange(2), items=items)
+    buffers = KeptBuffers(trainee.model)
+    states = []
+    for weight in (2.0, math.nan, 2.0):
+        decision = Decision(weight, 1, stop=False, save=False, yields=False, failed=False)
+        facts = train_step(
+            scene.job(), PLAN, trainee, rows, [task.collate(items)], decision,
+            step=0, buffers=buffers, agreement=Agreement(rank=0, world_size=1),
+        )  # fmt: skip
+        assert bool(facts.skipped) == math.isnan(weight)
+        states.append({k: v.numpy().tobytes() for k, v in trainee.model.state_dict().items()})
+    assert states[0] == states[1]
+    assert states[1] != states[2]
+    assert int(with_norm[1].num_batches_tracked) == 2
+
+
+def test_a_state_is_not_committed_before_the_record_of_its_skipped_steps(scene: Scene) -> None:
+    """The store refuses lines of metrics from the first step on: no manifest appears."""
+    whole = FolderStore.write
+
+    def write(store: Store, key: str, data: bytes) -> str:
+        if "/metrics/" in key:
+            raise StorageError("the store is away")
+        return whole(store, key, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FolderStore, "write", write)
+        scene.train(scene.job())
+    assert steps_saved(scene) == []
+
+
+def test_a_gradient_that_may_not_be_skipped_ends_all_ranks_and_keeps_the_last_good_checkpoint(
     scene: Scene,
 ) -> None:
-    spec = scene.job(workers={"count": 2}, checkpoint={"every_steps": 2})
+    train = {"max_skipped_in_a_row": 0}
+    spec = scene.job(workers={"count": 2}, checkpoint={"every_steps": 2}, train=train)
     outcomes = run_group(
         assignment_of(spec, "run"), world_size=2, before=PoisonedLoss(rank=1, count=4)
     )

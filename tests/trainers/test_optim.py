@@ -19,6 +19,7 @@ from trainers.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
     set_learning_rate,
+    update,
 )
 
 ADAMW = Optimizer(learning_rate=0.01)
@@ -125,6 +126,61 @@ def test_a_small_gradient_is_not_clipped() -> None:
     weight.grad = torch.tensor([0.3, 0.4])
     gradient_norm([weight], max_norm=1.0)
     assert weight.grad.tolist() == pytest.approx([0.3, 0.4])
+
+
+# ------------------------------------------------------------------------------- skipped steps
+
+
+def updates(model: nn.Module, optimizer: torch.optim.Optimizer, poisoned: list[bool]) -> None:
+    """One update each; the gradients are the same functions of model and place in the list."""
+    for is_poisoned in poisoned:
+        optimizer.zero_grad(set_to_none=True)
+        model(torch.tensor([2, 1])).square().sum().backward()
+        parameters = list(model.parameters())
+        if is_poisoned:
+            assert parameters[0].grad is not None
+            parameters[0].grad[0, 0] = math.nan
+        norm = gradient_norm(parameters, max_norm=1.0)
+        update(optimizer, skipped=(~torch.isfinite(norm)).float())
+
+
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
+    tensors = optimizer_tensors(model, optimizer)
+    return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("spec", [ADAMW, SGD, PLAIN_SGD], ids=["adamw", "sgd", "plain-sgd"])
+@pytest.mark.parametrize("at", [0, 1, 3], ids=["the first", "the second", "the last"])
+def test_a_step_that_is_skipped_never_was(spec: Optimizer, at: int) -> None:
+    model, calm = small_model(), small_model()
+    optimizer, calm_optimizer = build_optimizer(model, spec), build_optimizer(calm, spec)
+    updates(model, optimizer, [place == at for place in range(4)])
+    updates(calm, calm_optimizer, [False] * 3)
+    assert weights(model) == weights(calm)
+    assert state_bytes(model, optimizer) == state_bytes(calm, calm_optimizer)
+
+
+@pytest.mark.parametrize("spec", [ADAMW, SGD, PLAIN_SGD], ids=["adamw", "sgd", "plain-sgd"])
+def test_an_update_is_the_optimizers_own_step(spec: Optimizer) -> None:
+    model, plain = small_model(), small_model()
+    optimizer, plain_optimizer = build_optimizer(model, spec), build_optimizer(plain, spec)
+    for _ in range(3):
+        for one, its in ((model, optimizer), (plain, plain_optimizer)):
+            its.zero_grad(set_to_none=True)
+            one(torch.tensor([2, 1])).square().sum().backward()
+        update(optimizer, skipped=torch.tensor(0.0))
+        plain_optimizer.step()
+    assert weights(model) == weights(plain)
+
+
+def test_state_that_is_saved_after_a_skipped_first_step_can_be_restored() -> None:
+    model, other = small_model(), small_model()
+    optimizer, restored = build_optimizer(model, SGD), build_optimizer(other, SGD)
+    updates(model, optimizer, [True])
+    load_optimizer_tensors(other, restored, optimizer_tensors(model, optimizer))
+    for one, its in ((model, optimizer), (other, restored)):
+        updates(one, its, [False, False])
+    assert weights(other) == weights(model)
 
 
 # ----------------------------------------------------------------------------------- state
