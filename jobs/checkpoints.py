@@ -53,7 +53,7 @@ def read_checkpoints(reader: RunReader, *, verify: bool) -> list[SavedState]:
     return [
         SavedState(
             manifest=manifest,
-            uri=join_uri(reader.store.uri, reader.paths.checkpoint(manifest.step).rstrip("/")),
+            uri=join_uri(reader.store.uri, reader.paths.checkpoint(manifest.name).rstrip("/")),
             is_best=best is not None and manifest.step == best.step,
             is_last=manifest is manifests[-1],
             faults=verify_checkpoint(reader, manifest) if verify else None,
@@ -64,7 +64,7 @@ def read_checkpoints(reader: RunReader, *, verify: bool) -> list[SavedState]:
 
 def verify_checkpoint(reader: RunReader, manifest: Manifest) -> tuple[str, ...]:
     """What is wrong with the parts of a checkpoint, read and hashed in threads."""
-    folder = reader.paths.checkpoint(manifest.step)
+    folder = reader.paths.checkpoint(manifest.name)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         faults = pool.map(lambda part: _fault(reader.store, folder, part), manifest.parts)
         return tuple(fault for fault in faults if fault)

@@ -12,7 +12,7 @@
     rows/attempt-0001/rank-0/000001.jsonl       ids of the rows of each step (train.log_rows)
     logs/gen-0001/driver/000001.jsonl           log lines
     logs/attempt-0001/rank-0/000001.jsonl
-    checkpoints/step-00000200/...parts...       then manifest.json, last
+    checkpoints/step-00000200-attempt-0003/...  the parts of a checkpoint, then manifest.json, last
     tensorboard/...                             event files
     report/index.html, report/report.json
     evaluations/DIGEST/predictions.parquet      the best model on other data, by the data's digest;
@@ -29,6 +29,7 @@ Everything here is data and pure functions; reading and writing happen elsewhere
 from __future__ import annotations
 
 import posixpath
+import re
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from pydantic import BaseModel, ConfigDict
 
 from jobs.errors import ClusterError, EnvironmentFault, ShoalError, SpecError
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 class State(StrEnum):
@@ -236,6 +237,10 @@ class Manifest(Record):
     is_last_step: bool = False
 
     @property
+    def name(self) -> CheckpointName:
+        return CheckpointName(self.step, self.attempt)
+
+    @property
     def total_bytes(self) -> int:
         return sum(part.bytes for part in self.parts)
 
@@ -364,12 +369,15 @@ class RunPaths:
     def checkpoints(self) -> str:
         return self._join("checkpoints/")
 
-    def checkpoint(self, step: int) -> str:
-        """Folder of a checkpoint, with a slash at its end."""
-        return self._join("checkpoints", f"step-{step:08d}") + "/"
+    def checkpoint(self, name: CheckpointName) -> str:
+        """Folder of a checkpoint, with a slash at its end.
 
-    def manifest(self, step: int) -> str:
-        return self.checkpoint(step) + "manifest.json"
+        Each attempt has its own: whatever a superseded one still writes, it touches no other's.
+        """
+        return self._join("checkpoints", name.folder) + "/"
+
+    def manifest(self, name: CheckpointName) -> str:
+        return self.checkpoint(name) + "manifest.json"
 
     @property
     def tensorboard(self) -> str:
@@ -391,6 +399,28 @@ class RunPaths:
     @property
     def report_json(self) -> str:
         return self._join("report", "report.json")
+
+
+_CHECKPOINT_FOLDER = re.compile(r"step-(\d{8,})-attempt-(\d{4,})")
+
+
+@dataclass(frozen=True, order=True)
+class CheckpointName:
+    """Which checkpoint of a run: the step, and the attempt that saved it."""
+
+    step: int
+    attempt: int
+
+    @property
+    def folder(self) -> str:
+        return f"step-{self.step:08d}-attempt-{self.attempt:04d}"
+
+    @classmethod
+    def parse(cls, folder: str) -> CheckpointName | None:
+        """The checkpoint of a folder's name; None for any other text."""
+        match = _CHECKPOINT_FOLDER.fullmatch(folder)
+        name = cls(int(match[1]), int(match[2])) if match is not None else None
+        return name if name is not None and name.folder == folder else None
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def _best(status: RunStatus) -> dict[str, Any] | None:
         "step": status.best.step,
         "metric": status.best_metric,
         "value": status.best.evaluation.get(status.best_metric),
-        "uri": join_uri(status.uri, f"checkpoints/step-{status.best.step:08d}"),
+        "uri": join_uri(status.uri, f"checkpoints/{status.best.name.folder}"),
     }
 
 
@@ -264,7 +264,7 @@ def _commands(spec: JobSpec, status: RunStatus) -> dict[str, str | None]:
     manifest = status.best or (status.checkpoints[-1] if status.checkpoints else None)
     if manifest is None:
         return commands
-    model = join_uri(status.uri, f"checkpoints/step-{manifest.step:08d}/model")
+    model = join_uri(status.uri, f"checkpoints/{manifest.name.folder}/model")
     folder = model
     if is_s3(status.uri):
         folder = status.run_id

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.storage import Head, Store
 from jobs.errors import Problem, SpecError
-from jobs.record import RunPaths, State
+from jobs.record import CheckpointName, RunPaths, State
 from jobs.runs import RunReader
 from jobs.status import read_situation
 
@@ -98,32 +98,31 @@ def _garbage_of_run(
     if not read_situation(reader, now=now).is_over:
         return
     attempts = {attempt.attempt for attempt in reader.attempts()}
-    manifests = {manifest.step: manifest for manifest in reader.manifests()}
-    live = {manifest.step for manifest in reader.live_manifests()}
+    manifests = {manifest.name for manifest in reader.manifests()}
+    live = {manifest.name for manifest in reader.live_manifests()}
     result = reader.result()
     pinned = {result.best_checkpoint, result.last_checkpoint} if result else set()
     if reader.problems:
         return  # With a record missing, a checkpoint may look superseded that is not.
-    for step, folder_heads in _checkpoint_folders(reader.paths, heads):
-        what = f"checkpoints/step-{step:08d}"
+    for name, folder_heads in _checkpoint_folders(reader.paths, heads):
+        what = f"checkpoints/{name.folder}"
         if what in pinned or max(head.modified_at for head in folder_heads) >= newest:
             continue
-        manifest = manifests.get(step)
-        if manifest is None:
+        if name not in manifests:
             yield Garbage(reader.run_id, "has no manifest", what, folder_heads)
-        elif step not in live and manifest.attempt in attempts:
+        elif name not in live and name.attempt in attempts:
             yield Garbage(reader.run_id, "a later attempt went another way", what, folder_heads)
 
 
 def _checkpoint_folders(
     paths: RunPaths, heads: Iterable[Head]
-) -> Iterator[tuple[int, tuple[Head, ...]]]:
-    """(step, objects) of each folder of a checkpoint."""
+) -> Iterator[tuple[CheckpointName, tuple[Head, ...]]]:
+    """(which, objects) of each folder of a checkpoint."""
     own = [head for head in heads if head.key.startswith(paths.checkpoints)]
     for folder, members in groupby(own, key=lambda head: head.key.split("/")[2]):
-        step = folder.removeprefix("step-")
-        if step.isdecimal():
-            yield int(step), tuple(members)
+        name = CheckpointName.parse(folder)
+        if name is not None:
+            yield name, tuple(members)
 
 
 def collect(store: Store, garbage: Garbage) -> None:

@@ -233,7 +233,7 @@ class RunReader:
         return [h for h in self.store.list(prefix) if h.key.endswith(suffix)]
 
     def _read_all(self, heads: Sequence[Head], kind: type[R]) -> list[R]:
-        # By etag too: a step that a later attempt saves again has its manifest under the same key.
+        # By etag too: an attempt's record is written again once it knows its model and data.
         missing = [h for h in heads if (h.key, h.etag) not in self._records]
         if missing:
             with ThreadPoolExecutor(min(_MAX_PARALLEL_READS, len(missing))) as pool:

@@ -179,7 +179,7 @@ class RunStatus:
                 "step": best.step,
                 "metric": self.best_metric,
                 "value": best.evaluation.get(self.best_metric),
-                "checkpoint": f"checkpoints/step-{best.step:08d}",
+                "checkpoint": f"checkpoints/{best.name.folder}",
             },
             "checkpoints": [m.step for m in self.checkpoints],
             "skipped_steps": [int(line["step"]) for line in self.skipped],

@@ -14,8 +14,8 @@ from jobs.errors import EnvironmentFault, Problem
 from jobs.record import Attempt, Manifest, RunPaths
 from jobs.spec import JobSpec
 from trainers.agreement import Agreement
-from trainers.checkpoint import newest_restorable, read_attempts
 from trainers.data.cache import cache_folder
+from trainers.restore import newest_restorable, read_attempts
 from trainers.session import Session
 from trainers.versions import versions
 

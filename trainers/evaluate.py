@@ -23,7 +23,6 @@ from jobs.errors import DataError, EnvironmentFault, Problem, SpecError
 from jobs.parse import spec_from_json
 from jobs.record import Manifest, Result, RunPaths, best_manifest, live_manifests
 from jobs.spec import JobSpec
-from trainers.checkpoint import read_attempts, read_manifests
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.index import Index, open_index
 from trainers.data.reader import VerifiedReader
@@ -34,6 +33,7 @@ from trainers.microbatch import IntArray
 from trainers.parallel import compute_type
 from trainers.predictions import PredictionWriter
 from trainers.pretrained import model_of_checkpoint
+from trainers.restore import read_attempts, read_manifests
 from trainers.tasks.task import Batch, Evaluation, Task, build_task
 
 PREDICTIONS = "predictions.parquet"
@@ -64,7 +64,7 @@ def evaluate_run(store: Store, run_id: str, data_uri: str, output: Path | None) 
     spec = _read_spec(store, paths)
     manifest = _best_manifest(store, paths)
     data = _open_data(spec, data_uri)
-    checkpoint = store.within(paths.checkpoint(manifest.step).rstrip("/"))
+    checkpoint = store.within(paths.checkpoint(manifest.name).rstrip("/"))
     folder = model_of_checkpoint(checkpoint, manifest, cache_folder())
     task = build_task(spec, model_folder=folder, index=data.index)
     with _place(store, paths, data.index, output) as (path, shown):
@@ -75,7 +75,7 @@ def evaluate_run(store: Store, run_id: str, data_uri: str, output: Path | None) 
             **evaluation.to_json(),
             "run": join_uri(store.uri, run_id),
             "step": manifest.step,
-            "checkpoint": join_uri(store.uri, paths.checkpoint(manifest.step).rstrip("/")),
+            "checkpoint": join_uri(store.uri, paths.checkpoint(manifest.name).rstrip("/")),
             "data": {"uri": data.store.uri, "digest": data.index.digest},
             "predictions": shown,
         }

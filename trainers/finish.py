@@ -7,13 +7,14 @@ import time
 from cluster.storage import Store
 from jobs.record import (
     Failure,
+    Manifest,
     Outcome,
     Result,
     RunPaths,
     best_manifest,
     live_manifests,
 )
-from trainers.checkpoint import read_attempts, read_manifests
+from trainers.restore import read_attempts, read_manifests
 
 
 def build_result(
@@ -32,12 +33,13 @@ def build_result(
         generation=generation,
         step=outcome.step if outcome else (live[-1].step if live else 0),
         finished_at=time.time(),
-        best_checkpoint=_relative(paths, best.step) if best else None,
-        last_checkpoint=_relative(paths, live[-1].step) if live else None,
+        best_checkpoint=_relative(paths, best) if best else None,
+        last_checkpoint=_relative(paths, live[-1]) if live else None,
         outcome=outcome,
         failure=failure,
     )
 
 
-def _relative(paths: RunPaths, step: int) -> str:
-    return paths.checkpoint(step).removeprefix(paths.run_id + "/").rstrip("/")
+def _relative(paths: RunPaths, manifest: Manifest) -> str:
+    folder = paths.checkpoint(manifest.name)
+    return folder.removeprefix(paths.run_id + "/").rstrip("/")

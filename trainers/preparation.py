@@ -9,7 +9,6 @@ from cluster.storage import Store, open_store
 from jobs.errors import DataError, Problem, SpecError
 from jobs.record import Manifest, RunPaths, StreamPosition
 from jobs.spec import JobSpec
-from trainers.checkpoint import checkpoint_copy, load_optimizer, load_progress
 from trainers.data.cache import cache_folder
 from trainers.data.index import Index, open_index
 from trainers.data.partition import ORDER_VERSION, fit_window, refuse_small_memory
@@ -18,6 +17,7 @@ from trainers.loop import Plan, Progress, Trainee
 from trainers.optim import build_optimizer
 from trainers.parallel import compute_type, replicate
 from trainers.pretrained import pretrained_folder
+from trainers.restore import checkpoint_copy, load_optimizer, load_progress
 from trainers.session import Session
 from trainers.tasks.task import Task, build_task
 

@@ -27,12 +27,7 @@ from jobs.errors import EnvironmentFault, ShoalError, TrainingError
 from jobs.record import Failure, Manifest, Outcome, RunPaths, Source, State, by_merit
 from trainers.agreement import Agreement
 from trainers.attempt import Assignment, Claim, claim_attempt
-from trainers.checkpoint import (
-    CheckpointWriter,
-    checkpoint_copy,
-    drop_checkpoint_copies,
-    read_live_manifests,
-)
+from trainers.checkpoint import CheckpointWriter
 from trainers.controls import ControlPoller, Requests
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
@@ -41,6 +36,7 @@ from trainers.local_copy import DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
 from trainers.parallel import plain, trained_parameters
 from trainers.preparation import DataSet, prepare, replicated
+from trainers.restore import checkpoint_copy, drop_checkpoint_copies, read_live_manifests
 from trainers.session import Session
 from trainers.tasks.task import Evaluation
 from trainers.telemetry import Telemetry, impatient, log

@@ -14,6 +14,7 @@ from cluster.storage import Store
 from jobs.parse import parse_spec
 from jobs.record import (
     Attempt,
+    CheckpointName,
     Lease,
     Manifest,
     Outcome,
@@ -102,6 +103,7 @@ class SyntheticRun:
     steps: int = STEPS
     _numbers: dict[tuple[str, Source], int] = field(default_factory=dict)
     _scores: dict[int, float] = field(default_factory=dict)
+    _saved: dict[int, CheckpointName] = field(default_factory=dict)
 
     @property
     def paths(self) -> RunPaths:
@@ -235,12 +237,13 @@ class SyntheticRun:
         }
 
     def checkpoint(self, attempt: int, step: int, *, time: float, generation: int = 1) -> None:
-        folder = self.paths.checkpoint(step)
+        name = self._saved[step] = CheckpointName(step, attempt)
+        folder = self.paths.checkpoint(name)
         parts = []
-        for name, data in (("model/model.safetensors", WEIGHTS), ("optimizer.safetensors", b"o")):
-            self.store.write(folder + name, data)
+        for part, data in (("model/model.safetensors", WEIGHTS), ("optimizer.safetensors", b"o")):
+            self.store.write(folder + part, data)
             digest = hashlib.sha256(data).hexdigest()
-            parts.append(Part(name=name, bytes=len(data), sha256=digest))
+            parts.append(Part(name=part, bytes=len(data), sha256=digest))
         metrics = evaluation(self.labels, skill=self.skill(step), rows=800, seed=step)["metrics"]
         metric, mode, _ = self.spec.best
         sign = 1 if mode == "min" else -1
@@ -267,7 +270,10 @@ class SyntheticRun:
             evaluation={f"validation/{name}": value for name, value in metrics.items()},
             is_last_step=step == self.steps,
         )
-        self.store.write(self.paths.manifest(step), manifest.to_bytes())
+        self.store.write(self.paths.manifest(name), manifest.to_bytes())
+
+    def _folder(self, step: int) -> str:
+        return f"checkpoints/{self._saved.get(step, CheckpointName(step, 1)).folder}"
 
     def before(self, attempt: int = 1, *, time: float, split: str = "test") -> None:
         """The evaluation of the model before training."""
@@ -315,8 +321,10 @@ class SyntheticRun:
             generation=generation,
             step=step,
             finished_at=time,
-            best_checkpoint="checkpoints/step-00000200" if step >= 200 else None,
-            last_checkpoint=f"checkpoints/step-{step:08d}",
+            best_checkpoint=f"checkpoints/{self._saved[200].folder}" if step >= 200 else None,
+            last_checkpoint=f"checkpoints/{self._saved[step].folder}"
+            if step in self._saved
+            else None,
             outcome=outcome,
             failure=failure,
         )

@@ -11,7 +11,7 @@ from synthetic import START, running, succeeded
 from test_cli import run_main
 
 from cluster.storage import Store
-from jobs.record import Failure, RunPaths, State
+from jobs.record import CheckpointName, Failure, RunPaths, State
 
 RUN = "sentiment-a1b2c3"
 
@@ -220,10 +220,10 @@ def test_checkpoints_marks_best_and_last(shell: Shell) -> None:
 def test_verify_finds_changed_short_and_missing_parts(shell: Shell) -> None:
     made = succeeded(shell.store)
     part = "model/model.safetensors"
-    data = shell.store.read(made.paths.checkpoint(50) + part)
-    shell.store.write(made.paths.checkpoint(50) + part, b"X" + data[1:])
-    shell.store.write(made.paths.checkpoint(100) + part, data[:-1])
-    shell.store.delete([made.paths.checkpoint(150) + part])
+    data = shell.store.read(made.paths.checkpoint(CheckpointName(50, 1)) + part)
+    shell.store.write(made.paths.checkpoint(CheckpointName(50, 1)) + part, b"X" + data[1:])
+    shell.store.write(made.paths.checkpoint(CheckpointName(100, 1)) + part, data[:-1])
+    shell.store.delete([made.paths.checkpoint(CheckpointName(150, 2)) + part])
     found = shell.json("checkpoints", RUN, "--verify", code=1)["checkpoints"]
     assert {c["step"]: c["faults"] for c in found if not c["is_whole"]} == {
         50: [f"{part} has another sha256"],
@@ -261,20 +261,22 @@ def test_delete_leaves_nothing(shell: Shell) -> None:
 
 def test_gc_removes_what_nobody_can_use_and_nothing_else(shell: Shell) -> None:
     made = succeeded(shell.store)
-    shell.store.write(made.paths.checkpoint(260) + "model/model.safetensors", b"half")
+    shell.store.write(
+        made.paths.checkpoint(CheckpointName(260, 2)) + "model/model.safetensors", b"half"
+    )
     made.checkpoint(1, 130, time=START)  # attempt 2 went on from step 100
     shell.store.write("left-over/checkpoints/step-00000001/part", b"x")
     shell.store.write("left-over/deleting.json", b"{}")
     shell.store.write("foreign/data.csv", b"not ours")
     alive = running(shell.store, now=time.time(), run_id="live-000001")
-    shell.store.write(alive.paths.checkpoint(110) + "part", b"being written")
+    shell.store.write(alive.paths.checkpoint(CheckpointName(110, 1)) + "part", b"being written")
 
     assert shell.json("gc", "--dry-run")["garbage"] == []  # all of it is younger than a week
     planned = shell.json("gc", "--dry-run", "--older-than", "0s")
     assert [(g["run_id"], g["what"]) for g in planned["garbage"]] == [
         ("left-over", "all"),
-        (RUN, "checkpoints/step-00000130"),
-        (RUN, "checkpoints/step-00000260"),
+        (RUN, "checkpoints/step-00000130-attempt-0001"),
+        (RUN, "checkpoints/step-00000260-attempt-0002"),
     ]
     assert not planned["removed"]
     before = len(list(shell.store.list()))

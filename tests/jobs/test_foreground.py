@@ -103,7 +103,7 @@ def test_a_run_that_ends_well_is_summed_up(
     shown = capfd.readouterr()
     assert f"{run.run_id}  SUCCEEDED" in shown.out
     assert "accuracy 0.6" in shown.out
-    assert f"last checkpoint  {run.uri}/checkpoints/step-00000100" in shown.out
+    assert f"last checkpoint  {run.uri}/checkpoints/step-00000100-attempt-" in shown.out
     assert f"{run.uri}/report/index.html" in shown.out
     assert f"shoal evaluate {run.uri} --data URI" in shown.out
     assert "validation at step 50" in shown.err

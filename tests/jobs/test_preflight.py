@@ -21,7 +21,7 @@ from jobs.checks.machine import DiskNeed, Machine, check_disk, check_memory, che
 from jobs.checks.stores import Stores, check_store
 from jobs.errors import PreflightError
 from jobs.preflight import Checked, check_job, show_check
-from jobs.record import Manifest, Part, Result, RunPaths, State, StreamPosition
+from jobs.record import CheckpointName, Manifest, Part, Result, RunPaths, State, StreamPosition
 from jobs.spec import StoreAccess
 from tests.tiny import (
     VOCABULARY,
@@ -523,7 +523,7 @@ def run_with_checkpoint(store: Store, model: Path, spec: bytes) -> None:
     store.write(paths.spec, spec)
     parts = []
     for file in model.iterdir():
-        store.upload(f"{paths.checkpoint(7)}model/{file.name}", file)
+        store.upload(f"{paths.checkpoint(CheckpointName(7, 1))}model/{file.name}", file)
         parts.append(Part(name=f"model/{file.name}", bytes=file.stat().st_size, sha256=""))
     position = StreamPosition(
         order_version=1,
@@ -545,14 +545,14 @@ def run_with_checkpoint(store: Store, model: Path, spec: bytes) -> None:
         digests={},
         stream=position,
     )
-    store.write(paths.manifest(7), manifest.to_bytes())
+    store.write(paths.manifest(CheckpointName(7, 1)), manifest.to_bytes())
     result = Result(
         run_id="old",
         state=State.SUCCEEDED,
         generation=1,
         step=7,
         finished_at=0,
-        best_checkpoint="checkpoints/step-00000007",
+        best_checkpoint="checkpoints/step-00000007-attempt-0001",
     )
     store.write(paths.result, result.to_bytes())
 
@@ -568,7 +568,7 @@ def test_a_run_can_be_the_source_once_it_has_a_model(
         checked = job(model=source)
         assert checked.exit_code == 0, checked.problems
         assert "checkpoint of step 7" in of(checked, Verdict.OK, "model")[0].message
-    runs.delete([RunPaths("old").manifest(7)])
+    runs.delete([RunPaths("old").manifest(CheckpointName(7, 1))])
     found = only_problem(job(model="old"), "model", exit_code=3)
     assert "gone or damaged" in found.message
 

@@ -73,7 +73,7 @@ def test_the_report_holds_the_evidence(local_store: Store) -> None:
 def test_the_model_is_loaded_from_the_best_checkpoint(local_store: Store) -> None:
     report = report_of(succeeded(local_store))
     step = report["best"]["step"]
-    assert f"checkpoints/step-{step:08d}/model'" in report["commands"]["load"]
+    assert f"checkpoints/step-{step:08d}-attempt-0002/model'" in report["commands"]["load"]
     assert "AutoModelForSequenceClassification.from_pretrained(" in report["commands"]["load"]
 
 

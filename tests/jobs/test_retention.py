@@ -11,6 +11,7 @@ from synthetic import START, succeeded
 
 from cluster.storage import StorageError, Store
 from jobs.errors import SpecError
+from jobs.record import CheckpointName
 from jobs.retention import collect, delete_run, find_garbage
 from jobs.runs import RunReader
 
@@ -83,12 +84,19 @@ def test_a_run_with_evaluations_and_notes_is_looked_through_too(local_store: Sto
     made = succeeded(local_store)
     local_store.write(made.paths.evaluation("d1") + "metrics.json", b"{}")
     local_store.write(f"{made.run_id}/notes.txt", b"mine")
-    local_store.write(made.paths.checkpoint(260) + "model.safetensors", b"cut off")
+    local_store.write(
+        made.paths.checkpoint(CheckpointName(260, 2)) + "model.safetensors", b"cut off"
+    )
     (garbage,) = find_garbage(local_store, older_than_seconds=0, now=START + 10**9)
-    assert (garbage.what, garbage.why) == ("checkpoints/step-00000260", "has no manifest")
+    assert (garbage.what, garbage.why) == (
+        "checkpoints/step-00000260-attempt-0002",
+        "has no manifest",
+    )
 
 
 def test_the_best_checkpoint_of_a_result_is_never_garbage(local_store: Store) -> None:
     made = succeeded(local_store)
-    local_store.delete([made.paths.manifest(200)])  # the result names it as the best
+    local_store.delete(
+        [made.paths.manifest(CheckpointName(200, 2))]
+    )  # the result names it as the best
     assert list(find_garbage(local_store, older_than_seconds=0, now=START + 10**9)) == []

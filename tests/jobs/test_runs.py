@@ -10,7 +10,7 @@ from synthetic import START, SyntheticRun, running, succeeded
 from cluster.storage import Head, Store, open_store
 from jobs.errors import SpecError
 from jobs.lines import LineReader
-from jobs.record import Amendment, RunPaths, Source, State
+from jobs.record import Amendment, CheckpointName, RunPaths, Source, State
 from jobs.runs import RunReader, list_run_ids
 from jobs.status import read_status
 
@@ -110,7 +110,7 @@ def test_a_spec_that_is_no_job_is_an_error_with_a_way_out(
 
 def test_damaged_parts_are_named_and_the_rest_is_read(local_store: Store) -> None:
     made = running(local_store, now=START)
-    local_store.write(made.paths.manifest(100), b"{")
+    local_store.write(made.paths.manifest(CheckpointName(100, 1)), b"{")
     local_store.write(made.paths.attempt(7), b"nonsense")
     local_store.write(made.paths.lines("metrics", Source(1, 0), 900), b'{"time": 1}\nxx\n"text"\n')
     local_store.write(f"{made.run_id}/logs/elsewhere/x/000001.jsonl", b"{}\n")
@@ -119,7 +119,7 @@ def test_damaged_parts_are_named_and_the_rest_is_read(local_store: Store) -> Non
     assert status.situation.state is State.RUNNING
     assert (status.step, [m.step for m in status.checkpoints]) == (120, [50])
     text = "\n".join(reader.problems)
-    assert "step-00000100/manifest.json is not a readable Manifest" in text
+    assert "step-00000100-attempt-0001/manifest.json is not a readable Manifest" in text
     assert "attempts/0007.json is not a readable Attempt" in text
     assert "line 2 of" in text
     assert "a line of metrics has no step" in text
@@ -142,9 +142,10 @@ def test_a_run_that_is_being_deleted_is_refused(local_store: Store) -> None:
 def test_a_step_that_was_saved_again_is_read_again(local_store: Store) -> None:
     made = succeeded(local_store)
     reader = RunReader(local_store, made.run_id)
-    assert {m.step: m.attempt for m in reader.manifests()}[100] == 1
+    assert [m.attempt for m in reader.manifests() if m.step == 100] == [1]
     made.checkpoint(2, 100, time=START + 500)
-    assert {m.step: m.attempt for m in reader.manifests()}[100] == 2
+    assert [m.attempt for m in reader.manifests() if m.step == 100] == [1, 2]
+    assert [m.attempt for m in reader.live_manifests() if m.step == 100] == [1]
 
 
 def test_an_overview_takes_the_newest_object_of_driver_and_first_rank(local_store: Store) -> None:

@@ -18,20 +18,29 @@ from transformers import AutoModelForSequenceClassification, BartConfig, BartMod
 
 from cluster.storage import ObjectMissing, StorageError, Store, open_store
 from jobs.errors import EnvironmentFault, Problem
-from jobs.record import Attempt, Manifest, RunPaths, Source, StreamPosition, best_manifest
+from jobs.record import (
+    Attempt,
+    CheckpointName,
+    Manifest,
+    RunPaths,
+    Source,
+    StreamPosition,
+    best_manifest,
+)
 from tests.scene import Scene
 from tests.tiny import VOCABULARY, tiny_tokenizer
-from trainers.checkpoint import (
-    CheckpointWriter,
+from trainers.checkpoint import CheckpointWriter
+from trainers.loop import Progress, Trainee, judge
+from trainers.restore import (
     checkpoint_copy,
     drop_checkpoint_copies,
     load_optimizer,
     load_progress,
     newest_restorable,
+    read_live_manifests,
     read_manifests,
-    superfluous,
 )
-from trainers.loop import Progress, Trainee, judge
+from trainers.retention import superfluous
 from trainers.tasks.task import Evaluation
 from trainers.telemetry import Telemetry
 
@@ -264,9 +273,11 @@ def test_a_damaged_part_or_a_missing_one_is_skipped_and_said(scene: Scene) -> No
     with writing(scene, checkpoint={"keep_last": 3}) as run:
         for step in (1, 2, 3):
             run.save(step)
-    scene.runs.delete([PATHS.checkpoint(3) + "progress.json"])
-    part = scene.runs.read(PATHS.checkpoint(2) + "progress.json")
-    scene.runs.write(PATHS.checkpoint(2) + "progress.json", part.replace(b"2", b"7", 1))
+    scene.runs.delete([PATHS.checkpoint(CheckpointName(3, 1)) + "progress.json"])
+    part = scene.runs.read(PATHS.checkpoint(CheckpointName(2, 1)) + "progress.json")
+    scene.runs.write(
+        PATHS.checkpoint(CheckpointName(2, 1)) + "progress.json", part.replace(b"2", b"7", 1)
+    )
     step, (missing, damaged) = restorable(scene)
     assert step == 1
     assert "step 3 is skipped: there is no" in missing
@@ -274,45 +285,64 @@ def test_a_damaged_part_or_a_missing_one_is_skipped_and_said(scene: Scene) -> No
     assert "progress.json is damaged" in damaged
 
 
-def test_a_damaged_manifest_is_skipped_and_said_and_replaced(scene: Scene) -> None:
+def test_a_damaged_manifest_is_skipped_and_said_and_removed_later(
+    scene: Scene,
+) -> None:
     with writing(scene) as run:
         run.save(1)
         run.save(2)
-    scene.runs.write(PATHS.manifest(2), b'{"version": 1, "step":')
+    scene.runs.write(PATHS.manifest(CheckpointName(2, 1)), b'{"version": 2, "step":')
     step, [skipped] = restorable(scene)
     assert step == 1
-    assert "step-00000002/manifest.json is damaged" in skipped
+    assert "step-00000002-attempt-0001/manifest.json is damaged" in skipped
     with writing(scene, attempt=2, restored_step=1) as run:
         run.save(2)
     assert restorable(scene) == (2, ())
 
 
-def test_a_manifest_of_a_later_version_is_not_passed_over(scene: Scene) -> None:
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_manifest_of_another_version_is_not_passed_over(scene: Scene, version: int) -> None:
     with writing(scene) as run:
         run.save(1)
-    held = json.loads(scene.runs.read(PATHS.manifest(1)))
-    scene.runs.write(PATHS.manifest(1), json.dumps(held | {"version": 2}).encode())
-    with pytest.raises(EnvironmentFault, match="has version 2, this Shoal reads 1"):
+    held = json.loads(scene.runs.read(PATHS.manifest(CheckpointName(1, 1))))
+    scene.runs.write(
+        PATHS.manifest(CheckpointName(1, 1)), json.dumps(held | {"version": version}).encode()
+    )
+    with pytest.raises(EnvironmentFault, match=f"has version {version}, this Shoal reads 2"):
         restorable(scene)
 
 
-def test_a_superseded_checkpoint_is_replaced(scene: Scene) -> None:
+def test_a_superseded_checkpoint_goes_when_its_step_is_passed(scene: Scene) -> None:
     with writing(scene) as run:
         run.save(1)
+        run.save(3)
     with writing(scene, attempt=2) as run:
         assert restorable(scene) == (None, ()), "attempt 2 began anew"
-        run.save(1)
-    assert restorable(scene) == (1, ())
-    assert [m.attempt for m in read_manifests(scene.runs, PATHS)] == [2]
+        run.save(2)
+        assert [m.name for m in read_manifests(scene.runs, PATHS)] == [
+            CheckpointName(2, 2), CheckpointName(3, 1)
+        ]  # fmt: skip
+        run.save(3)
+    assert restorable(scene) == (3, ())
+    assert [m.attempt for m in read_manifests(scene.runs, PATHS)] == [2, 2]
 
 
-def test_a_checkpoint_of_a_newer_driver_is_not_replaced(scene: Scene) -> None:
-    with writing(scene) as old:
-        with writing(scene, attempt=2) as new:
-            new.save(1)
-        with pytest.raises(StorageError, match="another driver took over"):
-            old.save(1)
-    assert [m.attempt for m in read_manifests(scene.runs, PATHS)] == [2]
+def test_what_a_superseded_writer_still_saves_harms_nothing(scene: Scene) -> None:
+    """As a driver that was frozen does when it wakes: its late manifest is ignored, and it deletes
+    nothing of its successor's."""
+    with writing(scene, checkpoint={"keep_last": 1}) as old:
+        old.save(1)
+        with writing(scene, attempt=2, restored_step=1, checkpoint={"keep_last": 1}) as new:
+            old.save(2)
+            old.save(3)
+            assert restorable(scene) == (1, ())
+            new.save(2)
+            before = {head.key: head.etag for head in scene.runs.list(PATHS.checkpoints)}
+            old.save(4)
+            after = {head.key: head.etag for head in scene.runs.list(PATHS.checkpoints)}
+    assert before.items() <= after.items()
+    assert restorable(scene) == (2, ())
+    assert read_live_manifests(scene.runs, PATHS)[-1].name == CheckpointName(2, 2)
 
 
 # ----------------------------------------------------------------------------- local copies
@@ -371,8 +401,9 @@ def removed(
     manifests: list[Manifest], *, keep_last: int = 1, keep_best: int = 1, **keys: Any
 ) -> list[int]:
     options = {"metric": "loss", "mode": "min", "attempts": attempts(None)} | keys
-    gone = superfluous(manifests, keep_last=keep_last, keep_best=keep_best, **options)
-    return [m.step for m in gone]
+    found = [m.name for m in manifests]
+    gone = superfluous(found, manifests, keep_last=keep_last, keep_best=keep_best, **options)
+    return [name.step for name in gone]
 
 
 def judged(*manifests: Manifest, mode: Literal["min", "max"] = "min") -> list[Manifest]:
@@ -428,7 +459,9 @@ def test_without_evaluations_the_last_are_kept() -> None:
 
 def test_superseded_checkpoints_are_neither_counted_nor_the_best() -> None:
     held = [manifest(1, 2.0), manifest(2, 0.1), manifest(3, 3.0, attempt=2), manifest(4, attempt=2)]
-    assert removed(held, attempts=attempts(None, 1)) == [3]
+    assert removed(held, attempts=attempts(None, 1)) == [2, 3]
+    ahead = [manifest(1, 2.0), manifest(2, attempt=2), manifest(3, attempt=1)]
+    assert removed(ahead, attempts=attempts(None, 1)) == [], "what lies ahead stays for a while"
 
 
 def test_retention_removes_parts_and_manifest(scene: Scene) -> None:
@@ -436,6 +469,6 @@ def test_retention_removes_parts_and_manifest(scene: Scene) -> None:
         for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0)):
             run.save(step, loss=loss)
     assert [m.step for m in read_manifests(scene.runs, PATHS)] == [1, 3]
-    assert not (scene.run_folder() / "checkpoints" / "step-00000002").exists()
+    assert not (scene.run_folder() / "checkpoints" / "step-00000002-attempt-0001").exists()
     with pytest.raises(ObjectMissing):
-        scene.runs.read(PATHS.manifest(2))
+        scene.runs.read(PATHS.manifest(CheckpointName(2, 1)))

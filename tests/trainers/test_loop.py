@@ -29,7 +29,6 @@ from tests.tiny import prepare_rows, review_rows, tiny_reviews
 from trainers import loop, worker
 from trainers.agreement import Agreement, Decision
 from trainers.buffers import KeptBuffers
-from trainers.checkpoint import read_attempts, read_manifests
 from trainers.controls import ControlPoller, Requests
 from trainers.data.items import Items
 from trainers.data.stream import RankBatch
@@ -44,6 +43,7 @@ from trainers.loop import (
     train_step,
 )
 from trainers.optim import build_optimizer
+from trainers.restore import read_attempts, read_manifests
 from trainers.tasks.task import Evaluation
 from trainers.tasks.text_classification import TextClassification
 
@@ -163,8 +163,8 @@ def steps_saved(scene: Scene, run_id: str = "run") -> list[int]:
 
 
 def weights(scene: Scene, run_id: str = "run") -> dict[str, bytes]:
-    step = steps_saved(scene, run_id)[-1]
-    folder = scene.runs_folder / RunPaths(run_id).checkpoint(step)
+    last = read_manifests(scene.runs, RunPaths(run_id))[-1]
+    folder = scene.runs_folder / RunPaths(run_id).checkpoint(last.name)
     return {
         f"{name}/{key}": value.tobytes()
         for name in ("model/model.safetensors", "optimizer.safetensors")

@@ -65,7 +65,7 @@ def invoke(job: str, run_id: str = "run", *overrides: str) -> tuple[int, str]:
 def test_the_loss_of_the_lease_ends_the_process(scene: Scene) -> None:
     job = job_file(scene, train={"epochs": 100_000}, tracking=[])
     process = started("-c", SHORT_LEASE, job, "--run-id", "run")
-    manifest = scene.run_folder() / "checkpoints/step-00000005/manifest.json"
+    manifest = scene.run_folder() / "checkpoints/step-00000005-attempt-0001/manifest.json"
     wait_for(manifest.exists, process)
     key = scene.paths().lease
     lease = Lease.model_validate_json(scene.runs.read(key))

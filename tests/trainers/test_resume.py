@@ -15,7 +15,7 @@ from jobs.spec import JobSpec
 from tests import evidence
 from tests.ranks import Kill, Moment, assignment_of, run_ranks
 from tests.tiny import tiny_job, tiny_model, tiny_reviews
-from trainers.checkpoint import read_attempts, read_manifests
+from trainers.restore import read_attempts, read_manifests
 
 ROWS = 90
 BATCH = 8
@@ -56,7 +56,7 @@ def final_parts(scene: Path, run_id: str) -> dict[str, bytes]:
     """Every tensor of the last checkpoint, as bytes."""
     last = read_manifests(runs(scene), RunPaths(run_id))[-1]
     assert last.is_last_step
-    folder = scene / "runs" / RunPaths(run_id).checkpoint(last.step)
+    folder = scene / "runs" / RunPaths(run_id).checkpoint(last.name)
     return {
         f"{name}/{key}": value.tobytes()
         for name in ("model/model.safetensors", "optimizer.safetensors")
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     spec = job(scene, workers=1)
     run_ranks(assignment_of(spec, "damaged"), world_size=1, kill=Kill("step", 13))
     newest = read_manifests(runs(scene), RunPaths("damaged"))[-1]
-    weights = scene / "runs" / RunPaths("damaged").checkpoint(newest.step) / "optimizer.safetensors"
+    weights = scene / "runs" / RunPaths("damaged").checkpoint(newest.name) / "optimizer.safetensors"
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(damaged)
@@ -180,7 +180,7 @@ def test_a_damaged_best_checkpoint_costs_the_next_best_only(
     manifests = read_manifests(runs(scene), RunPaths(run_id))
     best = best_manifest(manifests)
     assert best is not None
-    model = scene / "runs" / RunPaths(run_id).checkpoint(best.step) / "model/model.safetensors"
+    model = scene / "runs" / RunPaths(run_id).checkpoint(best.name) / "model/model.safetensors"
     damaged = bytearray(model.read_bytes())
     damaged[-1] ^= 1
     model.write_bytes(damaged)

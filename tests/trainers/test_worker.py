@@ -17,7 +17,7 @@ from jobs.record import Outcome, State
 from tests.ranks import assignment_of, on_ranks, run_group
 from tests.scene import Scene
 from trainers import preparation, worker
-from trainers.checkpoint import newest_restorable, read_manifests
+from trainers.restore import newest_restorable, read_manifests
 from trainers.session import Session
 
 

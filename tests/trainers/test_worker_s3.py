@@ -12,13 +12,13 @@ from jobs.record import RunPaths, State
 from jobs.spec import JobSpec
 from tests.ranks import Kill, assignment_of, run_ranks
 from tests.tiny import tiny_job, tiny_model, tiny_reviews
-from trainers.checkpoint import read_attempts, read_manifests
+from trainers.restore import read_attempts, read_manifests
 
 
 def weights(store: Store, run_id: str) -> dict[str, bytes]:
     last = read_manifests(store, RunPaths(run_id))[-1]
     assert last.is_last_step
-    folder = RunPaths(run_id).checkpoint(last.step)
+    folder = RunPaths(run_id).checkpoint(last.name)
     return {
         f"{name}/{key}": value.tobytes()
         for name in ("model/model.safetensors", "optimizer.safetensors")

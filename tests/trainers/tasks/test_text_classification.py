@@ -27,7 +27,6 @@ from jobs.spec import JobSpec
 from tests.scene import Scene
 from tests.tiny import LABELS, MAX_TOKENS, VOCABULARY, prepare_rows, review_rows, tiny_tokenizer
 from trainers.agreement import Decision
-from trainers.checkpoint import read_attempts
 from trainers.data.cache import NodeCache
 from trainers.data.index import open_index
 from trainers.data.items import Items, Ragged
@@ -36,6 +35,7 @@ from trainers.evaluation import measure
 from trainers.loop import Plan, Trainee, train_step
 from trainers.microbatch import cut_microbatches
 from trainers.optim import build_optimizer
+from trainers.restore import read_attempts
 from trainers.tasks.task import Batch, Evaluation, Task, build_task
 
 CPU = torch.device("cpu")
