@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from jobs.errors import EnvironmentFault
 from trainers.data.cache import NodeCache, cache_folder
@@ -98,13 +100,13 @@ def test_threads_fetch_each_key_once_and_stay_within_the_limit(tmp_path):
 
 
 def stored_bytes_now(folder):
-    """As `stored_bytes`, while files come and go."""
+    """Bytes of all files at one moment: files come and go under this lock only, and one that is
+    renamed meanwhile, from `new` to `blobs`, is counted once at most."""
     total = 0
-    for path in (folder / "blobs").glob("*/*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
+    with FileLock(folder / "usage.lock"):
+        for path in [*(folder / "blobs").glob("*/*"), *(folder / "new").iterdir()]:
+            with contextlib.suppress(FileNotFoundError):
+                total += path.stat().st_size
     return total
 
 

@@ -27,6 +27,7 @@ from jobs.spec import JobSpec
 from tests.scene import Scene
 from tests.tiny import LABELS, MAX_TOKENS, VOCABULARY, prepare_rows, review_rows, tiny_tokenizer
 from trainers.agreement import Decision
+from trainers.buffers import KeptBuffers
 from trainers.data.cache import NodeCache
 from trainers.data.index import open_index
 from trainers.data.items import Items, Ragged
@@ -283,6 +284,7 @@ def gradients(subject: Subject, model: nn.Module, *, ranks: int, max_tokens: int
             batches,
             decision,
             step=0,
+            buffers=KeptBuffers(own),
             agreement=SimpleNamespace(rank=rank, world_size=ranks),
         )
         loss += float(facts.loss_sum)
