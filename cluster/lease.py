@@ -32,6 +32,7 @@ may take over, with some time left to stop."""
 _LOOKS_PER_TTL = 20
 _LONGEST_LOOK_SECONDS = 5.0
 _TAKE_ATTEMPTS = 5
+_WRITE_ATTEMPTS = 3
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def _held_by(lease: Lease, store: Store, key: str) -> ClusterError:
     folder = key.rpartition("/")[0] or store.uri
     return ClusterError(
         Problem(
-            f"{folder} is driven by process {lease.pid} on {lease.host}",
+            f"{folder} is driven by {lease.driver}",
             f"stop that one first: shoal stop {folder} (if its machine is gone, its lease ends "
             f"{lease.ttl_seconds:.0f} s after its last sign)",
         )
@@ -152,6 +153,8 @@ class Held:
         self, store: Store, key: str, *, lease: Lease, etag: str, written_at: float
     ) -> None:
         self.lost = threading.Event()
+        self._lock = threading.Lock()
+        self._loss = ""
         self._store = store
         self._key = key
         self._lease = lease
@@ -172,14 +175,15 @@ class Held:
 
     def check(self) -> None:
         """Raise ClusterError if the lease is lost."""
-        if self.lost.is_set() or _now() > self._deadline:
-            self.lost.set()
-            raise ClusterError(
-                Problem(
-                    f"the lease {self._store.uri}/{self._key} was lost: another driver may run",
-                    "look who drives the run: shoal status",
-                )
-            )
+        if not self.lost.is_set() and _now() > self._deadline:
+            self._lose(": it was not renewed in time, so another driver may run")
+        if self.lost.is_set():
+            raise ClusterError(Problem(self.loss, "look who drives the run: shoal status"))
+
+    @property
+    def loss(self) -> str:
+        """How the lease was lost, and to whom; empty while it is held."""
+        return self._loss
 
     def release(self) -> None:
         """Give the lease back, so that the next driver need not wait; does nothing once lost."""
@@ -191,7 +195,7 @@ class Held:
         try:
             self._write(released=True)
         except PreconditionFailed:
-            self.lost.set()
+            pass  # told already, as `loss`
         except StorageError as error:
             # What the run has done stands; the next driver waits for the lease to run out.
             logger.warning("the lease %s could not be given back: %s", self._key, error)
@@ -212,8 +216,6 @@ class Held:
             try:
                 self._write(released=False)
             except PreconditionFailed:
-                logger.error("another driver has taken the lease %s", self._key)
-                self.lost.set()
                 self._ended.set()
             except StorageError as error:
                 # The next turn tries again; the guard counts the time.
@@ -224,10 +226,37 @@ class Held:
         while (left := self._deadline - _now()) > 0:
             if self._ended.wait(left):
                 return
-        logger.error("the lease %s was not renewed in time", self._key)
-        self.lost.set()
+        self._lose(": it was not renewed in time, so another driver may run")
+
+    def _lose(self, how: str) -> None:
+        with self._lock:
+            if not self.lost.is_set():
+                self._loss = f"the lease {self._store.uri}/{self._key} was lost{how}"
+                logger.error("%s", self._loss)
+                self.lost.set()
 
     def _write(self, *, released: bool) -> None:
+        """Renews, or gives back. Raises PreconditionFailed once the lease is lost."""
+        for _ in range(_WRITE_ATTEMPTS):
+            try:
+                return self._replace(released=released)
+            except PreconditionFailed:
+                self._adopt_own()
+        raise StorageError(f"{self._store.uri} refuses to replace {self._key} as it is")
+
+    def _adopt_own(self) -> None:
+        """Takes what is there for this holder's if it is: an earlier renewal was done, and its
+        answer lost. Else the lease is lost: raises PreconditionFailed."""
+        found = read_lease(self._store, self._key)
+        if found is None:
+            self._lose(": it was deleted")
+            raise PreconditionFailed(self._key)
+        if found.lease.holder != self._lease.holder:
+            self._lose(f" to {found.lease.driver}")
+            raise PreconditionFailed(self._key)
+        self._etag, self._lease = found.etag, found.lease
+
+    def _replace(self, *, released: bool) -> None:
         lease = self._lease.model_copy(
             update={
                 "renewals": self._lease.renewals + 1,

@@ -33,6 +33,7 @@ import re
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -263,6 +264,15 @@ class Lease(Record):
     released: bool = False
     renewed_at: float = 0.0
     """Unix seconds by the holder's clock; for people, not for expiry."""
+
+    @property
+    def driver(self) -> str:
+        """Who holds it, for people."""
+        seen = ""
+        if self.renewed_at:
+            at = datetime.fromtimestamp(self.renewed_at, UTC)
+            seen = f", last sign at {at:%Y-%m-%d %H:%M:%S} UTC"
+        return f"process {self.pid} on {self.host} (generation {self.generation}{seen})"
 
 
 class Control(Record):

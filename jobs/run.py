@@ -164,7 +164,7 @@ def _watched(run_id: str, store: Store, lease: Held, *, attended_by: int | None)
         while not ended.wait(_WATCH_SECONDS):
             if lease.lost.is_set():
                 # Another driver may have started: nothing more may be written from here.
-                sys.stderr.write("shoal: the run's lease is lost; ending at once\n")
+                sys.stderr.write(f"shoal: {lease.loss}; ending at once\n")
                 _kill_descendants()
                 os._exit(3)
             if attended_by is not None and not psutil.pid_exists(attended_by):

@@ -276,8 +276,7 @@ def _refuse_driven(reader: RunReader, *, now: float) -> None:
         return
     raise SpecError(
         Problem(
-            f"{reader.uri} is driven by process {lease.pid} on {lease.host}, so it cannot be "
-            "resumed",
+            f"{reader.uri} is driven by {lease.driver}, so it cannot be resumed",
             f"stop that one first: shoal stop {reader.uri} --wait, or follow it: shoal watch "
             f"{reader.uri} (if its machine is gone, its lease ends {lease.ttl_seconds:.0f} s "
             "after its last sign)",

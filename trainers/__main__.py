@@ -107,7 +107,7 @@ def _ends_with(lease: Held) -> Iterator[None]:
         while not ended.wait(_WATCH_SECONDS):
             if lease.lost.is_set():
                 # Another driver may have started: nothing more may be written from here.
-                sys.stderr.write("shoal: the run's lease is lost; ending at once\n")
+                sys.stderr.write(f"shoal: {lease.loss}; ending at once\n")
                 sys.stderr.flush()
                 os._exit(3)
 

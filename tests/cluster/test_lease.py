@@ -36,6 +36,7 @@ def another(store: Store) -> Lease:
         started="1",
         renewals=0,
         ttl_seconds=SHORT,
+        renewed_at=1_790_000_000.0,
     )
     store.write(KEY, lease.to_bytes())
     return lease
@@ -89,7 +90,9 @@ def test_of_eight_that_ask_at_once_one_gets_it(store: Store) -> None:
 def test_a_lease_of_another_machine_is_not_taken_unless_asked_to_wait(
     store: Store, another: Lease
 ) -> None:
-    with pytest.raises(ClusterError, match="process 1 on another-host"):
+    with pytest.raises(
+        ClusterError, match=r"process 1 on another-host \(generation 3, last sign at"
+    ):
         acquire(store, KEY, ttl_seconds=LONG)
     assert held_at(store) == another
 
@@ -130,12 +133,23 @@ def test_a_held_lease_is_renewed_past_its_time(local_store: Store) -> None:
 
 def test_a_holder_that_finds_another_one_has_lost(store: Store) -> None:
     with acquire(store, KEY, ttl_seconds=SHORT) as held:
-        other = held_at(store).model_copy(update={"holder": "other", "generation": 2})
+        other = held_at(store).model_copy(
+            update={"holder": "other", "generation": 2, "host": "far", "pid": 7}
+        )
         store.write(KEY, other.to_bytes())
         assert held.lost.wait(10)
-        with pytest.raises(ClusterError, match="was lost"):
+        with pytest.raises(ClusterError, match=r"was lost to process 7 on far \(generation 2, "):
             held.check()
     assert held_at(store) == other
+
+
+def test_a_holder_whose_lease_was_deleted_has_lost(store: Store) -> None:
+    with acquire(store, KEY, ttl_seconds=SHORT) as held:
+        store.delete([KEY])
+        assert held.lost.wait(10)
+        with pytest.raises(ClusterError, match="was lost: it was deleted"):
+            held.check()
+    assert read_lease(store, KEY) is None
 
 
 class FaultyStore:
@@ -173,6 +187,48 @@ def test_a_renewal_that_fails_once_is_made_up_for(local_store: Store) -> None:
     with acquire(store, KEY, ttl_seconds=3.0) as held:  # type: ignore[arg-type]
         assert store.has_renewed.wait(10)
         held.check()
+
+
+class AnswersLost:
+    """A store that does the next conditional writes, and whose answers to them do not come."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.num_faults = 0
+        self.renewals_seen: list[int] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.store, name)
+
+    def write_if_match(self, key: str, data: bytes, *, etag: str) -> str:
+        self.renewals_seen.append(Lease.model_validate_json(data).renewals)
+        given = self.store.write_if_match(key, data, etag=etag)
+        if self.num_faults:
+            self.num_faults -= 1
+            raise StorageError("the store is gone")
+        return given
+
+
+def test_a_renewal_whose_answer_was_lost_is_the_holders_own(store: Store) -> None:
+    losing = AnswersLost(store)
+    with acquire(losing, KEY, ttl_seconds=1.5) as held:  # type: ignore[arg-type]
+        losing.num_faults = 1
+        assert not held.lost.wait(1.8)
+        held.check()
+        found = held_at(store)
+        assert found.generation == 1
+        assert found.renewals >= 2
+        assert not losing.num_faults
+    assert held_at(store).released
+
+
+def test_a_release_whose_answer_was_lost_is_a_release(store: Store) -> None:
+    losing = AnswersLost(store)
+    held = acquire(losing, KEY, ttl_seconds=LONG)  # type: ignore[arg-type]
+    losing.num_faults = 1
+    held.release()
+    assert held_at(store).released
+    assert not held.lost.is_set()
 
 
 def test_a_lease_that_cannot_be_given_back_does_not_fail_the_run(local_store: Store) -> None:

@@ -73,7 +73,9 @@ def test_the_loss_of_the_lease_ends_the_process(scene: Scene) -> None:
     scene.runs.write(key, newer.to_bytes())
     _, said = process.communicate(timeout=60)
     assert process.returncode == 3
-    assert said.count("the run's lease is lost; ending at once") == 1
+    assert said.count("was lost to process") == 1
+    assert said.count("(generation 2, last sign at") == 1
+    assert said.count("; ending at once") == 1
     assert Lease.model_validate_json(scene.runs.read(key)) == newer
     assert not (scene.run_folder() / "result.json").exists()
 
