@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import tenacity
 from filelock import FileLock
 
 from cluster.storage import StorageError, Store, check_key
@@ -17,6 +18,8 @@ from jobs.record import Part
 
 _BLOCK_BYTES = 2**20
 _THREADS = 4
+_FETCHES = 3
+"""Fetches of a part before it is taken for damaged in the store."""
 
 
 class DamagedPart(StorageError):  # noqa: N818 - named for what it says
@@ -88,7 +91,14 @@ def _has_sizes(folder: Path, parts: Sequence[Part]) -> bool:
     return folder.is_dir() and all(f.is_file() and f.stat().st_size == size for f, size in files)
 
 
+@tenacity.retry(
+    # The way here may have spoilt what is whole in the store.
+    retry=tenacity.retry_if_exception_type(DamagedPart),
+    stop=tenacity.stop_after_attempt(_FETCHES),
+    reraise=True,
+)
 def _fetch(store: Store, part: Part, folder: Path) -> None:
+    """Fetches a part and verifies it; one whose bytes are wrong is fetched anew."""
     path = folder / part.name
     path.parent.mkdir(parents=True, exist_ok=True)
     store.download(part.name, path)

@@ -96,6 +96,42 @@ def test_a_damaged_part_is_refused_and_nothing_stays(
     assert held(local_copy(source, parts, folder)) == CONTENT
 
 
+class Spoiling(Counting):
+    """A store on whose way one bit of the first downloads of the weights is flipped."""
+
+    def __init__(self, store: Store, log: Path, *, times: int) -> None:
+        super().__init__(store, log)
+        self.times = times
+
+    def download(self, key: str, path: Path) -> None:
+        super().download(key, path)
+        if key == "model/weights" and self.times:
+            self.times -= 1
+            data = bytearray(path.read_bytes())
+            data[17] ^= 4
+            path.write_bytes(data)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_part_that_was_spoilt_on_its_way_is_fetched_anew(
+    source: Store, parts: list[Part], folder: Path, tmp_path: Path, times: int
+) -> None:
+    spoiling = Spoiling(source, tmp_path / "log", times=times)
+    assert held(local_copy(spoiling, parts, folder)) == CONTENT  # type: ignore[arg-type]
+    fetched = (tmp_path / "log").read_text().split()
+    assert fetched.count("model/weights") == times + 1
+    assert len(fetched) == len(CONTENT) + times
+
+
+def test_a_part_that_comes_spoilt_each_time_is_given_up(
+    source: Store, parts: list[Part], folder: Path, tmp_path: Path
+) -> None:
+    spoiling = Spoiling(source, tmp_path / "log", times=1000)
+    with pytest.raises(DamagedPart, match="model/weights is damaged"):
+        local_copy(spoiling, parts, folder)  # type: ignore[arg-type]
+    assert not folder.exists()
+
+
 def test_a_part_without_a_digest_is_checked_by_its_bytes(source: Store, folder: Path) -> None:
     wrong = Part(name="config.json", bytes=3, sha256="")
     with pytest.raises(DamagedPart):

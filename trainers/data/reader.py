@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tenacity
 import xxhash
 
 from cluster.storage import StorageError, Store
@@ -31,6 +32,8 @@ _GROUPS_OF_PAGE = 256
 _MAX_FOOTER_BYTES = 32 * 2**20
 """Footers that are kept parsed, by their stored size."""
 _MAX_PAGES = 64
+_FETCHES = 5
+"""Fetches of a row group before its shard is taken for damaged in the store."""
 
 Value = TypeVar("Value")
 
@@ -97,16 +100,21 @@ class VerifiedReader:
         self, group: int, shard: Shard, number: int
     ) -> tuple[pq.FileMetaData, _VerifiedChunks]:
         """Footer and chunks whose checksums are right. What the cache or the way here has spoilt
-        is fetched once more; _Unverified if it is still wrong."""
-        try:
-            return self._footer(shard, number), self._chunks(group, shard)
-        except _Unverified:
-            self._forget(group, number)
-        try:
-            return self._footer(shard, number), self._chunks(group, shard)
-        except _Unverified:
-            self._forget(group, number)
-            raise
+        is fetched anew; _Unverified if it stays wrong."""
+
+        def read() -> tuple[pq.FileMetaData, _VerifiedChunks]:
+            try:
+                return self._footer(shard, number), self._chunks(group, shard)
+            except _Unverified:
+                self._forget(group, number)
+                raise
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Unverified),
+            stop=tenacity.stop_after_attempt(_FETCHES),
+            reraise=True,
+        )
+        return retrying(read)
 
     # ------------------------------------------------------------------------------------ parts
 
@@ -134,7 +142,7 @@ class VerifiedReader:
         order = np.argsort(records["start"], kind="stable")
         starts = records["start"][order].astype(np.int64)
         ends = starts + records["length"][order].astype(np.int64)
-        if ends.size and ends.max() > shard.footer_start:
+        if ((starts < 0) | (ends < starts) | (ends > shard.footer_start)).any():
             raise _Unverified(None)
         data = self._cache.get(
             self._chunks_key(group), lambda: self._fetch_chunks(shard, starts, ends)

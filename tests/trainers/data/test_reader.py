@@ -123,6 +123,51 @@ def test_a_flipped_byte_names_shard_group_and_column(reader, folder, index, loca
     assert "shard-00001.parquet, row group 0: " in refused(reader, 3)
 
 
+class Spoiling:
+    """A store that flips bits in the next ranged reads of the keys that contain `part`."""
+
+    def __init__(self, store, part, *, times):
+        self.store, self.part, self.times = store, part, times
+        self.uri = store.uri
+
+    def read_range(self, key, *, start, end):
+        data = self.store.read_range(key, start=start, end=end)
+        if self.part in key and self.times:
+            self.times -= 1
+            data = bytearray(data)
+            data[3::8] = bytes(byte ^ 0x10 for byte in data[3::8])
+        return bytes(data)
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("part", ["shard-", "chunks.npy"])
+def test_bytes_that_were_spoilt_on_their_way_are_fetched_anew(part, local, index, cache, table_of):
+    spoiling = Spoiling(local, part, times=4)
+    reader = VerifiedReader(store=spoiling, index=index, columns=COLUMNS, cache=cache)
+    assert reader.read(2) == table_of(range(6, 36)).select(COLUMNS)
+    assert not spoiling.times
+
+
+def test_bytes_that_come_spoilt_each_time_are_refused(local, index, cache):
+    spoiling = Spoiling(local, "shard-", times=1000)
+    reader = VerifiedReader(store=spoiling, index=index, columns=COLUMNS, cache=cache)
+    assert "its checksum is another" in refused(reader, 2)
+
+
+@pytest.mark.parametrize("bit", [0, 20, 62, 63])
+@pytest.mark.parametrize("field", ["start", "length", "xxh3"])
+def test_a_wrong_bit_in_a_chunks_record_is_found(folder, local, index, cache, field, bit):
+    path = next(folder.rglob("chunks.npy"))
+    table = np.load(path)
+    table[field][2, index.leaves(COLUMNS)[0]] ^= np.uint64(1 << bit)
+    np.save(path, table)
+    assert "changed after it was indexed" in refused(
+        VerifiedReader(store=local, index=index, columns=COLUMNS, cache=cache), 2
+    )
+
+
 def flip(path, at):
     data = bytearray(path.read_bytes())
     data[at] ^= 0x40
