@@ -6,6 +6,7 @@
     control/0001.json                           requests: stop, save, yield
     attempts/0001.json                          one start of the worker group: what it restored
     attempts/0001-outcome.json                  how it ended
+    attempts/0001-crash.json                    or why it broke off, where a rank could still tell
     events/gen-0001/driver/000001.jsonl         state changes, numbered whole objects
     events/attempt-0001/rank-0/000001.jsonl
     metrics/attempt-0001/rank-0/000001.jsonl    loss, learning rate, evaluations, skipped steps
@@ -166,6 +167,8 @@ class Attempt(Record):
     hosts: tuple[str, ...] = ()
     versions: dict[str, str] = {}
     device: str = "cpu"
+    max_tokens_per_microbatch: int | None = None
+    """Where memory has run out: what holds in place of the job's own; None: the job's own."""
     num_parameters: int = 0
     num_trained_parameters: int = 0
     total_steps: int = 0
@@ -194,6 +197,27 @@ class Outcome(Record):
     seconds: dict[str, float] = {}
     """Where the attempt's wall clock went: start, compute, data_wait, synchronisation,
     checkpoint, evaluation, other."""
+
+
+class Microbatch(Record):
+    """Rows that go through the model at once."""
+
+    rows: int
+    tokens: int
+    """Rows times the longest of them: padding included."""
+
+
+class Crash(Record):
+    """Why an attempt broke off, told by a rank before its process ended.
+
+    The ranks could not agree on an outcome: the others were waiting for this one. The first rank
+    that tells counts.
+    """
+
+    attempt: int
+    failure: Failure
+    out_of_memory: Microbatch | None = None
+    """The largest micro-batch of the step (or evaluation) in whose passes memory ran out."""
 
 
 class Part(Record):
@@ -365,8 +389,15 @@ class RunPaths:
     def attempt(self, attempt: int) -> str:
         return self._join("attempts", f"{attempt:04d}.json")
 
+    def is_attempt(self, key: str) -> bool:
+        """Whether the object of that key is an Attempt."""
+        return key.removeprefix(self.attempts).removesuffix(".json").isdigit()
+
     def outcome(self, attempt: int) -> str:
         return self._join("attempts", f"{attempt:04d}-outcome.json")
+
+    def crash(self, attempt: int) -> str:
+        return self._join("attempts", f"{attempt:04d}-crash.json")
 
     def lines(self, kind: LineKind, source: Source, number: int) -> str:
         """One numbered object of JSON lines."""

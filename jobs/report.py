@@ -187,7 +187,8 @@ def _attempts(status: RunStatus) -> list[dict[str, Any]]:
     rows = []
     for attempt in status.attempts:
         outcome = status.outcomes.get(attempt.attempt)
-        failure = outcome.failure if outcome else None
+        crash = status.crashes.get(attempt.attempt)
+        failure = outcome.failure if outcome else crash and crash.failure
         rows.append(
             {
                 "attempt": attempt.attempt,

@@ -26,6 +26,7 @@ from jobs.record import (
     Amendment,
     Attempt,
     Control,
+    Crash,
     Lease,
     LineKind,
     Manifest,
@@ -131,13 +132,18 @@ class RunReader:
     def attempts(self) -> list[Attempt]:
         """Starts of the worker group, in order."""
         heads = self._heads(self.paths.attempts)
-        heads = [h for h in heads if not h.key.endswith("-outcome.json")]
+        heads = [h for h in heads if self.paths.is_attempt(h.key)]
         return sorted(self._read_all(heads, Attempt), key=lambda a: a.attempt)
 
     def outcomes(self) -> dict[int, Outcome]:
         """How attempts ended, by their number; an attempt that was killed has none."""
         heads = self._heads(self.paths.attempts, "-outcome.json")
         return {o.attempt: o for o in self._read_all(heads, Outcome)}
+
+    def crashes(self) -> dict[int, Crash]:
+        """Why attempts broke off, by their number, where one of their ranks could tell."""
+        heads = self._heads(self.paths.attempts, "-crash.json")
+        return {c.attempt: c for c in self._read_all(heads, Crash)}
 
     def manifests(self) -> list[Manifest]:
         """Manifests of all checkpoints that still exist, by step; superseded ones included."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs import runs
 from jobs.lines import Line
-from jobs.record import Attempt, Lease, Manifest, Outcome, Result, State
+from jobs.record import Attempt, Crash, Lease, Manifest, Outcome, Result, State
 from jobs.runs import RunReader
 
 LOST_AFTER_TTLS = 3.0
@@ -136,6 +136,8 @@ class RunStatus:
     events: tuple[Line, ...]
     seconds: Mapping[str, float]
     """Where the wall clock went, over all attempts."""
+    crashes: Mapping[int, Crash] = field(default_factory=dict)
+    """Why attempts without an outcome broke off, where one of their ranks could tell."""
     skipped: tuple[Line, ...] = ()
     """Steps whose gradient was not finite, and which changed nothing: step, epoch, first_item,
     next_item, norm."""
@@ -192,6 +194,10 @@ class RunStatus:
                     "started_at": a.started_at,
                     "state": o.state if (o := self.outcomes.get(a.attempt)) else None,
                     "last_step": o.step if o else None,
+                    "broke_off": c.failure.problems[0][0]
+                    if (c := self.crashes.get(a.attempt))
+                    else None,
+                    "max_tokens_per_microbatch": a.max_tokens_per_microbatch,
                 }
                 for a in self.attempts
             ],
@@ -257,6 +263,7 @@ def read_status(
         checkpoints=tuple(reader.live_manifests()),
         attempts=tuple(attempts),
         outcomes=outcomes,
+        crashes=reader.crashes(),
         result=current,
         events=tuple(events),
         skipped=tuple(line for line in metrics if line["kind"] == "skipped"),

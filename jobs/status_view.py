@@ -153,12 +153,17 @@ def _attempt_text(attempt: Attempt, status: RunStatus) -> Text:
         else f"from the checkpoint of step {attempt.restored_step}"
     )
     text = Text(f"{workers}, {origin}")
+    if attempt.max_tokens_per_microbatch is not None:
+        text.append(f", micro-batches of {attempt.max_tokens_per_microbatch} tokens at most")
+    crash = status.crashes.get(attempt.attempt)
     if outcome is not None:
         text.append(", ")
         text.append_text(state_text(outcome.state))
         text.append(f" at step {outcome.step}")
         if outcome.failure and outcome.failure.problems:
             text.append(f": {outcome.failure.problems[0][0]}")
+    elif crash is not None:
+        text.append(f", broke off: {crash.failure.problems[0][0]}", style="yellow")
     elif status.situation.is_over or attempt is not status.attempts[-1]:
         text.append(", ended without a word (killed)", style="yellow")
     return text

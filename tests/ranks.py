@@ -3,12 +3,14 @@
 run_ranks(assignment, world_size=3)                         -> Outcome
 run_ranks(assignment, world_size=3, kill=Kill("step", 7))   -> None: SIGKILL for all of them
 run_group(assignment, world_size=3)                         -> [Outcome]: what each rank was told
+break_group(assignment, world_size=3, before=Breaks())      -> {1: 1}: exit codes by rank
 on_ranks(work, world_size=3)                                -> what any function gives on each
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -162,6 +164,40 @@ def on_ranks(
             rank.kill()
             rank.join()
     return given
+
+
+def break_group(
+    assignment: Assignment, *, world_size: int, before: Callable[[], None], until: int = 1
+) -> dict[int, int]:
+    """Exit codes of the ranks that ended by themselves, the first `until` of them; the others are
+    killed then, as a platform does that has seen a rank end.
+
+    `before` is called in each process first. AssertionError where fewer end in time.
+    """
+    port = _free_port()
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    ranks = [
+        PROCESSES.Process(
+            target=_rank,
+            args=(assignment, rank, world_size, port, None, before, dict(os.environ), sender),
+        )
+        for rank in range(world_size)
+    ]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    try:
+        while len(ended := [n for n, r in enumerate(ranks) if not r.is_alive()]) < until:
+            left = deadline - time.monotonic()
+            assert left > 0, f"only the ranks {ended} ended in {TIMEOUT_SECONDS} s"
+            multiprocessing.connection.wait([r.sentinel for r in ranks if r.is_alive()], left)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+        receiver.close()
+        sender.close()
+    return {number: int(ranks[number].exitcode or 0) for number in ended}
 
 
 def run_group(

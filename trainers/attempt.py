@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from cluster.storage import ObjectExists, Store
+from cluster.storage import ObjectExists, ObjectMissing, Store
 from jobs.errors import EnvironmentFault, Problem
-from jobs.record import Attempt, Manifest, RunPaths
+from jobs.record import Attempt, Crash, Failure, Manifest, RunPaths
 from jobs.spec import JobSpec
 from trainers.agreement import Agreement
 from trainers.data.cache import cache_folder
@@ -41,6 +42,17 @@ class Claim:
     """Why newer checkpoints were not taken."""
     recovers: bool
     """Whether this driver had started the group before."""
+    crash: Crash | None
+    """Why the attempt before broke off, as far as it could tell."""
+
+    @property
+    def hopeless(self) -> Failure | None:
+        """Why there is no use in training: what this driver's attempt before did not get over.
+
+        A later driver tries again: it may have been given more memory.
+        """
+        found = self.crash if self.recovers else None
+        return found.failure if found is not None and not _can_halve(found) else None
 
 
 def claim_attempt(
@@ -48,11 +60,12 @@ def claim_attempt(
 ) -> Claim:
     """The attempt that this start of the group is, and the checkpoint from which it goes on.
 
-    Rank 0 chooses both and records them before anything is trained; the others are told. Raises
-    EnvironmentFault on all ranks where rank 0 cannot.
+    Rank 0 chooses both and records them before anything is trained; the others are told. Where rank
+    0 cannot, its error is raised there, and an EnvironmentFault on the others.
     """
     hosts = agreement.gather(socket.gethostname())
     told: dict[str, Any] = {}
+    error: Exception | None = None
     if session.rank == 0:
         try:
             claim = _claim(assignment, store, paths, hosts=hosts, session=session)
@@ -61,10 +74,14 @@ def claim_attempt(
                 "restored": claim.restored and claim.restored.model_dump(mode="json"),
                 "skipped": claim.skipped,
                 "recovers": claim.recovers,
+                "crash": claim.crash and claim.crash.model_dump(mode="json"),
             }
-        except EnvironmentFault as error:
-            told = {"problems": [[p.message, p.hint] for p in error.problems]}
+        except Exception as caught:  # whatever it is, the others must not wait for it
+            error = caught
+            told = {"problems": Failure.of(caught, where="rank 0").problems}
     told = agreement.first(told)
+    if error is not None:
+        raise error
     if "problems" in told:
         raise EnvironmentFault(*(Problem(*problem) for problem in told["problems"]))
     return Claim(
@@ -72,6 +89,7 @@ def claim_attempt(
         restored=told["restored"] and Manifest.model_validate(told["restored"]),
         skipped=tuple(told["skipped"]),
         recovers=told["recovers"],
+        crash=told["crash"] and Crash.model_validate(told["crash"]),
     )
 
 
@@ -80,6 +98,7 @@ def _claim(
 ) -> Claim:
     before = read_attempts(store, paths)
     number = max((a.attempt for a in before), default=0) + 1
+    crash = _read_crash(store, paths, number - 1)
     restored, skipped = newest_restorable(store, paths, cache_folder=cache_folder())
     attempt = Attempt(
         attempt=number,
@@ -90,6 +109,11 @@ def _claim(
         hosts=tuple(hosts),
         versions=versions(),
         device=_device_name(session.device),
+        max_tokens_per_microbatch=microbatch_limit(
+            before[-1] if before else None,
+            crash,
+            of_job=assignment.spec.batching.max_tokens_per_microbatch,
+        ),
     )
     try:
         store.write_if_absent(paths.attempt(number), attempt.to_bytes())
@@ -98,7 +122,39 @@ def _claim(
             Problem(f"attempt {number} was begun by another driver at the same time")
         ) from error
     recovers = any(a.generation == assignment.generation for a in before)
-    return Claim(attempt, restored, skipped, recovers)
+    return Claim(attempt, restored, skipped, recovers, crash)
+
+
+def microbatch_limit(last: Attempt | None, crash: Crash | None, *, of_job: int) -> int | None:
+    """Tokens that a micro-batch of the next attempt may have, where they are fewer than the job's.
+
+    As many as in the last attempt; where memory ran out in it, half of those that did not fit: the
+    largest micro-batch may have been smaller than the limit. Pure.
+    """
+    held = last.max_tokens_per_microbatch if last is not None else None
+    if crash is None or crash.out_of_memory is None or not _can_halve(crash):
+        return held
+    return min(held or of_job, crash.out_of_memory.tokens) // 2
+
+
+def with_limit(spec: JobSpec, max_tokens_per_microbatch: int | None) -> JobSpec:
+    """The job with an attempt's own limit of a micro-batch, where it has one."""
+    if max_tokens_per_microbatch is None:
+        return spec
+    changes = {"max_tokens_per_microbatch": max_tokens_per_microbatch}
+    return spec.model_copy(update={"batching": spec.batching.model_copy(update=changes)})
+
+
+def _can_halve(crash: Crash) -> bool:
+    """Whether smaller micro-batches may help, or memory was not the cause."""
+    return crash.out_of_memory is None or crash.out_of_memory.rows > 1
+
+
+def _read_crash(store: Store, paths: RunPaths, attempt: int) -> Crash | None:
+    try:
+        return Crash.model_validate_json(store.read(paths.crash(attempt)))
+    except (ObjectMissing, ValidationError):
+        return None  # as after a kill, of which nobody can tell
 
 
 def _device_name(device: torch.device) -> str:

@@ -23,12 +23,14 @@ from jobs.errors import DataError, EnvironmentFault, Problem, SpecError
 from jobs.parse import spec_from_json
 from jobs.record import Manifest, Result, RunPaths, best_manifest, live_manifests
 from jobs.spec import JobSpec
+from trainers.attempt import with_limit
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.index import Index, open_index
 from trainers.data.reader import VerifiedReader
 from trainers.data.shard_workers import available_cores
 from trainers.data.stream import RankStream
 from trainers.evaluation import measure
+from trainers.memory import MicrobatchTooLarge
 from trainers.microbatch import IntArray
 from trainers.parallel import compute_type
 from trainers.predictions import PredictionWriter
@@ -63,14 +65,22 @@ def evaluate_run(store: Store, run_id: str, data_uri: str, output: Path | None) 
     paths = RunPaths(run_id)
     spec = _read_spec(store, paths)
     manifest = _best_manifest(store, paths)
+    spec = with_limit(spec, read_attempts(store, paths)[-1].max_tokens_per_microbatch)
     data = _open_data(spec, data_uri)
     checkpoint = store.within(paths.checkpoint(manifest.name).rstrip("/"))
     folder = model_of_checkpoint(checkpoint, manifest, cache_folder())
     task = build_task(spec, model_folder=folder, index=data.index)
     with _place(store, paths, data.index, output) as (path, shown):
-        evaluation = _measure(
-            spec, task, task.build_model(folder, dropout=None, seed=0), data, path
-        )
+        model = task.build_model(folder, dropout=None, seed=0)
+        try:
+            evaluation = _measure(spec, task, model, data, path)
+        except MicrobatchTooLarge as error:
+            raise EnvironmentFault(
+                Problem(
+                    f"the memory of this machine does not suffice: {error}",
+                    "evaluate the run on a machine with more memory, such as those of its workers",
+                )
+            ) from error
         measured = {
             **evaluation.to_json(),
             "run": join_uri(store.uri, run_id),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trainers.data.stream import RankBatch
+from trainers.memory import passes_over
 from trainers.microbatch import IntArray, cut_microbatches
 from trainers.parallel import autocast
 from trainers.tasks.task import Batch, Metrics, Task
@@ -30,19 +31,21 @@ def measure(
     """Updates `metrics` with what `model` (without its replication) says of the rows of `batches`.
 
     Talks to no other rank: add the states of all ranks afterwards, so that the result does not
-    depend on how rows are shared out.
+    depend on how rows are shared out. Raises MicrobatchTooLarge where memory runs out.
     """
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), autocast(device, dtype):
             for batch in batches:
-                for cut in cut_microbatches(task.lengths(batch.items), max_tokens=max_tokens):
-                    collated = move(task.collate(batch.items.take(cut)), device)
-                    output = task.forward(model, collated)
-                    metrics.update(output, collated)
-                    if on_output is not None:
-                        on_output(batch.rows[cut], output, collated)
+                lengths = task.lengths(batch.items)
+                with passes_over(lengths, max_tokens=max_tokens):
+                    for cut in cut_microbatches(lengths, max_tokens=max_tokens):
+                        collated = move(task.collate(batch.items.take(cut)), device)
+                        output = task.forward(model, collated)
+                        metrics.update(output, collated)
+                        if on_output is not None:
+                            on_output(batch.rows[cut], output, collated)
     finally:
         model.train(was_training)
 

@@ -103,8 +103,10 @@ class RaySession:
 def _failure(error: Exception) -> Failure:
     """What ended the last try, from Ray's wrapping of it."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
-        rank, cause = min(error.worker_failures.items())
-        base = getattr(cause, "_base_exc", cause)
+        causes = {r: getattr(c, "_base_exc", c) for r, c in error.worker_failures.items()}
+        # What a rank tells the user, before what it did to those that were waiting for it.
+        rank = min(causes, key=lambda r: (not isinstance(causes[r], ShoalError), r))
+        base, cause = causes[rank], error.worker_failures[rank]
         where = f"rank {rank}"
         if isinstance(base, ShoalError):
             return Failure.of(base, where=where)

@@ -24,6 +24,7 @@ from trainers.agreement import Agreement, Decision, PendingDecision, Vote
 from trainers.buffers import KeptBuffers
 from trainers.data.stream import RankBatch
 from trainers.evaluation import move
+from trainers.memory import passes_over
 from trainers.microbatch import cut_microbatches
 from trainers.optim import gradient_norm, learning_rate, set_learning_rate, update
 from trainers.parallel import (
@@ -182,7 +183,8 @@ def train(
 
     A step whose gradient is not finite is skipped. Raises TrainingError, on all ranks at the same
     step, when too many in a row are, or when what was measured is not finite; the state is not
-    committed then.
+    committed then. Raises MicrobatchTooLarge, on one rank while the others wait for it, where the
+    memory of that rank runs out.
     """
     trainee.model.train()  # pretrained models come with their dropout switched off
     feed = _Feed(spec, plan, trainee.task, around, agreement=agreement, time=time)
@@ -337,6 +339,8 @@ def train_step(
     Where the norm of the reduced gradient, which has the same bits on all ranks, is not finite,
     neither weights nor optimizer nor buffers change. The device decides; the host is not asked.
     (A loss may overflow while its gradient is finite: that step counts.)
+
+    Raises MicrobatchTooLarge, on this rank alone, where memory runs out in the passes.
     """
     rate = learning_rate(spec.optimizer, step=step, total_steps=plan.total_steps)
     set_learning_rate(trainee.optimizer, rate)
@@ -346,14 +350,16 @@ def train_step(
     passes = [trainee.task.empty_batch() for _ in range(padding)] + microbatches
     loss_sum = torch.zeros((), device=trainee.device)
     buffers.keep()
-    for number, microbatch in enumerate(passes):
-        seed_generators(spec.data.seed, step, agreement.rank, number)
-        on_device = move(microbatch, trainee.device)
-        if number == len(passes) - 1:
-            loss_sum += _backward(trainee, on_device, scale)
-        else:
-            with without_reduction(trainee.model):
+    lengths = trainee.task.lengths(batch.items)
+    with passes_over(lengths, max_tokens=spec.batching.max_tokens_per_microbatch):
+        for number, microbatch in enumerate(passes):
+            seed_generators(spec.data.seed, step, agreement.rank, number)
+            on_device = move(microbatch, trainee.device)
+            if number == len(passes) - 1:
                 loss_sum += _backward(trainee, on_device, scale)
+            else:
+                with without_reduction(trainee.model):
+                    loss_sum += _backward(trainee, on_device, scale)
     norm = gradient_norm(
         trained_parameters(plain(trainee.model)), max_norm=spec.optimizer.max_grad_norm
     )
@@ -366,7 +372,7 @@ def train_step(
         skipped=skipped,
         weight=float(trainee.task.weights(batch.items).sum()),
         rows=len(batch.rows),
-        tokens=int(trainee.task.lengths(batch.items).sum()),
+        tokens=int(lengths.sum()),
         learning_rate=rate,
     )
 

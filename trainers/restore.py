@@ -70,7 +70,7 @@ def read_attempts(store: Store, paths: RunPaths) -> list[Attempt]:
     return [
         Attempt.model_validate_json(store.read(head.key))
         for head in store.list(paths.attempts)
-        if not head.key.endswith("-outcome.json")
+        if paths.is_attempt(head.key)
     ]
 
 

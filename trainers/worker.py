@@ -22,11 +22,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from cluster.storage import ObjectMissing, StorageError, Store, open_store
+from cluster.storage import ObjectExists, ObjectMissing, StorageError, Store, open_store
 from jobs.errors import EnvironmentFault, ShoalError, TrainingError
-from jobs.record import Failure, Manifest, Outcome, RunPaths, Source, State, by_merit
+from jobs.record import (
+    Crash,
+    Failure,
+    Manifest,
+    Microbatch,
+    Outcome,
+    RunPaths,
+    Source,
+    State,
+    by_merit,
+)
 from trainers.agreement import Agreement
-from trainers.attempt import Assignment, Claim, claim_attempt
+from trainers.attempt import Assignment, Claim, claim_attempt, with_limit
 from trainers.checkpoint import CheckpointWriter
 from trainers.controls import ControlPoller, Requests
 from trainers.data.cache import NodeCache, cache_folder
@@ -34,6 +44,7 @@ from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import measure
 from trainers.local_copy import DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
+from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, room_fault
 from trainers.parallel import plain, trained_parameters
 from trainers.preparation import DataSet, prepare, replicated
 from trainers.restore import checkpoint_copy, drop_checkpoint_copies, read_live_manifests
@@ -70,6 +81,8 @@ def train_worker(session: Session, assignment: Assignment) -> Outcome:
     paths = RunPaths(assignment.run_id)
     with account.spent("start"):
         claim = claim_attempt(session, assignment, agreement, store, paths)
+    spec = with_limit(spec, claim.attempt.max_tokens_per_microbatch)
+    assignment = replace(assignment, spec=spec)
     source = Source(claim.attempt.attempt, session.rank)
     with Telemetry(impatient(spec), paths, source, rows=spec.train.log_rows) as telemetry:
         if session.rank == 0 and "tensorboard" in spec.tracking:
@@ -130,6 +143,8 @@ class _Rank:
         try:
             with self._account.spent("start"):
                 self._say_start(claim)
+                if claim.hopeless is not None:
+                    return self._failed(claim.hopeless)
                 prepared = self._together(
                     lambda: prepare(
                         self._session, self._spec, self._store, self._paths, claim.restored
@@ -144,6 +159,8 @@ class _Rank:
         except TrainingError as error:
             # The gradient is the same on all ranks, and so is this error.
             return self._failed(Failure.of(error, where=self._where()))
+        except MicrobatchTooLarge as error:
+            raise self._out_of_memory(error) from error
 
     def _with_helpers(self) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
@@ -374,6 +391,28 @@ class _Rank:
 
     # ---- smaller parts
 
+    def _out_of_memory(self, error: MicrobatchTooLarge) -> ShoalError:
+        """What to raise on this rank alone; the record of it is durable where the store answers.
+
+        The others wait for this rank, so they cannot be told: whoever started the ranks starts them
+        again, and the next attempt reads the record.
+        """
+        told = memory_fault(
+            error, where=f"{self._where()}, after step {self._step}", spec=self._spec
+        )
+        crash = Crash(
+            attempt=self._attempt.attempt,
+            failure=Failure.of(told, where=self._where()),
+            out_of_memory=Microbatch(rows=error.rows, tokens=error.tokens),
+        )
+        try:
+            self._store.write_if_absent(self._paths.crash(crash.attempt), crash.to_bytes())
+        except ObjectExists:
+            pass  # another rank has told the same
+        except StorageError as fault:
+            log.error("why memory ran out cannot be recorded: %s", fault)
+        return told
+
     def _open_stream(self, data: DataSet, *, lanes: int, window: int) -> RankStream:
         return RankStream(
             store=data.store,
@@ -437,8 +476,8 @@ class _Rank:
     def _together(self, work: Callable[[], Given]) -> Given:
         """What `work`, which talks to no other rank, gives on this one.
 
-        A ShoalError of any rank becomes an AgreedFailure on all; any other error is raised as it
-        is, for whoever started the ranks.
+        A ShoalError of any rank, or memory that does not suffice, becomes an AgreedFailure on all;
+        any other error is raised as it is, for whoever started the ranks.
         """
         error: ShoalError | None = None
         given: list[Given] = []
@@ -446,6 +485,10 @@ class _Rank:
             given.append(work())
         except ShoalError as caught:
             error = caught
+        except Exception as caught:
+            if not is_out_of_memory(caught):
+                raise
+            error = room_fault(caught)
         self._raise_any(error)
         return given[0]
 
@@ -497,6 +540,17 @@ class _Rank:
                 if attempt.restored_step is not None
                 else "starts"
             )
+            if claim.crash is not None:
+                reason = claim.crash.failure.problems[0][0]
+                self._telemetry.event(
+                    "warning", f"attempt {claim.crash.attempt} broke off: {reason}"
+                )
+            if attempt.max_tokens_per_microbatch is not None:
+                self._telemetry.event(
+                    "warning",
+                    f"micro-batches have at most {attempt.max_tokens_per_microbatch} tokens, since "
+                    "larger ones have not fitted",
+                )
             if claim.recovers:
                 self._telemetry.state(State.RECOVERING, "the workers were started again")
             self._telemetry.event(

@@ -1,0 +1,89 @@
+"""Memory that runs out in a forward or backward pass, and by which micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from jobs.errors import ClusterError, Problem, ShoalError, TrainingError
+from jobs.spec import JobSpec
+from trainers.microbatch import IntArray, cut_microbatches
+
+_OTHER_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What torch says in errors of no type of their own."""
+
+
+class MicrobatchTooLarge(Exception):  # noqa: N818 - named for what it says
+    """The memory did not suffice for the passes over some rows."""
+
+    def __init__(self, *, rows: int, tokens: int) -> None:
+        super().__init__(f"{rows} rows of {tokens} tokens, padding included, do not fit")
+        self.rows = rows
+        """Of the largest micro-batch."""
+        self.tokens = tokens
+        """Its rows times its longest."""
+
+
+@contextmanager
+def passes_over(lengths: IntArray, *, max_tokens: int) -> Iterator[None]:
+    """Inside the block this rank's rows, of `lengths` tokens, go through the model.
+
+    Raises MicrobatchTooLarge in place of an error of memory. It names the largest micro-batch into
+    which `cut_microbatches` cuts the rows, whichever of them failed: what the passes before it have
+    left behind counts too.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        cuts = cut_microbatches(lengths, max_tokens=max_tokens)
+        sizes = [(len(cut) * max(1, int(lengths[cut].max())), len(cut)) for cut in cuts]
+        tokens, rows = max(sizes, default=(0, 0))  # no rows at all: padding is tiny
+        raise MicrobatchTooLarge(rows=rows, tokens=tokens) from error
+
+
+def memory_fault(error: MicrobatchTooLarge, *, where: str, spec: JobSpec) -> ShoalError:
+    """The same for the user: a ClusterError where smaller micro-batches may help, else a
+    TrainingError. `spec` is the job with the limit that was in force."""
+    if error.rows > 1:
+        limit = spec.batching.max_tokens_per_microbatch
+        return ClusterError(
+            Problem(
+                f"{where}: a micro-batch of {error.rows} rows and {error.tokens} tokens, padding "
+                f"included, does not fit into memory (the limit was {limit} tokens)",
+                f"a restart halves it; give a new run batching.max_tokens_per_microbatch: "
+                f"{error.tokens // 2}",
+            )
+        )
+    return TrainingError(
+        Problem(
+            f"{where}: a micro-batch of one row, {error.tokens} tokens, does not fit into memory",
+            f"lower task.max_tokens, which is {spec.task.max_tokens}, freeze a part of the model "
+            "with model.freeze, name a smaller model in model.source, or give each worker more "
+            "memory",
+        )
+    )
+
+
+def room_fault(error: Exception) -> TrainingError:
+    """Memory that ran out apart from any micro-batch, such as by the model itself."""
+    return TrainingError(
+        Problem(
+            f"the memory does not suffice for the model: {str(error).partition(chr(10))[0]}",
+            "name a smaller model in model.source, or give each worker more memory",
+        )
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OTHER_TEXTS)
