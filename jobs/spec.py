@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from typing import Annotated, Literal
 
@@ -29,6 +30,9 @@ from pydantic import (
 MAX_RUN_ID_CHARACTERS = 47
 """KubeRay derives other names from a RayJob's name; 47 keeps all of them under DNS-1035's 63."""
 RUN_ID_SUFFIX_CHARACTERS = 6
+
+MAX_AUTO_LANES = 64
+"""Most lanes that `data.lanes: auto` chooses, unless there are more workers than that."""
 
 MAX_KUBERNETES_NAME_CHARACTERS = 63
 """The limit of labels, in which some of the names are repeated."""
@@ -212,7 +216,8 @@ class Data(SpecPart):
     """Seed of the order of rows, of dropout and of the new head's weights."""
     lanes: PositiveInt | Literal["auto"] = "auto"
     """Runs into which an epoch is cut. A worker count that divides it reads each shard once;
-    `auto`: the worker count."""
+    `auto`: the worker count, or the smallest number that all counts from `workers.min` to
+    `workers.count` divide (above 64: as many of them as can be)."""
     window: PositiveInt = 16
     """Row groups of a lane among which rows are shuffled; shrinks to fit `stream_memory`."""
     stream_memory: Bytes = 2**30
@@ -322,12 +327,26 @@ class Workers(SpecPart):
 
     count: PositiveInt = 1
     """Number of workers; each holds a copy of the model."""
+    min: PositiveInt | None = None
+    """Fewest workers: the run starts with what the cluster has between `min` and `count`, goes on
+    with fewer when a node is lost, and grows back. Batches, learning rate and the order of rows
+    stay the same. null: always `count`."""
     cpus: PositiveInt = 1
     """CPU cores, and threads of torch, of one worker."""
     memory_gib: PositiveFloat | None = None
     """Memory that Ray reserves for one worker; null: not limited."""
     gpus: Literal[0, 1] = 0
     """GPUs of one worker."""
+
+    @property
+    def fewest(self) -> int:
+        """The smallest number of workers with which the run goes on."""
+        return self.count if self.min is None else self.min
+
+    @property
+    def counts(self) -> range:
+        """Every number of workers that the run may have."""
+        return range(self.fewest, self.count + 1)
 
 
 class Retries(SpecPart):
@@ -385,6 +404,20 @@ class KubeRayCluster(SpecPart):
     """How often KubeRay starts the run again, on a new Ray cluster, after it has failed."""
 
 
+def auto_lanes(worker_counts: range) -> int:
+    """The smallest number that all of the worker counts divide, the largest of them at least.
+
+    Each lane costs memory, so beyond MAX_AUTO_LANES it is a multiple of the largest count alone:
+    the one that most of the others divide as well.
+    """
+    most = worker_counts[-1]
+    exact = math.lcm(*worker_counts)
+    if exact <= max(MAX_AUTO_LANES, most):
+        return exact
+    multiples = range(most, max(MAX_AUTO_LANES, most) + 1, most)
+    return max(multiples, key=lambda lanes: (sum(lanes % w == 0 for w in worker_counts), -lanes))
+
+
 def no_validation_set() -> UnfitError:
     """What is wrong with a job that stops early and measures nothing."""
     return UnfitError(
@@ -430,6 +463,16 @@ class JobSpec(SpecPart):
         return name
 
     @model_validator(mode="after")
+    def _fewest_workers_are_few(self) -> JobSpec:
+        fewest, most = self.workers.min, self.workers.count
+        if fewest is not None and fewest > most:
+            raise UnfitError(
+                f"workers.min is {fewest}, but workers.count, the most workers, is {most}",
+                f"set workers.count to {fewest} or more, or lower workers.min",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _early_stopping_has_data(self) -> JobSpec:
         if self.train.early_stopping is not None and self.data.validation is None:
             raise no_validation_set()
@@ -437,8 +480,8 @@ class JobSpec(SpecPart):
 
     @property
     def lanes(self) -> int:
-        """Number of lanes of an epoch: data.lanes, or the worker count where it is `auto`."""
-        return self.workers.count if self.data.lanes == "auto" else self.data.lanes
+        """Number of lanes of an epoch: data.lanes, or what suits all worker counts if `auto`."""
+        return auto_lanes(self.workers.counts) if self.data.lanes == "auto" else self.data.lanes
 
     @property
     def best(self) -> tuple[str, Literal["min", "max"], float]:

@@ -1,7 +1,7 @@
 """`torchrun --nproc-per-node 2 -m trainers JOB.yaml`: the same job without Ray.
 
-The workers are those that torchrun started, or this one process; the job's `workers.count` must
-say as many, since it decides how rows are dealt. The run folder is the same as that of
+The workers are those that torchrun started, or this one process: as many as the job's
+`workers.count` says, or from `workers.min` up to it. The run folder is the same as that of
 `shoal run`, and the same command with the same --run-id resumes it.
 """
 
@@ -59,12 +59,13 @@ def main(job: Path, overrides: tuple[str, ...], run_id: str) -> None:
 
 def _train(spec: JobSpec, run_id: str) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != spec.workers.count:
+    if world_size not in spec.workers.counts:
+        few, most = spec.workers.fewest, spec.workers.count
+        given = f"workers.count is {most}" if few == most else f"workers may be {few} to {most}"
         raise SpecError(
             Problem(
-                f"workers.count is {spec.workers.count}, but {world_size} processes were started",
-                f"add --set workers.count={world_size}, or start "
-                f"torchrun --nproc-per-node {spec.workers.count}",
+                f"{given}, but {world_size} processes were started",
+                f"add --set workers.count={world_size}, or start torchrun --nproc-per-node {most}",
             )
         )
     store = open_store(spec.store.uri, spec.store.access)

@@ -74,27 +74,29 @@ def check_workers(spec: JobSpec, machine: Machine | None) -> list[Finding]:
                 "not asked",
             )
         ]
-    findings = list(_too_many(workers, machine))
+    findings = list(_too_many(workers, workers.fewest, machine))
     if findings:
         return findings
-    threads = workers.count * workers.cpus
+    fits = next(n for n in reversed(workers.counts) if not list(_too_many(workers, n, machine)))
     return [
         ok(
             part,
-            f"{_counted(workers.count, 'worker')} with {_counted(workers.cpus, 'core')} each: "
-            f"{threads} of this machine's {machine.cores}"
-            + (f", and {workers.count} of its {machine.gpus} GPUs" if workers.gpus else ""),
+            f"{_counted(fits, 'worker')} with {_counted(workers.cpus, 'core')} each: "
+            f"{fits * workers.cpus} of this machine's {machine.cores}"
+            + (f", and {fits} of its {machine.gpus} GPUs" if workers.gpus else "")
+            + (f"; workers.count {workers.count} needs a larger one" * (fits < workers.count)),
         )
     ]
 
 
-def _too_many(workers: Workers, machine: Machine) -> Iterator[Finding]:
-    """What the workers need and this machine has not: Ray would wait for it for ever."""
+def _too_many(workers: Workers, number: int, machine: Machine) -> Iterator[Finding]:
+    """What so many workers need and this machine has not: Ray would wait for it in vain."""
     elsewhere = "or run on a larger Ray cluster: export RAY_ADDRESS=ADDRESS"
-    shown = _counted(workers.count, "worker")
-    if (cores := workers.count * workers.cpus) > machine.cores:
+    shown = _counted(number, "worker")
+    key = "workers.count" if workers.min is None else "workers.min"
+    if (cores := number * workers.cpus) > machine.cores:
         fitting = machine.cores // workers.cpus
-        lower = f"set workers.count to {fitting}" if fitting else "set workers.cpus to 1"
+        lower = f"set {key} to {fitting}" if fitting else "set workers.cpus to 1"
         yield problem(
             "workers",
             f"{shown} with workers.cpus {workers.cpus} need {_counted(cores, 'core')}, but this "
@@ -102,8 +104,8 @@ def _too_many(workers: Workers, machine: Machine) -> Iterator[Finding]:
             f"{lower}, {elsewhere}",
             exit_code=ENVIRONMENT_EXIT_CODE,
         )
-    if (gpus := workers.count * workers.gpus) > machine.gpus:
-        lower = f"set workers.count to {machine.gpus}" if machine.gpus else "set workers.gpus to 0"
+    if (gpus := number * workers.gpus) > machine.gpus:
+        lower = f"set {key} to {machine.gpus}" if machine.gpus else "set workers.gpus to 0"
         yield problem(
             "workers",
             f"{shown} with workers.gpus 1 need {_counted(gpus, 'GPU')}, but this machine has "
@@ -111,13 +113,13 @@ def _too_many(workers: Workers, machine: Machine) -> Iterator[Finding]:
             f"{lower}, {elsewhere}",
             exit_code=ENVIRONMENT_EXIT_CODE,
         )
-    memory = workers.count * int((workers.memory_gib or 0) * 2**30)
+    memory = number * int((workers.memory_gib or 0) * 2**30)
     if memory > machine.memory_bytes:
         yield problem(
             "workers",
             f"{shown} with workers.memory_gib {workers.memory_gib:g} need {format_bytes(memory)}, "
             f"but this machine has {format_bytes(machine.memory_bytes)} free",
-            f"lower workers.memory_gib or workers.count, {elsewhere}",
+            f"lower workers.memory_gib or {key}, {elsewhere}",
             exit_code=ENVIRONMENT_EXIT_CODE,
         )
 
@@ -153,12 +155,12 @@ def check_memory(spec: JobSpec, machine: Machine | None, *, worker_bytes: int) -
                 f"set workers.memory_gib to {worker_bytes / 2**30 * 1.2:.1f} or more",
             )
         ]
-    need = worker_bytes * spec.workers.count
+    need = worker_bytes * spec.workers.fewest
     if machine is not None and need > machine.memory_bytes:
         return [
             warning(
                 part,
-                f"{_counted(spec.workers.count, 'worker')} need about {format_bytes(need)} for "
+                f"{_counted(spec.workers.fewest, 'worker')} need about {format_bytes(need)} for "
                 "programs, models, optimizers and rows, without activations, but this machine has "
                 f"{format_bytes(machine.memory_bytes)} free",
                 "lower workers.count or data.stream_memory, or free memory",

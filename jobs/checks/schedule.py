@@ -10,7 +10,7 @@ from jobs.checks.data_sets import DataSetFacts
 from jobs.checks.finding import Finding, ok, problem, problems_of, warning
 from jobs.checks.weights import Weights
 from jobs.errors import SpecError
-from jobs.spec import JobSpec, format_bytes
+from jobs.spec import MAX_AUTO_LANES, JobSpec, format_bytes
 from trainers.data.partition import (
     fit_window,
     item_step,
@@ -61,12 +61,17 @@ def totals_of(spec: JobSpec, train: DataSetFacts | None, weights: Weights | None
         stream_bytes=stream_bytes(
             lanes=spec.lanes,
             window=window,
-            world_size=spec.workers.count,
+            world_size=_hungriest(spec),
             max_row_group_bytes=index.max_row_group_bytes,
         ),
         parameters=parameters,
         training_bytes=training,
     )
+
+
+def _hungriest(spec: JobSpec) -> int:
+    """The allowed number of workers with which one worker touches the most lanes."""
+    return max(spec.workers.counts, key=lambda count: lanes_of_rank(spec.lanes, count))
 
 
 def _window(spec: JobSpec, train: DataSetFacts) -> int:
@@ -150,13 +155,13 @@ def check_stream(spec: JobSpec, train: DataSetFacts, totals: Totals) -> Iterator
     """Whether lanes, workers, memory and the node's cache fit the training set."""
     if totals.window is None or totals.stream_bytes is None:
         return
-    index, lanes, workers = train.index, spec.lanes, spec.workers.count
+    index, lanes = train.index, spec.lanes
     try:
         refuse_small_memory(
             uri=train.uri,
             lanes=lanes,
             window=totals.window,
-            world_size=workers,
+            world_size=_hungriest(spec),
             max_row_group_bytes=index.max_row_group_bytes,
             stream_memory=spec.data.stream_memory,
         )
@@ -164,14 +169,10 @@ def check_stream(spec: JobSpec, train: DataSetFacts, totals: Totals) -> Iterator
         yield from problems_of("data.stream_memory", error)
     else:
         yield from _tell_memory(spec, train, totals)
-    if item_step(lanes, workers) == 1:
+    sharing = [count for count in spec.workers.counts if item_step(lanes, count) > 1]
+    if not sharing:
         return
-    yield warning(
-        "data.lanes",
-        f"{workers} workers do not divide the {lanes} lanes, so {item_step(lanes, workers)} "
-        "workers read each row group",
-        f"set data.lanes to a multiple of {workers}",
-    )
+    yield _tell_sharing(spec, sharing)
     try:
         refuse_small_cache(
             uri=train.uri,
@@ -185,10 +186,34 @@ def check_stream(spec: JobSpec, train: DataSetFacts, totals: Totals) -> Iterator
         yield from problems_of("data.cache_gib", error)
 
 
+def _tell_sharing(spec: JobSpec, sharing: list[int]) -> Finding:
+    """`sharing`: the worker counts that do not divide the lanes."""
+    lanes, counts = spec.lanes, spec.workers.counts
+    if len(counts) == 1:
+        workers = counts[0]
+        return warning(
+            "data.lanes",
+            f"{workers} workers do not divide the {lanes} lanes, so {item_step(lanes, workers)} "
+            "workers read each row group",
+            f"set data.lanes to a multiple of {workers}",
+        )
+    exact = math.lcm(*counts)
+    shown = ", ".join(map(str, sharing[:8])) + (", ..." if len(sharing) > 8 else "")
+    return warning(
+        "data.lanes",
+        f"{len(sharing)} of the {len(counts)} worker counts from workers.min to workers.count do "
+        f"not divide the {lanes} lanes ({shown}), so with them several workers read each row group",
+        f"leave it: the order of rows is the same; or set data.lanes to {exact}"
+        if exact <= MAX_AUTO_LANES
+        else "leave it: the order of rows is the same; or raise workers.min, as lanes for all of "
+        "the counts would take too much memory",
+    )
+
+
 def _tell_memory(spec: JobSpec, train: DataSetFacts, totals: Totals) -> Iterator[Finding]:
     index, window = train.index, totals.window
     assert totals.stream_bytes is not None
-    groups = 2 * (window or 1) * lanes_of_rank(spec.lanes, spec.workers.count)
+    groups = 2 * (window or 1) * lanes_of_rank(spec.lanes, _hungriest(spec))
     message = (
         f"a worker holds at most {groups} row groups of {format_bytes(index.max_row_group_bytes)}: "
         f"{format_bytes(totals.stream_bytes)} of {format_bytes(spec.data.stream_memory)}"

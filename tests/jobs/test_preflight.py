@@ -617,6 +617,17 @@ def test_workers_must_fit_cores_gpus_and_memory(shared: Path) -> None:
     assert (found[1].hint or "").startswith("set workers.gpus to 0,")
 
 
+def test_an_elastic_run_needs_a_machine_for_its_fewest_workers(shared: Path) -> None:
+    (fitting,) = workers_on(shared, machine_of(), count=9, min=1, cpus=4)
+    assert fitting.verdict is Verdict.OK
+    assert fitting.message == (
+        "2 workers with 4 cores each: 8 of this machine's 8; workers.count 9 needs a larger one"
+    )
+    (lacking,) = workers_on(shared, machine_of(), count=9, min=3, cpus=4)
+    assert lacking.message.startswith("3 workers with workers.cpus 4 need 12 cores")
+    assert (lacking.hint or "").startswith("set workers.min to 2,")
+
+
 def test_a_cluster_elsewhere_is_not_checked(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray://elsewhere:10001")
     checked = job(workers={"count": 100_000}, batching={"global_batch_size": 100_000})
@@ -742,6 +753,16 @@ def test_lanes_that_the_workers_do_not_divide_are_a_warning(job: Any) -> None:
     )
     small = job(data=three | {"cache_gib": 1e-6}, workers={"count": 2})
     assert "but the windows of" in of(small, Verdict.PROBLEM, "data.cache_gib")[0].message
+
+
+def test_worker_counts_that_share_shards_are_told(job: Any) -> None:
+    many = {"count": 8, "min": 4}
+    found = only_warning(job(workers=many, batching={"global_batch_size": 8}), "data.lanes")
+    assert found.message.startswith("2 of the 5 worker counts from workers.min to workers.count")
+    assert "the 24 lanes (5, 7)" in found.message
+    assert "set data.lanes to" not in (found.hint or "")
+    found = only_warning(job(workers={"count": 2, "min": 1}, data={"lanes": 3}), "data.lanes")
+    assert (found.hint or "").endswith("set data.lanes to 2")
 
 
 def test_all_problems_of_a_job_are_told_at_once(

@@ -41,6 +41,19 @@ def test_lanes_follow_the_worker_count_unless_they_are_given(count: int) -> None
     assert job(workers={"count": count}, data=data | {"lanes": 12}).lanes == 12
 
 
+@pytest.mark.parametrize(
+    ("fewest", "most", "lanes"),
+    [
+        (2, 4, 12),  # the smallest common multiple of 2, 3 and 4
+        (1, 8, 24),  # that of all would be 840; 1, 2, 3, 4, 6 and 8 divide 24
+        (60, 100, 100),  # more than 64 only for the largest count itself
+        (4, 4, 4),
+    ],
+)
+def test_lanes_suit_every_worker_count_of_an_elastic_run(fewest: int, most: int, lanes: int) -> None:
+    assert job(workers={"min": fewest, "count": most}).lanes == lanes
+
+
 def test_the_best_is_the_lowest_loss_or_what_early_stopping_watches() -> None:
     assert job().best == ("validation/loss", "min", 0.0)
     stopping = {"metric": "validation/accuracy", "min_delta": 0.01}
