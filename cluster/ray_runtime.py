@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from jobs.errors import ClusterError, Problem
@@ -14,8 +14,12 @@ from jobs.spec import Workers, format_bytes
 _SETTINGS = {
     # A report waits for the controller to look; two seconds, the default, are felt at the end.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Sixty seconds are too short for workers that import torch on a loaded machine.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    # After this Ray counts anew how many workers the cluster has room for. Sixty seconds, the
+    # default, are too short on a loaded machine.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    # How often the nodes of the workers are asked whether they are being taken. Each second counts
+    # of the thirty that some platforms give; the default is five.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Repeated lines of workers are wanted: they go to the run's log, not to a terminal.
@@ -76,21 +80,22 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
 def refuse_too_small(workers: Workers, resources: dict[str, float]) -> None:
     """Raises ClusterError where the whole cluster, were it idle, could not hold the workers."""
     problems = []
+    number = workers.fewest
+    key = "workers.count" if workers.min is None else "workers.min"
     for name, each, text in (
         ("CPU", workers.cpus, "CPUs"),
         ("GPU", workers.gpus, "GPUs"),
         ("memory", int((workers.memory_gib or 0) * 2**30), "memory"),
     ):
-        need, has = each * workers.count, resources.get(name, 0.0)
+        need, has = each * number, resources.get(name, 0.0)
         if need > has:
             shown = (
                 (format_bytes(need), format_bytes(has)) if name == "memory" else (need, int(has))
             )
             problems.append(
                 Problem(
-                    f"{workers.count} workers need {shown[0]} {text}, "
-                    f"but the cluster has {shown[1]}",
-                    "lower workers.count"
+                    f"{number} workers need {shown[0]} {text}, but the cluster has {shown[1]}",
+                    f"lower {key}"
                     + {
                         "CPU": " or workers.cpus",
                         "GPU": ", or set workers.gpus to 0",
@@ -100,3 +105,59 @@ def refuse_too_small(workers: Workers, resources: dict[str, float]) -> None:
             )
     if problems:
         raise ClusterError(*problems)
+
+
+# -------------------------------------------------------------------------- room on the nodes
+
+
+def resources_of(workers: Workers) -> dict[str, float]:
+    """What one worker asks Ray for."""
+    asked: dict[str, float] = {"CPU": workers.cpus}
+    if workers.gpus:
+        asked["GPU"] = workers.gpus
+    if workers.memory_gib is not None:
+        asked["memory"] = int(workers.memory_gib * 2**30)
+    return asked
+
+
+def staying_nodes() -> list[dict[str, float]]:
+    """Resources of each node that lives and is not being taken; of the cluster this process is in.
+
+    Ray's own count of what elastic workers may have includes nodes that are being drained, on which
+    nothing is placed any more, and for up to 20 s nodes that have died.
+    """
+    import ray
+
+    draining = ray._private.state.state.get_draining_nodes()
+    return [
+        node["Resources"]
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and node["NodeID"] not in draining
+    ]
+
+
+def room_for(workers: Workers, nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many workers the nodes could hold, were they idle; each lies in one node. Pure."""
+    asked = resources_of(workers)
+    return sum(
+        min(int(node.get(name, 0.0) // amount) for name, amount in asked.items()) for node in nodes
+    )
+
+
+def describe_shortage(workers: Workers, nodes: Sequence[Mapping[str, float]]) -> str:
+    """`2 workers need 2 x 4 CPUs, and the 3 nodes have room for 1 (6 CPUs)`. Pure."""
+    asked = resources_of(workers)
+
+    def shown(name: str, amount: float) -> str:
+        if name == "memory":
+            return f"{format_bytes(amount)} memory"
+        return f"{int(amount)} {name}{'' if amount == 1 else 's'}"
+
+    number = workers.fewest
+    each = " and ".join(shown(name, amount) for name, amount in asked.items())
+    held = ", ".join(shown(name, sum(node.get(name, 0.0) for node in nodes)) for name in asked)
+    return (
+        f"{number} worker{'' if number == 1 else 's'} need{'s' if number == 1 else ''} "
+        f"{number} x {each}, and the cluster's {len(nodes)} node{'' if len(nodes) == 1 else 's'} "
+        f"ha{'s' if len(nodes) == 1 else 've'} room for {room_for(workers, nodes)} ({held})"
+    )

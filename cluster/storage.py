@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -32,6 +32,7 @@ OWN_FILE_PREFIX = ".shoal-"
 _S3_URI = re.compile(
     r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9])(?:/(?P<key>.*))?"
 )
+_MOST_NUMBERS_TRIED = 100
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -232,6 +233,18 @@ def local_path(uri: str) -> Path:
     if not path:
         raise SpecError(Problem("a store's URI is empty", "write s3://bucket/prefix or a path"))
     return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def write_numbered(store: Store, key_of: Callable[[int], str], data: bytes, *, after: int) -> None:
+    """Writes the object with the next free number; several writers get several numbers."""
+    for candidate in range(after + 1, after + 1 + _MOST_NUMBERS_TRIED):
+        try:
+            store.write_if_absent(key_of(candidate), data)
+        except ObjectExists:
+            continue
+        return
+    folder = key_of(after + 1).rpartition("/")[0]
+    raise EnvironmentFault(f"{folder} is being written to by too many others at once")
 
 
 def split_uri(uri: str) -> tuple[str, str]:

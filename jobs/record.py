@@ -38,7 +38,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from jobs.errors import ClusterError, EnvironmentFault, ShoalError, SpecError
 
@@ -308,7 +308,14 @@ class Control(Record):
     requested_at: float
     by: str = ""
     attempt: int | None = None
-    """The only attempt that is meant; None: every one. A yield names its attempt."""
+    """The only attempt that is meant; None: every one. A yield names its attempt, or each of those
+    that follow would give way as well."""
+
+    @model_validator(mode="after")
+    def _yield_names_its_attempt(self) -> Control:
+        if self.kind == "yield" and self.attempt is None:
+            raise ValueError("a request to yield names its attempt")
+        return self
 
 
 class Amendment(Record):

@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -28,8 +30,9 @@ from jobs.errors import ShoalError, render_error
 from jobs.record import NOTHING_PAST, Failure, Lease, Outcome, Past, Result, RunPaths, Source, State
 from jobs.report import write_report
 from jobs.runs import RunReader
-from jobs.spec import StoreAccess
+from jobs.spec import KubeRayCluster, StoreAccess
 from jobs.submit import request_stop
+from trainers.controls import ask_to_yield, last_attempt
 from trainers.telemetry import Telemetry, impatient
 
 if TYPE_CHECKING:
@@ -39,6 +42,9 @@ LEASE_SECONDS = 60.0
 """Longest that the store may be away while a run goes on; longest that a new driver waits to see
 whether one on another machine lives."""
 _WATCH_SECONDS = 0.5
+TAKEN_SECONDS = 90.0
+"""How long workers may take to save their state once the driver's own machine is taken; less than
+the grace period of the pods that `cluster.rayjob` renders."""
 
 log = logging.getLogger("shoal.run")
 
@@ -99,7 +105,7 @@ def drive(
             stack.enter_context(captured_output(lambda line: output.debug("%s", line)))
             telemetry.state(State.STARTING, "starting Ray and the workers")
             assignment = Assignment(spec, run_id, lease.generation, past.controls)
-            ended = _fit(assignment, store, lease, attended_by=attended_by)
+            ended = _fit(assignment, store, lease, telemetry, attended_by=attended_by)
             if isinstance(ended, Failure) and ended.traceback:
                 log.error("%s", ended.traceback)
             lease.check()
@@ -113,22 +119,31 @@ def drive(
 
 
 def _fit(
-    assignment: Assignment, store: Store, lease: Held, *, attended_by: int | None
+    assignment: Assignment,
+    store: Store,
+    lease: Held,
+    telemetry: Telemetry,
+    *,
+    attended_by: int | None,
 ) -> Outcome | Failure:
-    """The workers' outcome. Signals, and the loss of who attends, become a request to stop."""
-    with _watched(assignment.run_id, store, lease, attended_by=attended_by):
+    """The workers' outcome. Signals, and the loss of who attends, become requests to the run."""
+    with _watched(assignment, store, lease, attended_by=attended_by) as taken:
         try:
             with ray_cluster(assignment.spec.workers):
                 from trainers.fit import fit
 
                 # Not in the main thread: there Ray Train would take SIGINT for an abort without
                 # a checkpoint.
-                return _in_thread(lambda: fit(assignment))
+                work = partial(fit, assignment, telemetry, is_taken=taken.is_set)
+                return _in_thread(work, taken=taken)
         except Exception as error:
             return Failure.of(error, where="driver")
 
 
-def _in_thread(work: Callable[[], Outcome | Failure]) -> Outcome | Failure:
+def _in_thread(
+    work: Callable[[], Outcome | Failure], *, taken: threading.Event
+) -> Outcome | Failure:
+    """What `work` gives. Once this machine is taken, it is not waited for longer than there is."""
     ended: list[Outcome | Failure | BaseException] = []
 
     def run() -> None:
@@ -139,18 +154,40 @@ def _in_thread(work: Callable[[], Outcome | Failure]) -> Outcome | Failure:
 
     thread = threading.Thread(target=run, name="shoal-fit", daemon=True)
     thread.start()
+    deadline: float | None = None
     while thread.is_alive():
         thread.join(_WATCH_SECONDS)
+        if taken.is_set():
+            deadline = deadline or time.monotonic() + TAKEN_SECONDS
+            if time.monotonic() > deadline:
+                message = (
+                    f"the driver's machine is taken, and the workers have not saved their state in "
+                    f"{TAKEN_SECONDS:.0f} s; the last checkpoint before is kept"
+                )
+                return Failure(
+                    state=State.FAILED_INFRA,
+                    problems=((message, None),),
+                    where="driver",
+                    exit_code=State.FAILED_INFRA.exit_code,
+                )
     if isinstance(ended[0], BaseException):
         raise ended[0]
     return ended[0]
 
 
 @contextmanager
-def _watched(run_id: str, store: Store, lease: Held, *, attended_by: int | None) -> Iterator[None]:
-    """Inside the block signals ask for a stop, and the loss of the lease ends this process."""
+def _watched(
+    assignment: Assignment, store: Store, lease: Held, *, attended_by: int | None
+) -> Iterator[threading.Event]:
+    """Inside the block signals ask for a stop, and the loss of the lease ends this process.
+
+    On Kubernetes nobody but the platform sends SIGTERM: the pod is taken, and another driver is to
+    go on. The event says so; the attempts then save their state and give way.
+    """
+    run_id = assignment.run_id
     ended = threading.Event()
     asked = threading.Event()
+    taken = threading.Event()
 
     def ask(by: str) -> None:
         if not asked.is_set():
@@ -158,7 +195,12 @@ def _watched(run_id: str, store: Store, lease: Held, *, attended_by: int | None)
             threading.Thread(target=_ask_to_stop, args=(store, run_id, by), daemon=True).start()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        ask(signal.Signals(number).name)
+        if number != signal.SIGTERM or not isinstance(assignment.spec.cluster, KubeRayCluster):
+            ask(signal.Signals(number).name)
+        elif not taken.is_set():
+            taken.set()
+            ask_all = partial(_ask_to_give_way, assignment, store, ended)
+            threading.Thread(target=ask_all, daemon=True).start()
 
     def watch() -> None:
         while not ended.wait(_WATCH_SECONDS):
@@ -174,7 +216,7 @@ def _watched(run_id: str, store: Store, lease: Held, *, attended_by: int | None)
     thread = threading.Thread(target=watch, name="shoal-watch", daemon=True)
     thread.start()
     try:
-        yield
+        yield taken
     finally:
         ended.set()
         thread.join()
@@ -187,6 +229,19 @@ def _ask_to_stop(store: Store, run_id: str, by: str) -> None:
         request_stop(store, run_id, by=by)
     except StorageError as error:
         sys.stderr.write(f"shoal: the request to stop cannot be written: {error}\n")
+
+
+def _ask_to_give_way(assignment: Assignment, store: Store, ended: threading.Event) -> None:
+    """Asks the attempt that goes on, and each that still begins, to save its state and end."""
+    paths, asked = RunPaths(assignment.run_id), 0
+    while not ended.wait(_WATCH_SECONDS):
+        try:
+            newest = last_attempt(store, paths)
+            if newest > asked:
+                ask_to_yield(store, paths, attempt=newest, by="SIGTERM to the driver")
+                asked = newest
+        except StorageError as error:
+            sys.stderr.write(f"shoal: the request to give way cannot be written: {error}\n")
 
 
 def _kill_descendants() -> None:

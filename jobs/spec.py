@@ -331,6 +331,9 @@ class Workers(SpecPart):
     """Fewest workers: the run starts with what the cluster has between `min` and `count`, goes on
     with fewer when a node is lost, and grows back. Batches, learning rate and the order of rows
     stay the same. null: always `count`."""
+    resize_seconds: PositiveFloat = 60.0
+    """With `min`: time between two looks whether the cluster has room for more workers. Each
+    change saves the state and starts the workers anew."""
     cpus: PositiveInt = 1
     """CPU cores, and threads of torch, of one worker."""
     memory_gib: PositiveFloat | None = None
@@ -354,6 +357,11 @@ class Retries(SpecPart):
 
     worker_failures: NonNegativeInt = 2
     """Restarts from the last checkpoint after a worker has died."""
+    preemptions: NonNegativeInt | Literal["unlimited"] = "unlimited"
+    """Restarts after the platform has announced that it takes a node; counted apart."""
+    wait_minutes: PositiveFloat = 30.0
+    """Longest wait for workers that the cluster does not have; then the run ends with exit code 3
+    and can be resumed."""
 
 
 class LocalCluster(SpecPart):

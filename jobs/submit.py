@@ -12,7 +12,7 @@ import secrets
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from typing import Literal
 from cluster.local import start_driver
 from cluster.process import ProcessIdentity, identify
 from cluster.rayjob import Manifest, build_rayjob
-from cluster.storage import ObjectExists, Store, is_s3, join_uri, open_store
+from cluster.storage import ObjectExists, Store, is_s3, join_uri, open_store, write_numbered
 from jobs.errors import EnvironmentFault, Problem, SpecError
 from jobs.parse import (
     apply_overrides,
@@ -37,7 +37,6 @@ from trainers.controls import last_request
 
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
 """Characters of a run id's suffix: none that looks like another."""
-_MOST_NUMBERS_TRIED = 100
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -196,7 +195,7 @@ def resume_run(
     if overrides:
         amendment = Amendment(overrides=tuple(overrides), made_at=time.time())
         number_before = sum(1 for _ in store.list(paths.amendments))  # they have no gaps
-        _write_numbered(store, paths.amendment, amendment.to_bytes(), after=number_before)
+        write_numbered(store, paths.amendment, amendment.to_bytes(), after=number_before)
     result = reader.result()
     if result is not None and result.state is State.SUCCEEDED and not overrides:
         raise SpecError(
@@ -216,7 +215,7 @@ def request_stop(store: Store, run_id: str, *, by: str) -> None:
     paths = RunPaths(run_id)
     control = Control(kind="stop", requested_at=time.time(), by=by)
     number_before = last_request(store, paths)
-    _write_numbered(store, paths.control_request, control.to_bytes(), after=number_before)
+    write_numbered(store, paths.control_request, control.to_bytes(), after=number_before)
 
 
 def new_run_id(name: str) -> str:
@@ -282,15 +281,3 @@ def _refuse_driven(reader: RunReader, *, now: float) -> None:
             "after its last sign)",
         )
     )
-
-
-def _write_numbered(store: Store, key_of: Callable[[int], str], data: bytes, *, after: int) -> None:
-    """Writes the object with the next free number; several writers get several numbers."""
-    for candidate in range(after + 1, after + 1 + _MOST_NUMBERS_TRIED):
-        try:
-            store.write_if_absent(key_of(candidate), data)
-        except ObjectExists:
-            continue
-        return
-    folder = key_of(after + 1).rpartition("/")[0]
-    raise EnvironmentFault(f"{folder} is being written to by too many others at once")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from cluster.storage import ObjectExists, ObjectMissing, Store
 from jobs.errors import EnvironmentFault, Problem
-from jobs.record import Attempt, Crash, Failure, Manifest, RunPaths
+from jobs.record import Attempt, Crash, Failure, Manifest, Outcome, RunPaths
 from jobs.spec import JobSpec
 from trainers.agreement import Agreement
 from trainers.data.cache import cache_folder
@@ -57,8 +57,11 @@ class Claim:
 
 def claim_attempt(
     session: Session, assignment: Assignment, agreement: Agreement, store: Store, paths: RunPaths
-) -> Claim:
+) -> Claim | Outcome:
     """The attempt that this start of the group is, and the checkpoint from which it goes on.
+
+    Where an attempt of this driver has ended the run, and the group was started again all the same
+    (a worker died, or the cluster grew, just then), that outcome: there is nothing to do.
 
     Rank 0 chooses both and records them before anything is trained; the others are told. Where rank
     0 cannot, its error is raised there, and an EnvironmentFault on the others.
@@ -69,13 +72,16 @@ def claim_attempt(
     if session.rank == 0:
         try:
             claim = _claim(assignment, store, paths, hosts=hosts, session=session)
-            told = {
-                "attempt": claim.attempt.model_dump(mode="json"),
-                "restored": claim.restored and claim.restored.model_dump(mode="json"),
-                "skipped": claim.skipped,
-                "recovers": claim.recovers,
-                "crash": claim.crash and claim.crash.model_dump(mode="json"),
-            }
+            if isinstance(claim, Outcome):
+                told = {"ended": claim.model_dump(mode="json")}
+            else:
+                told = {
+                    "attempt": claim.attempt.model_dump(mode="json"),
+                    "restored": claim.restored and claim.restored.model_dump(mode="json"),
+                    "skipped": claim.skipped,
+                    "recovers": claim.recovers,
+                    "crash": claim.crash and claim.crash.model_dump(mode="json"),
+                }
         except Exception as caught:  # whatever it is, the others must not wait for it
             error = caught
             told = {"problems": Failure.of(caught, where="rank 0").problems}
@@ -84,6 +90,8 @@ def claim_attempt(
         raise error
     if "problems" in told:
         raise EnvironmentFault(*(Problem(*problem) for problem in told["problems"]))
+    if "ended" in told:
+        return Outcome.model_validate(told["ended"])
     return Claim(
         attempt=Attempt.model_validate(told["attempt"]),
         restored=told["restored"] and Manifest.model_validate(told["restored"]),
@@ -95,8 +103,13 @@ def claim_attempt(
 
 def _claim(
     assignment: Assignment, store: Store, paths: RunPaths, *, hosts: list[str], session: Session
-) -> Claim:
+) -> Claim | Outcome:
     before = read_attempts(store, paths)
+    own = [a for a in before if a.generation == assignment.generation]
+    if own:
+        ended = outcome_of(store, paths, own[-1].attempt)
+        if ended is not None and ended.state.is_final:
+            return ended
     number = max((a.attempt for a in before), default=0) + 1
     crash = _read_crash(store, paths, number - 1)
     restored, skipped = newest_restorable(store, paths, cache_folder=cache_folder())
@@ -121,8 +134,7 @@ def _claim(
         raise EnvironmentFault(
             Problem(f"attempt {number} was begun by another driver at the same time")
         ) from error
-    recovers = any(a.generation == assignment.generation for a in before)
-    return Claim(attempt, restored, skipped, recovers, crash)
+    return Claim(attempt, restored, skipped, recovers=bool(own), crash=crash)
 
 
 def microbatch_limit(last: Attempt | None, crash: Crash | None, *, of_job: int) -> int | None:
@@ -155,6 +167,14 @@ def _read_crash(store: Store, paths: RunPaths, attempt: int) -> Crash | None:
         return Crash.model_validate_json(store.read(paths.crash(attempt)))
     except (ObjectMissing, ValidationError):
         return None  # as after a kill, of which nobody can tell
+
+
+def outcome_of(store: Store, paths: RunPaths, attempt: int) -> Outcome | None:
+    """How the attempt ended by itself; None where it goes on or was killed."""
+    try:
+        return Outcome.model_validate_json(store.read(paths.outcome(attempt)))
+    except ObjectMissing:
+        return None
 
 
 def _device_name(device: torch.device) -> str:

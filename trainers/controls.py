@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
+import time
 from dataclasses import dataclass, replace
 from types import TracebackType
 
 from pydantic import ValidationError
 
-from cluster.storage import Store
+from cluster.storage import Store, write_numbered
 from jobs.record import Control, RunPaths
 
 POLL_SECONDS = 1.0
@@ -33,6 +35,26 @@ def last_request(store: Store, paths: RunPaths) -> int:
         head.key.rpartition("/")[2].removesuffix(".json") for head in store.list(paths.control)
     )
     return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def last_attempt(store: Store, paths: RunPaths) -> int:
+    """Number of the newest attempt of the run; 0 without any."""
+    names = (head.key.rpartition("/")[2] for head in store.list(paths.attempts))
+    return max((int(name.partition(".")[0].partition("-")[0]) for name in names), default=0)
+
+
+def ask_to_yield(store: Store, paths: RunPaths, *, attempt: int, by: str) -> None:
+    """Asks an attempt to save its state and give way to the next one."""
+    control = Control(kind="yield", requested_at=time.time(), by=by, attempt=attempt)
+    write_numbered(
+        store, paths.control_request, control.to_bytes(), after=last_request(store, paths)
+    )
+
+
+def stop_is_asked(store: Store, paths: RunPaths, *, after: int) -> bool:
+    """Whether a request later than number `after` asks for a stop; for where no worker hears it."""
+    heads = store.list(paths.control, after=paths.control_request(after))
+    return any(json.loads(store.read(head.key)).get("kind") == "stop" for head in heads)
 
 
 class ControlPoller:

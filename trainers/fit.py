@@ -1,40 +1,93 @@
 """Ray Train: the job's workers as a TorchTrainer, and the Session over it. Only here is it built.
 
 fit -> [Ray] _train_on_ray -> worker.train_worker
+
+Who starts workers again: Ray's controller where one of them died, or where the cluster has room for
+another number of them; `fit` where an attempt has saved its state and given way to the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
+# From where they are: for type checkers `ray.train` has their predecessors.
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from cluster.ray_runtime import resources_of
 from cluster.storage import is_s3, open_store
 from jobs.errors import ShoalError
 from jobs.record import Failure, Outcome, RunPaths, State
 from jobs.spec import JobSpec
 from trainers.attempt import Assignment
+from trainers.controls import last_attempt
+from trainers.notices import NoticeReader
+from trainers.ray_controller import RunController, StoppedWhileWaiting
+from trainers.restore import read_live_manifests
 from trainers.session import COLLECTIVE_TIMEOUT
+from trainers.telemetry import Telemetry
 from trainers.worker import train_worker
 
+_MOST_FAILED_STARTS = 100
+"""Of workers that Ray could not start at all, in a row or not, for one controller."""
 
-def fit(assignment: Assignment) -> Outcome | Failure:
-    """Trains on the Ray cluster to which this process is attached.
 
-    Workers that die are started again, `retries.worker_failures` times; a Failure says what ended
-    the last try. What the run's own decisions end is an Outcome, and is not tried again.
+def fit(
+    assignment: Assignment, telemetry: Telemetry, *, is_taken: Callable[[], bool] = lambda: False
+) -> Outcome | Failure:
+    """Trains on the Ray cluster to which this process is attached, to the end of the run.
+
+    Workers that die are started again by Ray, `retries.worker_failures` times; a Failure says what
+    ended the last try. Where an attempt has saved its state and given way, as its node is taken,
+    the workers are started again here, `retries.preemptions` times; unless this process's own
+    machine is taken (`is_taken`). What the run's own decisions end is an Outcome, and is not tried
+    again.
     """
+    limit = assignment.spec.retries.preemptions
+    with NoticeReader(telemetry) as notices:
+        for start in itertools.count(1):
+            ended = _fit_once(assignment, notices, start=start)
+            notices.look()
+            if not isinstance(ended, Outcome) or ended.state is not State.RECOVERING:
+                return ended
+            if is_taken():
+                return _driver_taken(ended)
+            taken = start + notices.counts["preemption"]
+            if limit != "unlimited" and taken > limit:
+                return _too_often_taken(ended, limit)
+            telemetry.state(
+                State.RECOVERING,
+                f"attempt {ended.attempt} has saved step {ended.step} and given way; the workers "
+                "are started again",
+                step=ended.step,
+            )
+    raise AssertionError("unreachable")
+
+
+def _fit_once(assignment: Assignment, notices: NoticeReader, *, start: int) -> Outcome | Failure:
+    """One start of Ray Train's controller; within it Ray starts the workers as often as it must."""
     spec = assignment.spec
+    controller = RunController(
+        spec,
+        assignment.run_id,
+        controls_seen=assignment.controls_seen,
+        notices=notices.path,
+    )
+    run_config = _run_config(assignment, controller, notices.counts, start=start)
     trainer = TorchTrainer(
         _train_on_ray,  # type: ignore[arg-type]  # Ray types it as returning nothing
         train_loop_config={"assignment": assignment},
         scaling_config=_scaling(spec),
-        run_config=_run_config(assignment),
+        run_config=run_config,  # type: ignore[arg-type]  # typed as its predecessor
         torch_config=TorchConfig(
             backend="nccl" if spec.workers.gpus else "gloo",
             timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds()),
@@ -43,35 +96,49 @@ def fit(assignment: Assignment) -> Outcome | Failure:
     try:
         result = trainer.fit()
     except (TrainingFailedError, ray.exceptions.RayError) as error:
-        return _failure(error)
+        cause = error.controller_failure if isinstance(error, ControllerError) else error
+        return _stopped(assignment) if isinstance(cause, StoppedWhileWaiting) else _failure(error)
     return Outcome.model_validate_json(getattr(result, "return_value"))  # noqa: B009 - untyped
 
 
 def _scaling(spec: JobSpec) -> ScalingConfig:
     workers = spec.workers
-    resources: dict[str, float] = {"CPU": workers.cpus}
-    if workers.gpus:
-        resources["GPU"] = workers.gpus
-    if workers.memory_gib is not None:
-        resources["memory"] = int(workers.memory_gib * 2**30)
     return ScalingConfig(
-        num_workers=workers.count, use_gpu=bool(workers.gpus), resources_per_worker=resources
+        num_workers=workers.count if workers.min is None else (workers.min, workers.count),
+        elastic_resize_monitor_interval_s=workers.resize_seconds,
+        use_gpu=bool(workers.gpus),
+        resources_per_worker=resources_of(workers),
     )
 
 
-def _run_config(assignment: Assignment) -> RunConfig:
-    """Ray keeps its own notes in the run folder, apart for each driver: they are never read.
+def _run_config(
+    assignment: Assignment,
+    controller: RunController,
+    counts: Mapping[str, int],
+    *,
+    start: int,
+) -> RunConfig:
+    """Ray keeps its own notes in the run folder, apart for each start: they are never read.
 
-    A folder that Ray has seen before would make it resume what it holds.
+    A folder that Ray has seen before would make it resume what it holds. `counts` are the restarts
+    for which earlier controllers have used up the budgets.
     """
-    spec = assignment.spec
+    spec, retries = assignment.spec, assignment.spec.retries
     runs = open_store(spec.store.uri, spec.store.access)
     root = f"{runs.filesystem_root}/{RunPaths(assignment.run_id).ray}"
+    unlimited = retries.preemptions == "unlimited"
+    taken = counts["preemption"] + start - 1
     return RunConfig(
-        name=f"generation-{assignment.generation:04d}",
+        name=f"generation-{assignment.generation:04d}-start-{start:04d}",
         storage_path=root,
         storage_filesystem=runs.filesystem() if is_s3(runs.uri) else None,
-        failure_config=FailureConfig(max_failures=spec.retries.worker_failures),
+        failure_config=FailureConfig(
+            max_failures=max(0, retries.worker_failures - counts["failure"]),
+            max_preemption_failures=-1 if unlimited else max(0, int(retries.preemptions) - taken),
+            # RunController ends a wait for workers by its time; Ray's own default has no end.
+            controller_failure_limit=_MOST_FAILED_STARTS,
+        ),
+        callbacks=[controller],  # type: ignore[list-item]  # internal ones are taken as well
     )
 
 
@@ -91,13 +158,70 @@ class RaySession:
         self.local_rank: int = context.get_local_rank()
         self.local_world_size: int = context.get_local_world_size()
         self.device = ray.train.torch.get_device() if use_gpu else torch.device("cpu")
+        self._preemption = get_internal_train_context().preemption_context
 
     def stop_requested(self) -> bool:
         """Ray gives workers no signal of their own; requests come through the run folder."""
         return False
 
+    def yield_requested(self) -> str | None:
+        """The notice that Ray has put into this process, of a node of the group that is taken.
+
+        `ray.train.get_preemption_info` tells the same, with a barrier of all ranks; here the ranks
+        agree on it with the votes on the next step.
+        """
+        info = self._preemption.preemption_info
+        return None if info is None else preemption_notice(info, now=time.time())
+
     def report(self, metrics: Mapping[str, float]) -> None:
         ray.train.report(dict(metrics))
+
+
+def preemption_notice(info: PreemptionInfo, *, now: float) -> str:
+    """`the node of rank 1 is taken in 28 s`; `now` in Unix seconds."""
+    ranks = info.preempted_ranks
+    shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    when = (
+        "" if info.deadline_ms is None else f" in {max(0.0, info.deadline_ms / 1000 - now):.0f} s"
+    )
+    return f"the node of {shown} is taken{when}"
+
+
+def _stopped(assignment: Assignment) -> Outcome:
+    """The outcome of a run that was stopped while it had no workers."""
+    store = open_store(assignment.spec.store.uri, assignment.spec.store.access)
+    paths = RunPaths(assignment.run_id)
+    live = read_live_manifests(store, paths)
+    return Outcome(
+        attempt=last_attempt(store, paths),
+        state=State.STOPPED,
+        step=live[-1].step if live else 0,
+    )
+
+
+def _driver_taken(ended: Outcome) -> Failure:
+    """Not STOPPED: the platform is to start the driver again elsewhere."""
+    return Failure(
+        state=State.FAILED_INFRA,
+        problems=((f"the driver's machine is taken; step {ended.step} is saved", None),),
+        where="driver",
+        exit_code=3,
+    )
+
+
+def _too_often_taken(ended: Outcome, limit: int) -> Failure:
+    return Failure(
+        state=State.FAILED_INFRA,
+        problems=(
+            (
+                f"nodes were taken more often than retries.preemptions ({limit}) allows; step "
+                f"{ended.step} is saved",
+                "raise retries.preemptions: --set retries.preemptions=unlimited",
+            ),
+        ),
+        where="driver",
+        exit_code=3,
+    )
 
 
 def _failure(error: Exception) -> Failure:
@@ -118,6 +242,8 @@ def _failure(error: Exception) -> Failure:
             traceback=str(cause),
         )
     cause = error.controller_failure if isinstance(error, ControllerError) else error
+    if isinstance(cause, ShoalError):
+        return Failure.of(cause, where="driver")
     return Failure(
         state=State.FAILED_INFRA,
         problems=((f"Ray Train gave up: {_first_line(cause)}", None),),

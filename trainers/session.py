@@ -42,6 +42,11 @@ class Session(Protocol):
         """Whether the platform asked this rank to end soon, as by a signal."""
         ...
 
+    def yield_requested(self) -> str | None:
+        """Why this attempt is to save and give way to another one, such as a node that is taken;
+        None where it may go on. Cheap: it is asked before every step."""
+        ...
+
     def report(self, metrics: Mapping[str, float]) -> None:
         """Hands metrics to the platform. Called at the same points on every rank."""
         ...
@@ -102,6 +107,10 @@ class ProcessSession:
 
     def stop_requested(self) -> bool:
         return self._stop.is_set()
+
+    def yield_requested(self) -> str | None:
+        """torchrun tells of nothing but signals, which ask for a stop."""
+        return None
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Nobody listens: the run folder has the metrics."""

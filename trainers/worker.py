@@ -81,6 +81,8 @@ def train_worker(session: Session, assignment: Assignment) -> Outcome:
     paths = RunPaths(assignment.run_id)
     with account.spent("start"):
         claim = claim_attempt(session, assignment, agreement, store, paths)
+    if isinstance(claim, Outcome):
+        return claim
     spec = with_limit(spec, claim.attempt.max_tokens_per_microbatch)
     assignment = replace(assignment, spec=spec)
     source = Source(claim.attempt.attempt, session.rank)
@@ -132,6 +134,7 @@ class _Rank:
         self._told_at = time.monotonic()
         self._waited_before = 0.0
         self._is_stopping = False
+        self._is_yielding = False
 
     # ---- the attempt, top down
 
@@ -384,10 +387,17 @@ class _Rank:
     def requests(self) -> Requests:
         asked = self._poller.take() if self._poller is not None else Requests()
         stop = asked.stop or self._session.stop_requested()
+        notice = self._session.yield_requested()
         if stop and not self._is_stopping and self._session.rank == 0:
             self._is_stopping = True
             self._telemetry.state(State.STOPPING, "a stop was asked for", step=self._step)
-        return replace(asked, stop=stop)
+        elif (notice or asked.yields) and not self._is_yielding and self._session.rank == 0:
+            self._is_yielding = True
+            reason = notice or "other workers are to go on"
+            self._telemetry.state(
+                State.RECOVERING, f"{reason}: the state is being saved", step=self._step
+            )
+        return replace(asked, stop=stop, yields=asked.yields or notice is not None)
 
     # ---- smaller parts
 

@@ -50,7 +50,9 @@ def test_lanes_follow_the_worker_count_unless_they_are_given(count: int) -> None
         (4, 4, 4),
     ],
 )
-def test_lanes_suit_every_worker_count_of_an_elastic_run(fewest: int, most: int, lanes: int) -> None:
+def test_lanes_suit_every_worker_count_of_an_elastic_run(
+    fewest: int, most: int, lanes: int
+) -> None:
     assert job(workers={"min": fewest, "count": most}).lanes == lanes
 
 

@@ -1,0 +1,93 @@
+"""What Ray Train's controller tells the driver: lines of a file on the machine that both are on.
+
+Ray starts the controller as a process of its own, on the driver's node. The driver alone writes the
+run's states, and needs the number of restarts for the next controller.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from jobs.record import State
+from trainers.telemetry import Telemetry
+
+POLL_SECONDS = 0.5
+
+Kind = Literal["running", "waiting", "failure", "preemption", "resize", "warning"]
+"""running: workers have been started. waiting: for room in the cluster. failure, preemption: the
+workers are started again after one. resize: their number changes. warning: something else that
+people should know."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One line of the controller's."""
+
+    kind: Kind
+    message: str
+
+
+def write_notice(path: Path, kind: Kind, message: str) -> None:
+    """Adds a line; one write, so that the reader sees all of it or nothing."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(Notice(kind, message))) + "\n")
+
+
+class NoticeReader:
+    """Passes notices on to the run folder as they come, and counts them. A context manager."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._folder = tempfile.TemporaryDirectory(prefix="shoal-notices-")
+        self.path = Path(self._folder.name) / "notices.jsonl"
+        self.counts: Counter[str] = Counter()
+        """By kind; of all starts of the controller."""
+        self._read_bytes = 0
+        self._has_run = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shoal-notices", daemon=True)
+
+    def __enter__(self) -> NoticeReader:
+        self.path.touch()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._folder.cleanup()
+
+    def look(self) -> None:
+        """Reads what has come; the controller has ended, or the thread calls."""
+        with self.path.open("rb") as file:
+            file.seek(self._read_bytes)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._read_bytes += len(whole) + len(newline)
+        for line in whole.splitlines():
+            self._pass_on(Notice(**json.loads(line)))
+
+    def _pass_on(self, notice: Notice) -> None:
+        self.counts[notice.kind] += 1
+        if notice.kind == "running":
+            self._has_run = True
+        elif notice.kind == "warning":
+            self._telemetry.event("warning", notice.message)
+        else:
+            state = State.RECOVERING if self._has_run else State.STARTING
+            self._telemetry.state(state, notice.message)
+
+    def _run(self) -> None:
+        while not self._closing.wait(POLL_SECONDS):
+            self.look()

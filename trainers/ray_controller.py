@@ -1,0 +1,188 @@
+"""A run's part in Ray Train's controller: room for the workers, and a saved state before a resize.
+
+Ray starts the workers again by itself after a failure, and with more or fewer of them where the
+cluster has changed. RunController is called at these points, in the controller's own process.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import (
+    InitializingState,
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+    RunningState,
+    TrainControllerState,
+)
+from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
+
+from cluster.ray_runtime import describe_shortage, room_for, staying_nodes
+from cluster.storage import StorageError, Store, open_store
+from jobs.errors import ClusterError, Problem
+from jobs.record import RunPaths
+from jobs.spec import JobSpec
+from trainers.controls import ask_to_yield, last_attempt, stop_is_asked
+from trainers.notices import Kind, write_notice
+
+_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 0.25
+_SAVE_SECONDS = 600.0
+"""Longest wait for a saved state before the number of workers changes. Workers that died end it at
+once; this is for those that hang, or whose store is slow."""
+
+
+class StoppedWhileWaiting(Exception):  # noqa: N818 - not an error: the user asked for it
+    """A stop was asked for while there were no workers to hear it."""
+
+
+class RunController(ControllerCallback, WorkerGroupCallback):
+    """What a run does in the controller of one start of `TorchTrainer.fit`; pickles until then."""
+
+    def __init__(self, spec: JobSpec, run_id: str, *, controls_seen: int, notices: Path) -> None:
+        self._spec = spec
+        self._paths = RunPaths(run_id)
+        self._controls_seen = controls_seen
+        self._notices = notices
+        self._said = ""
+        self._group: Any = None
+        self._attempt_before = 0
+        """The newest attempt when the present workers were started: theirs has a later number."""
+
+    # ---- called by Ray
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        self._idle_since = time.monotonic()
+        """Since when no workers are at work; monotonic seconds."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._group = worker_group
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self._group = None
+
+    def after_controller_state_update(
+        self, previous_state: TrainControllerState, current_state: TrainControllerState
+    ) -> None:
+        """Called after every round of the controller, also where the state stays the same."""
+        if isinstance(current_state, RunningState):
+            if not isinstance(previous_state, RunningState):
+                self._tell("running", "the workers are started")
+        elif isinstance(current_state, ResizingState):
+            self._idle_since = time.monotonic()
+            self._save_before_resize(current_state.scaling_decision)
+        elif type(current_state) is type(previous_state):
+            if isinstance(current_state, InitializingState | RestartingState | ReschedulingState):
+                # Ray counts too few for elastic workers, and would ask again without a pause.
+                self._await_room()
+                time.sleep(_POLL_SECONDS)
+        elif isinstance(current_state, RestartingState):
+            self._idle_since = time.monotonic()
+            self._tell(*restart_notice(current_state.training_failed_error))
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Before workers are started, for the first time or again; takes their number down to what
+        there is room for on nodes that stay."""
+        resize_decision.num_workers = min(resize_decision.num_workers, self._await_room())
+        self._attempt_before = last_attempt(self._store, self._paths)
+
+    # ---- room
+
+    def _await_room(self) -> int:
+        """How many workers there is room for: the fewest at least, after a wait.
+
+        Raises ClusterError when `retries.wait_minutes` have passed without workers at work.
+        """
+        workers = self._spec.workers
+        while True:
+            nodes = staying_nodes()
+            room = room_for(workers, nodes)
+            idle_minutes = (time.monotonic() - self._idle_since) / 60
+            if idle_minutes > self._spec.retries.wait_minutes:
+                raise ClusterError(
+                    Problem(
+                        f"no workers could be started for {idle_minutes:.3g} minutes: "
+                        f"{describe_shortage(workers, nodes)}",
+                        "add nodes, or lower workers.min (or workers.count, without it); "
+                        "retries.wait_minutes is how long this is waited for",
+                    )
+                )
+            if room >= workers.fewest:
+                return room
+            self._tell_once("waiting", f"waits for nodes: {describe_shortage(workers, nodes)}")
+            self._heed_stop()
+            time.sleep(_LOOK_SECONDS)
+
+    def _heed_stop(self) -> None:
+        try:
+            if stop_is_asked(self._store, self._paths, after=self._controls_seen):
+                raise StoppedWhileWaiting
+        except StorageError as error:
+            self._tell_once("warning", f"requests are not heard at present: {error}")
+
+    # ---- a resize
+
+    def _save_before_resize(self, resize_decision: Any) -> None:
+        """Asks the workers to save and give way, and waits for it: Ray ends them right after this.
+
+        Not longer than they live; without it the next workers go on from the last checkpoint.
+        """
+        self._tell("resize", f"the number of workers changes to {resize_decision.num_workers}")
+        deadline = time.monotonic() + _SAVE_SECONDS
+        asked: int | None = None
+        problem = "it was not durable in time"
+        while time.monotonic() < deadline:
+            try:
+                if asked is None:
+                    asked = last_attempt(self._store, self._paths)
+                    if asked == self._attempt_before:
+                        return  # These workers have not begun: there is nothing to save.
+                    ask_to_yield(self._store, self._paths, attempt=asked, by="elastic workers")
+                if self._store.head(self._paths.outcome(asked)) is not None:
+                    return
+            except StorageError as error:
+                problem = str(error)
+            # Also takes the workers' reports, for which they would wait otherwise.
+            status = self._group.poll_status(timeout=_POLL_SECONDS)
+            if status.errors:
+                problem = "a worker failed"
+                break
+            time.sleep(_POLL_SECONDS)
+        self._tell(
+            "warning",
+            f"the state was not saved before the number of workers changed ({problem}); the next "
+            "ones go on from the last checkpoint",
+        )
+
+    # ---- smaller parts
+
+    @cached_property
+    def _store(self) -> Store:
+        return open_store(self._spec.store.uri, self._spec.store.access)
+
+    def _tell(self, kind: Kind, message: str) -> None:
+        self._said = message
+        write_notice(self._notices, kind, message)
+
+    def _tell_once(self, kind: Kind, message: str) -> None:
+        if message != self._said:
+            self._tell(kind, message)
+
+
+def restart_notice(error: TrainingFailedError) -> tuple[Kind, str]:
+    """Whether the workers are started again for a pre-emption or a failure, and the sentence."""
+    again = "the workers are started again from the last checkpoint"
+    if isinstance(error, PreemptionError):
+        return "preemption", f"a node was taken before the state was saved; {again}"
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    if any(getattr(cause, "preempted", False) for cause in failures.values()):
+        return "preemption", f"a node was taken; {again}"
+    if not failures:
+        return "failure", f"{type(error).__name__}; {again}"
+    rank, cause = min(failures.items())
+    return "failure", f"rank {rank} failed ({type(cause).__name__}); {again}"
