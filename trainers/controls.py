@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -53,8 +52,13 @@ def ask_to_yield(store: Store, paths: RunPaths, *, attempt: int, by: str) -> Non
 
 def stop_is_asked(store: Store, paths: RunPaths, *, after: int) -> bool:
     """Whether a request later than number `after` asks for a stop; for where no worker hears it."""
-    heads = store.list(paths.control, after=paths.control_request(after))
-    return any(json.loads(store.read(head.key)).get("kind") == "stop" for head in heads)
+    for head in store.list(paths.control, after=paths.control_request(after)):
+        try:
+            if Control.model_validate_json(store.read(head.key)).kind == "stop":
+                return True
+        except ValidationError:
+            continue  # no request that is known; the workers will say so
+    return False
 
 
 class ControlPoller:

@@ -60,9 +60,11 @@ def scene(tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> I
     )
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
     yield tmp_path
-    for process in psutil.process_iter(["environ"]):
-        held = process.info["environ"] or {}
-        assert held.get("SHOAL_CACHE") != str(tmp_path / "cache"), f"{process} is left running"
+    # Those of a driver that was killed end by themselves, once they miss it.
+    deadline = time.monotonic() + 60
+    while left := [p for p in psutil.process_iter(["environ"]) if is_of(p, tmp_path / "cache")]:
+        assert time.monotonic() < deadline, f"left running: {left}"
+        time.sleep(0.2)
 
 
 def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
@@ -133,7 +135,7 @@ def under_torchrun(scene: Path) -> subprocess.Popen[str]:
             "-m", "trainers", "job.yaml", "--run-id", "peer",
         ],
         cwd=scene,
-        env=os.environ | {"PYTHONPATH": str(hook)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(hook), *sys.path])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -156,6 +158,10 @@ def newest_step(runs: Store) -> int:
 def tree_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The driver of an attended run and all that it has started, not the command itself."""
     return psutil.Process(process.pid).children(recursive=True)
+
+
+def is_of(process: psutil.Process, cache: Path) -> bool:
+    return (process.info["environ"] or {}).get("SHOAL_CACHE") == str(cache)
 
 
 def is_worker(process: psutil.Process) -> bool:

@@ -12,7 +12,13 @@ import pytest
 from cluster.storage import Head, StorageError, Store
 from jobs.record import Control, RunPaths
 from trainers import controls as module
-from trainers.controls import ControlPoller, Requests
+from trainers.controls import (
+    ControlPoller,
+    Requests,
+    ask_to_yield,
+    last_attempt,
+    stop_is_asked,
+)
 
 PATHS = RunPaths("run")
 
@@ -140,3 +146,33 @@ def test_a_request_to_give_way_is_heard_by_its_attempt_alone(store: Rounds) -> N
         with ControlPoller(store, PATHS, after=0, attempt=attempt) as poller:
             store.wait()
             assert poller.take() == Requests(yields=attempt == 1)
+
+
+def test_a_stop_is_found_where_no_worker_hears_it(local_store: Store) -> None:
+    def ask_for(number: int, kind: Literal["stop", "save"]) -> None:
+        request = Control(kind=kind, requested_at=0.0)
+        local_store.write(PATHS.control_request(number), request.to_bytes())
+
+    ask_for(1, "stop")
+    local_store.write(PATHS.control_request(2), b"no request")
+    ask_for(3, "save")
+    assert stop_is_asked(local_store, PATHS, after=0)
+    assert not stop_is_asked(local_store, PATHS, after=1)
+    ask_for(4, "stop")
+    assert stop_is_asked(local_store, PATHS, after=1)
+
+
+def test_the_newest_attempt_is_asked_to_give_way_by_a_request_of_its_own(
+    local_store: Store,
+) -> None:
+    assert last_attempt(local_store, PATHS) == 0
+    for number in (1, 2):
+        local_store.write(PATHS.attempt(number), b"{}")
+    local_store.write(PATHS.outcome(1), b"{}")
+    assert last_attempt(local_store, PATHS) == 2
+    ask_to_yield(local_store, PATHS, attempt=2, by="a test")
+    ask_to_yield(local_store, PATHS, attempt=2, by="a test")
+    keys = [head.key for head in local_store.list(PATHS.control)]
+    assert keys == [PATHS.control_request(1), PATHS.control_request(2)]
+    found = Control.model_validate_json(local_store.read(keys[0]))
+    assert (found.kind, found.attempt, found.by) == ("yield", 2, "a test")

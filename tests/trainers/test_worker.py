@@ -17,8 +17,8 @@ from jobs.record import Outcome, State
 from tests.ranks import assignment_of, on_ranks, run_group
 from tests.scene import Scene
 from trainers import preparation, worker
-from trainers.restore import newest_restorable, read_manifests
-from trainers.session import Session
+from trainers.restore import newest_restorable, read_attempts, read_manifests
+from trainers.session import ProcessSession, Session
 
 
 def same_on_all(outcomes: list[Outcome]) -> Outcome:
@@ -64,6 +64,22 @@ class StoreVanishes:
                 self.folder.touch()
 
         worker._Rank.stepped = stepped  # type: ignore[method-assign]
+
+
+class NodeIsTaken:
+    """On rank 1 alone the platform says so, once two steps are done."""
+
+    def __call__(self) -> None:
+        if os.environ["RANK"] == "1":
+            whole = worker._Rank.stepped
+
+            def stepped(rank: Any, batch: Any, progress: Any) -> None:
+                whole(rank, batch, progress)
+                if progress.step == 2:
+                    notice = "the node of rank 1 is taken in 28 s"
+                    ProcessSession.yield_requested = lambda _: notice  # type: ignore[method-assign]
+
+            worker._Rank.stepped = stepped  # type: ignore[method-assign]
 
 
 class Evaluates:
@@ -115,6 +131,24 @@ def test_a_checkpoint_that_cannot_be_stored_ends_all_ranks_and_leaves_the_one_be
 def test_a_store_that_vanishes_ends_all_ranks(scene: Scene) -> None:
     outcome = failed(scene, StoreVanishes(scene.runs_folder), checkpoint={"every_steps": 4})
     assert outcome.step >= 4
+
+
+def test_a_notice_to_one_rank_makes_all_ranks_save_and_give_way(scene: Scene) -> None:
+    spec = scene.job(workers={"count": 2}, checkpoint={"every_steps": 100})
+    outcome = same_on_all(run_group(assignment_of(spec, "run"), world_size=2, before=NodeIsTaken()))
+    assert outcome.state is State.RECOVERING
+    # The votes on a step are gathered a step ahead.
+    assert outcome.step == 3
+    assert [m.step for m in read_manifests(scene.runs, scene.paths())] == [3]
+
+
+def test_an_attempt_that_follows_the_end_of_the_run_gives_that_end(scene: Scene) -> None:
+    ended = scene.train(scene.job(), generation=2)
+    assert ended.state is State.SUCCEEDED
+    assert scene.train(scene.job(), generation=2).model_dump() == ended.model_dump()
+    assert len(read_attempts(scene.runs, scene.paths())) == 1
+    # Another driver was asked for: it looks by itself whether anything is left to do.
+    assert scene.train(scene.job(), generation=3).attempt == 2
 
 
 class Claims:

@@ -1,0 +1,63 @@
+"""How many workers there is room for, and what is said where it is too little."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.ray_runtime import describe_shortage, refuse_too_small, resources_of, room_for
+from jobs.errors import ClusterError
+from jobs.spec import Workers
+
+GIB = 2**30
+
+
+def node(cpus: float, *, gpus: float = 0, memory_gib: float = 64) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus, "memory": memory_gib * GIB, "node:10.0.0.1": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "room"),
+    [
+        ({"count": 4}, [], 0),
+        ({"count": 4, "cpus": 2}, [node(5), node(3)], 3),  # not 8 // 2: a worker lies in one node
+        ({"count": 4, "cpus": 1}, [node(0), node(4)], 4),
+        ({"count": 4, "cpus": 4, "gpus": 1}, [node(64, gpus=2), node(64)], 2),
+        ({"count": 4, "memory_gib": 48}, [node(64, memory_gib=100)], 2),
+        ({"count": 1}, [{"GPU": 8.0}], 0),
+    ],
+)
+def test_each_worker_lies_in_one_node(
+    workers: dict[str, Any], nodes: list[dict[str, float]], room: int
+) -> None:
+    assert room_for(Workers(**workers), nodes) == room
+
+
+def test_a_worker_asks_for_what_the_job_gives_it_and_no_more() -> None:
+    assert resources_of(Workers(cpus=2)) == {"CPU": 2}
+    assert resources_of(Workers(cpus=2, gpus=1, memory_gib=0.5)) == {
+        "CPU": 2,
+        "GPU": 1,
+        "memory": GIB // 2,
+    }
+
+
+def test_a_shortage_is_a_sum_that_people_can_check() -> None:
+    assert describe_shortage(Workers(count=8, min=2, cpus=4), [node(4), node(2), node(0)]) == (
+        "2 workers need 2 x 4 CPUs, and the cluster's 3 nodes have room for 1 (6 CPUs)"
+    )
+    assert describe_shortage(Workers(count=1, cpus=1, gpus=1, memory_gib=8), [node(4)]) == (
+        "1 worker needs 1 x 1 CPU and 1 GPU and 8 GiB memory, and the cluster's 1 node has room "
+        "for 0 (4 CPUs, 0 GPUs, 64 GiB memory)"
+    )
+
+
+def test_a_cluster_must_hold_the_fewest_workers_only() -> None:
+    has = {"CPU": 4.0, "memory": 8.0 * GIB}
+    refuse_too_small(Workers(count=8, min=2, cpus=2), has)
+    with pytest.raises(ClusterError) as refused:
+        refuse_too_small(Workers(count=8, min=3, cpus=2), has)
+    (problem,) = refused.value.problems
+    assert problem.message == "3 workers need 6 CPUs, but the cluster has 4"
+    assert (problem.hint or "").startswith("lower workers.min or workers.cpus")

@@ -1,0 +1,118 @@
+"""A driver whose own machine is taken."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.storage import Store
+from jobs import run
+from jobs.record import Control, Outcome, RunPaths, State
+from tests.ranks import assignment_of
+from tests.tiny import tiny_job
+from trainers.attempt import Assignment
+
+PATHS = RunPaths("run")
+
+
+class HeldLease:
+    """A lease that is not lost."""
+
+    lost = threading.Event()
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_WATCH_SECONDS", 0.02)
+
+
+def assignment(store: Store, **parts: Any) -> Assignment:
+    data = {"train": "s3://lake/train"}
+    return assignment_of(tiny_job("s3://models/tiny", data, store.uri, **parts), "run")
+
+
+KUBERAY = {"kind": "kuberay", "image": "registry.example.com/shoal:1"}
+
+
+def requests(store: Store) -> list[tuple[str, int | None]]:
+    controls = [
+        Control.model_validate_json(store.read(head.key)) for head in store.list(PATHS.control)
+    ]
+    return [(control.kind, control.attempt) for control in controls]
+
+
+def wait_until(store: Store, wanted: list[tuple[str, int | None]]) -> None:
+    deadline = time.monotonic() + 20
+    while requests(store) != wanted:
+        assert time.monotonic() < deadline, requests(store)
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("looks")
+def test_on_kubernetes_a_sigterm_makes_every_attempt_give_way(local_store: Store) -> None:
+    local_store.write(PATHS.attempt(3), b"{}")
+    job = assignment(local_store, cluster=KUBERAY)
+    with run._watched(job, local_store, HeldLease(), attended_by=None) as taken:  # type: ignore[arg-type]
+        assert not taken.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert taken.is_set()
+        wait_until(local_store, [("yield", 3)])
+        # A group that was just being started then begins its attempt afterwards.
+        local_store.write(PATHS.attempt(4), b"{}")
+        wait_until(local_store, [("yield", 3), ("yield", 4)])
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert requests(local_store) == [("yield", 3), ("yield", 4)]
+
+
+@pytest.mark.usefixtures("looks")
+def test_elsewhere_a_sigterm_is_a_request_to_stop(local_store: Store) -> None:
+    job = assignment(local_store)
+    with run._watched(job, local_store, HeldLease(), attended_by=None) as taken:  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(local_store, [("stop", None)])
+        assert not taken.is_set()
+
+
+@pytest.mark.usefixtures("looks")
+def test_workers_of_a_taken_machine_are_not_waited_for_longer_than_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "TAKEN_SECONDS", 0.1)
+    taken, hangs = threading.Event(), threading.Event()
+    taken.set()
+    try:
+        ended = run._in_thread(lambda: hangs.wait() and never(), taken=taken)  # type: ignore[arg-type, return-value]
+    finally:
+        hangs.set()
+    assert ended.state is State.FAILED_INFRA
+    assert not ended.state.ends_retries
+    assert "have not saved their state in 0 s" in ended.problems[0][0]  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("looks")
+def test_what_the_workers_give_or_raise_comes_out_of_their_thread() -> None:
+    outcome = Outcome(attempt=1, state=State.SUCCEEDED, step=5)
+    assert run._in_thread(lambda: outcome, taken=threading.Event()) is outcome
+    with pytest.raises(ZeroDivisionError):
+        run._in_thread(lambda: 1 // 0, taken=threading.Event())  # type: ignore[arg-type, return-value]
+
+
+def never() -> Outcome:
+    raise AssertionError
+
+
+def test_the_wait_fits_into_the_grace_of_a_pod() -> None:
+    from cluster.rayjob import _GRACE_SECONDS
+
+    assert run.TAKEN_SECONDS < _GRACE_SECONDS
+
+
+def test_a_request_to_yield_names_its_attempt(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="names its attempt"):
+        Control(kind="yield", requested_at=0.0)
