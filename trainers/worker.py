@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from jobs.record import (
 )
 from trainers.agreement import Agreement
 from trainers.attempt import Assignment, Claim, claim_attempt, with_limit
-from trainers.checkpoint import CheckpointWriter
+from trainers.checkpoint import CheckpointWriter, Moment
 from trainers.controls import ControlPoller, Requests
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
@@ -167,9 +166,6 @@ class _Rank:
 
     def _with_helpers(self) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
-        scratch = cache_folder() / "uploads" / self._paths.run_id
-        if self._session.rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)  # what an attempt that was killed has left
         self._writer = CheckpointWriter(
             self._spec,
             self._store,
@@ -177,7 +173,6 @@ class _Rank:
             self._telemetry,
             task=self._prepared.task,
             attempt=self._attempt,
-            scratch=scratch,
         )
         with contextlib.ExitStack() as stack:
             stack.callback(self._writer.close)
@@ -318,12 +313,14 @@ class _Rank:
             if self._session.rank == 0:
                 self._writer.save(
                     self._prepared.trainee,
-                    progress,
-                    evaluation=evaluation,
-                    stream=self._prepared.position.model_copy(
-                        update={"epoch": progress.epoch, "next_item": progress.next_item}
+                    Moment(
+                        progress=progress,
+                        evaluation=evaluation,
+                        stream=self._prepared.position.model_copy(
+                            update={"epoch": progress.epoch, "next_item": progress.next_item}
+                        ),
+                        before=self._before,
                     ),
-                    before=self._before,
                 )
 
     def stepped(self, batch: RankBatch, progress: Progress) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, load_file
 from transformers import AutoModelForSequenceClassification, BartConfig, BartModel
 
 from cluster.storage import ObjectMissing, StorageError, Store, open_store
@@ -29,8 +30,9 @@ from jobs.record import (
 )
 from tests.scene import Scene
 from tests.tiny import VOCABULARY, tiny_tokenizer
-from trainers.checkpoint import CheckpointWriter
+from trainers.checkpoint import CheckpointWriter, Moment
 from trainers.loop import Progress, Trainee, judge
+from trainers.optim import optimizer_tensors
 from trainers.restore import (
     checkpoint_copy,
     drop_checkpoint_copies,
@@ -41,6 +43,7 @@ from trainers.restore import (
     read_manifests,
 )
 from trainers.retention import superfluous
+from trainers.snapshot import OPTIMIZER, WEIGHTS, Snapshot, TensorFile, saved_weights
 from trainers.tasks.task import Evaluation
 from trainers.telemetry import Telemetry
 
@@ -66,9 +69,8 @@ class Writing:
 
     def begin(self, step: int, *, loss: float | None = None) -> None:
         evaluation = None if loss is None else Evaluation(metrics={"loss": loss}, rows=1)
-        self.writer.save(
-            self.trainee, Progress(step=step), evaluation=evaluation, stream=STREAM, before=None
-        )
+        moment = Moment(Progress(step=step), evaluation, stream=STREAM, before=None)
+        self.writer.save(self.trainee, moment)
 
 
 @contextmanager
@@ -92,8 +94,7 @@ def writing(
     scene.runs.write(PATHS.attempt(attempt), record.to_bytes())
     with Telemetry(scene.runs, PATHS, Source(attempt, 0)) as telemetry:
         writer = CheckpointWriter(
-            spec, store, PATHS, telemetry, task=trainee.task, attempt=record,
-            scratch=scene.folder / "cache" / "uploads",
+            spec, store, PATHS, telemetry, task=trainee.task, attempt=record
         )  # fmt: skip
         try:
             yield Writing(scene, trainee, writer)
@@ -151,7 +152,8 @@ def test_the_model_folder_is_a_plain_hugging_face_one(scene: Scene) -> None:
     assert not list(scene.run_folder().rglob("*.bin"))
 
 
-def test_a_model_with_tied_weights_comes_back(scene: Scene) -> None:
+def tied_scene(scene: Scene) -> Scene:
+    """A model some of whose weights are the same tensors."""
     folder = scene.folder / "tied"
     config = BartConfig(
         vocab_size=len(VOCABULARY), d_model=16, encoder_layers=1, decoder_layers=1,
@@ -161,7 +163,11 @@ def test_a_model_with_tied_weights_comes_back(scene: Scene) -> None:
     )  # fmt: skip
     BartModel(config).save_pretrained(folder)
     tiny_tokenizer(folder)
-    tied = Scene(folder, scene.data, scene.folder)
+    return Scene(folder, scene.data, scene.folder)
+
+
+def test_a_model_with_tied_weights_comes_back(scene: Scene) -> None:
+    tied = tied_scene(scene)
     with writing(tied) as run:
         step_once(run.trainee)
         run.save(1)
@@ -173,7 +179,7 @@ def test_a_model_with_tied_weights_comes_back(scene: Scene) -> None:
 
 
 class Gate:
-    """A store whose uploads wait until they are let through."""
+    """A store whose writes wait until they are let through."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -182,9 +188,9 @@ class Gate:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def upload(self, key: str, path: Path) -> str:
+    def write(self, key: str, data: bytes | memoryview) -> str:
         assert self.open.wait(30)
-        return self._store.upload(key, path)
+        return self._store.write(key, data)
 
 
 def test_a_checkpoint_is_the_state_of_its_moment_though_training_goes_on(scene: Scene) -> None:
@@ -214,9 +220,9 @@ class Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def upload(self, key: str, path: Path) -> str:
+    def write(self, key: str, data: bytes | memoryview) -> str:
         self._refuse(key)
-        return self._store.upload(key, path)
+        return self._store.write(key, data)
 
     def write_if_absent(self, key: str, data: bytes | memoryview) -> str:
         self._refuse(key)
@@ -237,7 +243,6 @@ def test_a_store_that_fails_leaves_nothing_that_looks_whole(scene: Scene, suffix
     ):
         run.save(2)
     assert restorable(scene) == (1, ())
-    assert not list((scene.folder / "cache" / "uploads").iterdir())
 
 
 @contextmanager
@@ -251,19 +256,82 @@ def largest_file(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("num_bytes", [1000, 20_000])
-def test_a_full_disk_is_the_environments_fault_and_says_what_to_do(
-    scene: Scene, num_bytes: int
+@pytest.mark.parametrize(
+    ("num_bytes", "said"), [(300, "configuration cannot be written to"), (20_000, "cannot write")]
+)
+def test_a_full_disk_is_the_environments_fault_and_says_where(
+    scene: Scene, num_bytes: int, said: str
 ) -> None:
     with writing(scene) as run:
         step_once(run.trainee)
         with largest_file(num_bytes), pytest.raises(EnvironmentFault) as raised:
             run.save(1)
     [problem] = raised.value.problems
-    assert "cannot be written to" in problem.message
-    assert "SHOAL_CACHE" in str(problem.hint)
+    assert said in problem.message
     assert restorable(scene) == (None, ())
-    assert not list((scene.folder / "cache" / "uploads").iterdir())
+
+
+def test_buffers_are_made_once_and_hold_what_the_safetensors_library_reads(scene: Scene) -> None:
+    trainee = scene.trainee(scene.job())
+    step_once(trainee)
+    snapshot = Snapshot()
+    first = snapshot.take(trainee)
+    step_once(trainee)
+    again = snapshot.take(trainee)
+    for name, file in again.items():
+        own, other = np.frombuffer(file, np.uint8), np.frombuffer(first[name], np.uint8)
+        assert own.ctypes.data == other.ctypes.data, f"{name} has another buffer"
+    held = load(bytes(again[WEIGHTS]))
+    assert held.keys() == trainee.model.state_dict().keys()
+    assert all(torch.equal(held[n], t) for n, t in trainee.model.state_dict().items())
+    states = optimizer_tensors(trainee.model, trainee.optimizer)
+    held = load(bytes(again[OPTIMIZER]))
+    assert held.keys() == states.keys()
+    assert all(torch.equal(held[name], value) for name, value in states.items())
+
+
+def test_a_file_of_all_types_and_shapes_is_read_by_the_safetensors_library() -> None:
+    tensors = {
+        f"{dtype}/{place}": torch.ones(shape, dtype=dtype)
+        for dtype in (
+            torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+            torch.float16, torch.bfloat16, torch.float32, torch.float64,
+        )
+        for place, shape in enumerate([(), (0,), (3,), (5, 7)])
+    }  # fmt: skip
+    file = TensorFile(tensors)
+    file.copy(tensors)
+    held = load(bytes(file.data))
+    assert held.keys() == tensors.keys()
+    assert all(torch.equal(held[name], value) for name, value in tensors.items())
+    assert not file.fits({**tensors, "more": torch.ones(1)})
+    with pytest.raises(ValueError, match="complex64"):
+        TensorFile({"wrong": torch.ones(1, dtype=torch.complex64)})
+
+
+@pytest.mark.parametrize("kind", ["bert", "tied"])
+def test_weights_have_the_names_and_bits_that_save_pretrained_writes(
+    scene: Scene, kind: str
+) -> None:
+    place = scene if kind == "bert" else tied_scene(scene)
+    model = place.trainee(place.job()).model
+    model.save_pretrained(scene.folder / "saved")
+    written = load_file(scene.folder / "saved" / "model.safetensors")
+    own = saved_weights(model)
+    assert own.keys() == written.keys()
+    assert all(torch.equal(own[name], value) for name, value in written.items())
+
+
+def test_the_files_of_a_checkpoint_are_those_of_save_pretrained(scene: Scene) -> None:
+    with writing(scene) as run:
+        run.save(1)
+    run.trainee.model.save_pretrained(scene.folder / "saved")
+    run.trainee.task.save_extras(scene.folder / "saved")
+    expected = {path.name for path in (scene.folder / "saved").iterdir()}
+    model = copy_of(scene, 1) / "model"
+    assert {path.name for path in model.iterdir()} == expected
+    for name in expected - {"model.safetensors"}:
+        assert (model / name).read_bytes() == (scene.folder / "saved" / name).read_bytes()
 
 
 # ---------------------------------------------------------------------- which one is restored

@@ -40,12 +40,13 @@ class UploadsFail:
     """From the second checkpoint on rank 0 cannot upload."""
 
     def __call__(self) -> None:
-        whole = FolderStore.upload
+        whole = FolderStore.write
 
-        def upload(store: Store, key: str, path: Path) -> str:
-            return whole(store, key, path) if "step-00000002" in key else refuse()
+        def write(store: Store, key: str, data: bytes | memoryview) -> str:
+            is_later = "/checkpoints/" in key and "step-00000002" not in key
+            return refuse() if is_later else whole(store, key, data)
 
-        FolderStore.upload = upload  # type: ignore[method-assign]
+        FolderStore.write = write  # type: ignore[method-assign]
 
 
 class StoreVanishes:
