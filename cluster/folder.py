@@ -26,6 +26,7 @@ from cluster.storage import (
     ObjectMissing,
     PreconditionFailed,
     StorageError,
+    StoreAway,
     check_key,
     check_prefix,
 )
@@ -40,6 +41,17 @@ _LOCK_SECONDS = 45.0
 _COPY_BYTES = 2**20
 _OPEN_ATTEMPTS = 5
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_AWAY = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+)
+"""What a file system over the network says while its server does not answer."""
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -308,7 +320,8 @@ def _described(path: Path, *, doing: str, but: tuple[type[OSError], ...]) -> Ite
         if isinstance(error, but):
             raise
         reason, hint = _explain(error, path)
-        raise StorageError(Problem(f"cannot {doing} {path}: {reason}", hint)) from error
+        kind = StoreAway if error.errno in _AWAY else StorageError
+        raise kind(Problem(f"cannot {doing} {path}: {reason}", hint)) from error
 
 
 def _explain(error: OSError, path: Path) -> tuple[str, str | None]:
@@ -328,6 +341,11 @@ def _explain(error: OSError, path: Path) -> tuple[str, str | None]:
         )
     if error.errno == errno.EMFILE:
         return "this process has too many open files", "raise the limit: ulimit -n 4096"
+    if error.errno in _AWAY:
+        return (
+            f"the file system does not answer rightly ({error.strerror})",
+            f"check that its server runs, and the disk: df {path.parent}",
+        )
     if isinstance(error, filelock.Timeout):
         return f"another process has held its lock for {_LOCK_SECONDS:.0f} s", "end that process"
     return str(error.strerror or error), None

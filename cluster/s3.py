@@ -1,8 +1,8 @@
 """Store on S3 or a server that speaks its protocol.
 
-Transient faults are retried here and nowhere above: botocore repeats a request once at once, and
-tenacity repeats what botocore cannot (bodies that are cut, conditional writes in conflict) until
-`Transfer.retry_seconds` have passed.
+Transient faults are retried here: tenacity repeats a request, bodies that are cut and conditional
+writes in conflict too, until `Transfer.retry_seconds` have passed. What is still at fault then is
+a StoreAway, for those who can wait longer.
 """
 
 from __future__ import annotations
@@ -27,13 +27,22 @@ from cluster.s3_access import (
     make_filesystem,
     make_session,
 )
-from cluster.s3_errors import S3_ERRORS, describe, error_code, is_missing, is_transient
+from cluster.s3_errors import (
+    S3_ERRORS,
+    describe,
+    error_code,
+    has_expired,
+    is_missing,
+    is_transient,
+    wanted_pause,
+)
 from cluster.s3_transfer import (
     WRITE_TOKEN,
     PartReader,
     ReadSpan,
     checksum,
     download,
+    read_in_time,
     write_parts,
 )
 from cluster.storage import (
@@ -57,6 +66,17 @@ T = TypeVar("T")
 _KEYS_PER_DELETE = 1000
 _FIRST_WAIT_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 5.0
+
+
+_wait_at_random = tenacity.wait_random_exponential(
+    multiplier=_FIRST_WAIT_SECONDS, max=_LONGEST_WAIT_SECONDS
+)
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next try: as long as the server asked for, else longer each time."""
+    asked = wanted_pause(state.outcome.exception()) if state.outcome is not None else 0.0
+    return max(asked, _wait_at_random(state))
 
 
 class S3Connection:
@@ -95,18 +115,32 @@ class S3Connection:
                     self._made = made
         return made[1], made[2]
 
+    def _forget(self, used: tuple[boto3.session.Session, S3Client]) -> None:
+        """Makes a new session for the next request, unless another thread has done so."""
+        with self._lock:
+            if self._made is not None and self._made[2] is used[1]:
+                self._made = None
+
     def attempt(self, action: Callable[[S3Client], T], *, doing: str, uri: str) -> T:
-        """What `action` returns; transient faults are retried, the last one is described."""
+        """What `action` returns; transient faults are retried, the last one is described.
+
+        Credentials that have expired are looked up anew, once: a file or a service may hold newer.
+        """
         retrying = tenacity.Retrying(
             stop=tenacity.stop_before_delay(self.settings.transfer.retry_seconds),
-            wait=tenacity.wait_random_exponential(
-                multiplier=_FIRST_WAIT_SECONDS, max=_LONGEST_WAIT_SECONDS
-            ),
+            wait=_pause,
             retry=tenacity.retry_if_exception(is_transient),
             reraise=True,
         )
         try:
-            return retrying(lambda: action(self.client()))
+            used = self._parts()
+            try:
+                return retrying(lambda: action(self.client()))
+            except ClientError as error:
+                if not has_expired(error):
+                    raise
+                self._forget(used)
+                return retrying(lambda: action(self.client()))
         except S3_ERRORS as error:
             raise describe(
                 error,
@@ -201,13 +235,10 @@ class S3Store:
 
         def get(client: S3Client) -> bytes:
             try:
-                body = client.get_object(**arguments)["Body"]
+                answer = client.get_object(**arguments)
             except ClientError as error:
                 raise self._reading_error(error, key) or error from error
-            try:
-                return body.read()
-            finally:
-                body.close()
+            return read_in_time(answer, transfer=self._connection.settings.transfer)
 
         data = self._attempt(get, doing="read", key=key)
         if span is not None and len(data) != span[1] - span[0]:

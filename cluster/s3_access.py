@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 DEFAULT_REGION = "us-east-1"
 AddressingStyle = Literal["auto", "path", "virtual"]
 
-_REQUESTS_PER_ATTEMPT = 2
-"""Requests that botocore makes for one attempt of ours: with a read timeout of 30 s a server that
-never answers costs a minute."""
+_REQUESTS_PER_ATTEMPT = 1
+"""Requests that botocore makes for one attempt of ours. It would repeat one at once, whatever
+pause the server has asked for."""
 _ARROW_ATTEMPTS = 8
 _TRUE_WORDS = ("1", "true", "yes", "on")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import email.utils
+import time
+
 import botocore.exceptions as aws
 import urllib3.exceptions
 
-from cluster.storage import StorageError
+from cluster.storage import StorageError, StoreAway
 from jobs.errors import Problem
 
 TRANSIENT_CODES = frozenset(
@@ -38,6 +41,7 @@ TRANSIENT_CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
+_SPOILT_CODES = frozenset({"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"})
 _WRONG_CREDENTIALS = frozenset(
     {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthFailure", "InvalidToken"}
     | {"InvalidSecurity", "UnrecognizedClientException", "InvalidClientTokenId"}
@@ -101,15 +105,46 @@ def is_transient(error: BaseException) -> bool:
     )
 
 
+def has_expired(error: BaseException) -> bool:
+    """Whether the credentials were good once: others may have taken their place."""
+    return error_code(error) in _EXPIRED
+
+
+def wanted_pause(error: BaseException | None) -> float:
+    """Seconds for which the answer asks to be left alone (Retry-After); 0 without."""
+    if not isinstance(error, aws.ClientError):
+        return 0.0
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    text = headers.get("retry-after", "")
+    if text.isdigit():
+        return float(text)
+    try:
+        at = email.utils.parsedate_to_datetime(text)
+    except (ValueError, TypeError):
+        return 0.0
+    return max(0.0, at.timestamp() - time.time())
+
+
 def describe(
     error: BaseException, *, doing: str, uri: str, endpoint: str, credentials: str
 ) -> StorageError:
     """The error for the user: `doing` is "read", `uri` what it was done to.
 
-    `credentials` says where they came from, such as "the variables AWS_ACCESS_KEY_ID ...".
+    `credentials` says where they came from, such as "the variables AWS_ACCESS_KEY_ID ...". It is a
+    StoreAway where the same request may succeed later.
     """
     message, hint = _explain(error, uri=uri, endpoint=endpoint, credentials=credentials)
-    return StorageError(Problem(f"cannot {doing} {uri}: {message}", hint))
+    problem = Problem(f"cannot {doing} {uri}: {message}", hint)
+    if not is_transient(error) or _is_spoilt(error):
+        return StorageError(problem)
+    away = StoreAway(problem)
+    away.after_seconds = wanted_pause(error)
+    return away
+
+
+def _is_spoilt(error: BaseException) -> bool:
+    """Whether other bytes came than were sent: waiting does not mend what does that each time."""
+    return isinstance(error, aws.FlexibleChecksumError) or error_code(error) in _SPOILT_CODES
 
 
 def _explain(

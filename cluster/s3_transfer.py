@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import logging
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -12,14 +14,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, ReadTimeoutError
 
 from cluster.folder import write_whole
-from cluster.s3_errors import error_code
+from cluster.s3_errors import S3_ERRORS, error_code
 from cluster.storage import StorageError, Transfer
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
 T = TypeVar("T")
 Span = tuple[int, int]
@@ -110,6 +113,36 @@ def _abort(attempt: Attempt, *, place: dict[str, Any], upload_id: str) -> None:
         attempt(lambda client: client.abort_multipart_upload(UploadId=upload_id, **place))
     except StorageError as error:
         logger.warning("parts of %s are left in the store: %s", place["Key"], error)
+
+
+def read_in_time(answer: GetObjectOutputTypeDef, *, transfer: Transfer) -> bytes:
+    """The body of an answer; ReadTimeoutError where it comes more slowly than is borne.
+
+    The socket's own timeout starts again with each byte: a body may trickle for ever under it.
+    """
+    body = answer["Body"]
+    num_bytes = answer.get("ContentLength", 0)
+    seconds = transfer.body_timeout_seconds + num_bytes / transfer.slow_bytes_per_second
+    is_late = threading.Event()
+
+    def give_up() -> None:
+        is_late.set()
+        # Reads then end at once. A connection that is given back already has brought it all.
+        with contextlib.suppress(RuntimeError, OSError):
+            body._raw_stream.shutdown()  # type: ignore[attr-defined]
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        return body.read()
+    except S3_ERRORS as error:
+        if is_late.is_set():
+            raise ReadTimeoutError(endpoint_url="", error=error) from error
+        raise
+    finally:
+        timer.cancel()
+        body.close()
 
 
 def download(read_span: ReadSpan, *, path: Path, num_bytes: int, transfer: Transfer) -> None:

@@ -5,7 +5,8 @@ writes are whole or absent, conditional writes have exactly one winner, lists ar
 failure that outlives the retries is a StorageError with a hint.
 
     EnvironmentFault
-      StorageError            the store cannot do it: unreachable, refused, full, damaged
+      StorageError            the store cannot do it: refused, full, damaged
+        StoreAway             it does not answer, or not rightly: later it may
         ObjectMissing         there is no such object
         PreconditionFailed    the object is not what a conditional write expected
           ObjectExists        it should have been absent
@@ -40,7 +41,14 @@ class StorageError(EnvironmentFault):
     """The store could not do what was asked; transient faults have been retried before."""
 
 
-class ObjectMissing(StorageError):  # noqa: N818 - named for what it says, as KeyError is not
+class StoreAway(StorageError):  # noqa: N818 - named for what it says, as KeyError is not
+    """The store did not answer, or only with errors that pass, for as long as these are retried."""
+
+    after_seconds = 0.0
+    """How long the store asked to be left alone."""
+
+
+class ObjectMissing(StorageError):  # noqa: N818
     """There is no object `key`."""
 
     def __init__(self, key: str, *problems: Problem | str) -> None:
@@ -96,6 +104,10 @@ class Transfer:
     connect_timeout_seconds: float = 5.0
     read_timeout_seconds: float = 30.0
     """Longest silence of the server in the middle of an answer."""
+    body_timeout_seconds: float = 60.0
+    """Longest time for an object's bytes, with a second more for each `slow_bytes_per_second`."""
+    slow_bytes_per_second: int = 32 * 2**10
+    """A connection that brings less is given up, as one that is silent is."""
     max_connections: int = 32
     """Connections kept open by one store; more requests at a time wait for one."""
 

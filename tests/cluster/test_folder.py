@@ -15,7 +15,7 @@ import pytest
 
 from cluster import folder
 from cluster.folder import FolderStore, write_whole
-from cluster.storage import ObjectExists, StorageError, Store, open_store
+from cluster.storage import ObjectExists, StorageError, Store, StoreAway, open_store
 
 
 def files(path: Path) -> list[str]:
@@ -75,6 +75,7 @@ def test_what_a_killed_writer_left_is_no_object(tmp_path: Path) -> None:
         (errno.EACCES, "permission denied"),
         (errno.EROFS, "read-only"),
         (errno.EIO, "Input/output error"),
+        (errno.ESTALE, "does not answer rightly"),
     ],
 )
 def test_a_fault_of_the_system_is_told_and_leaves_nothing(
@@ -107,6 +108,29 @@ def test_a_disk_that_is_full_during_a_download_leaves_no_file(
     with pytest.raises(StorageError, match="disk or the quota is full"):
         s3_store.download("k", tmp_path / "target")
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "is_away"),
+    [(errno.EIO, True), (errno.ESTALE, True), (errno.ETIMEDOUT, True), (errno.ENOSPC, False)],
+)
+def test_a_file_system_whose_server_is_gone_is_away(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, number: int, is_away: bool
+) -> None:
+    local_store.write("k", b"1")
+
+    def fail(*arguments: object, **options: object) -> IO[bytes]:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", fail)
+    for use in (
+        lambda: local_store.read("k"),
+        lambda: local_store.head("k"),
+        lambda: local_store.write("k", b"2"),
+    ):
+        with pytest.raises(StorageError) as caught:
+            use()
+        assert isinstance(caught.value, StoreAway) == is_away
 
 
 def test_a_file_in_the_way_of_a_folder_is_told(local_store: Store) -> None:

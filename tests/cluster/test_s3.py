@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import boto3
 import pytest
-from faulty_proxy import FaultyProxy, Kind, proxy_to
 
 from cluster.embedded import EmbeddedStore
 from cluster.storage import (
@@ -20,11 +19,13 @@ from cluster.storage import (
     PreconditionFailed,
     StorageError,
     Store,
+    StoreAway,
     Transfer,
     open_store,
 )
 from jobs.errors import render_error
 from jobs.spec import StoreAccess
+from tests.faulty_proxy import SICK, FaultyProxy, Kind, proxy_to
 
 MIB = 2**20
 PARTS = Transfer(part_bytes=5 * MIB, num_threads=3, retry_seconds=20)
@@ -120,10 +121,10 @@ def test_an_object_replaced_during_a_download_is_not_mixed(
     replaced = iter([True])
     original = proxy.take_fault
 
-    def take_fault(method: str, path: str) -> Kind | None:
+    def take_fault(method: str, path: str, headers: Sequence[str] = ()) -> Kind | None:
         if method == "GET" and next(replaced, False):
             s3_store.write("large", b"\x01" * 11 * MIB)
-        return original(method, path)
+        return original(method, path, headers)
 
     proxy.take_fault = take_fault  # type: ignore[method-assign]
     with pytest.raises(PreconditionFailed, match="replaced while it was read"):
@@ -134,11 +135,11 @@ def test_an_object_replaced_during_a_download_is_not_mixed(
 # ----------------------------------------------------------------------------- transient faults
 
 
-@pytest.mark.parametrize("kind", ["slow down", "fail after", "drop", "lose answer", "cut body"])
+@pytest.mark.parametrize("kind", sorted(set(SICK) - {"throttle", "late"}))
 def test_reads_outlive_a_fault(proxy: FaultyProxy, shaky: Store, kind: Kind) -> None:
     data = os.urandom(50_000)
     shaky.write("k", data)
-    proxy.fail(kind, "GET", times=3)
+    proxy.fail(kind, "GET", times=2)
     assert shaky.read("k") == data
     proxy.fail(kind, "GET")
     assert shaky.read_range("k", start=10, end=40_000) == data[10:40_000]
@@ -153,7 +154,7 @@ def test_a_read_whose_bytes_were_changed_is_read_again(proxy: FaultyProxy, shaky
     assert proxy.count("GET") == 2
 
 
-@pytest.mark.parametrize("kind", ["fail after", "drop", "lose answer"])
+@pytest.mark.parametrize("kind", ["fail after", "drop", "lose answer", "html 500"])
 def test_writes_outlive_a_fault(
     proxy: FaultyProxy, shaky: Store, kind: Kind, tmp_path: Path
 ) -> None:
@@ -185,6 +186,97 @@ def test_a_conditional_write_whose_answer_was_lost_has_still_won(
     assert shaky.head("k").etag == etag  # type: ignore[union-attr]
 
 
+def test_a_pause_that_the_store_asks_for_is_kept(proxy: FaultyProxy, shaky: Store) -> None:
+    shaky.write("k", b"1")
+    proxy.fail("throttle", "GET", times=2)
+    began = time.monotonic()
+    assert shaky.read("k") == b"1"
+    assert time.monotonic() - began >= 2.0  # Retry-After: 1, twice
+    assert proxy.count("GET") == 3
+
+
+def test_a_pause_that_is_too_long_is_told_to_who_can_wait(
+    proxy: FaultyProxy, s3_store: Store
+) -> None:
+    proxy.fail("throttle", "GET", times=1_000)
+    with pytest.raises(StoreAway) as caught:
+        through(proxy, s3_store, IMPATIENT).read("k")
+    assert caught.value.after_seconds == 1.0
+    assert pickle.loads(pickle.dumps(caught.value)).after_seconds == 1.0
+    assert proxy.count("GET") == 1
+
+
+def test_a_body_that_trickles_is_given_up_and_read_again(
+    proxy: FaultyProxy, s3_store: Store
+) -> None:
+    data = os.urandom(5_000)
+    s3_store.write("k", data)
+    brisk = Transfer(
+        body_timeout_seconds=0.7
+    )  # a byte comes each 0.25 s: the socket never times out
+    proxy.fail("trickle", "GET")
+    assert through(proxy, s3_store, brisk).read("k") == data
+    proxy.fail("trickle", "GET")
+    assert through(proxy, s3_store, brisk).read_range("k", start=7, end=3_000) == data[7:3_000]
+    assert proxy.injected["trickle"] == 2
+
+
+def test_a_store_that_always_trickles_is_away(proxy: FaultyProxy, s3_store: Store) -> None:
+    s3_store.write("k", bytes(5_000))
+    proxy.fail("trickle", "GET", times=1_000)
+    slow = Transfer(retry_seconds=0.3, body_timeout_seconds=0.5)
+    with pytest.raises(StoreAway, match=r"does not answer \(ReadTimeoutError\)"):
+        through(proxy, s3_store, slow).read("k")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_upload_that_ends_in_200_with_an_error_is_completed(
+    proxy: FaultyProxy, shaky: Store, tmp_path: Path, times: int
+) -> None:
+    (tmp_path / "large").write_bytes(os.urandom(6 * MIB))
+    proxy.fail("error in 200", "POST", "uploadId", times=times)
+    shaky.upload("large", tmp_path / "large")
+    assert shaky.read("large") == (tmp_path / "large").read_bytes()
+    assert proxy.injected["error in 200"] == times
+    assert unfinished_uploads(shaky) == 0
+
+
+def test_an_error_in_200_that_stays_is_no_success(
+    proxy: FaultyProxy, s3_store: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(6 * MIB))
+    proxy.fail("error in 200", "POST", "uploadId", times=1_000)
+    transfer = Transfer(part_bytes=5 * MIB, retry_seconds=0.3)
+    with pytest.raises(StorageError, match="cannot write"):
+        through(proxy, s3_store, transfer).upload("large", tmp_path / "large")
+
+
+def test_credentials_that_have_expired_are_looked_up_once_more(
+    proxy: FaultyProxy, s3_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_store.write("k", b"1")
+    file = tmp_path / "credentials"
+
+    def hold(key: str, secret: str) -> None:
+        file.write_text(f"[default]\naws_access_key_id={key}\naws_secret_access_key={secret}\n")
+
+    key, secret = (os.environ[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    hold("old", "and gone")
+    store = through(proxy, s3_store, PARTS)
+    with pytest.raises(StorageError, match="InvalidAccessKeyId"):
+        store.read("k")
+    hold(key, secret)  # as a service beside the program does before the old ones expire
+    proxy.fail("expired", "GET")
+    assert store.read("k") == b"1"
+    proxy.fail("expired", "GET", times=2)
+    with pytest.raises(StorageError, match="have expired") as caught:
+        store.read("k")
+    assert not isinstance(caught.value, StoreAway)
+
+
 def test_a_lost_answer_does_not_take_what_another_wrote_for_its_own(
     proxy: FaultyProxy, shaky: Store, s3_store: Store
 ) -> None:
@@ -207,8 +299,9 @@ def test_bytes_changed_on_their_way_up_are_never_stored(
 def test_a_wrong_checksum_surfaces(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.s3.checksum", lambda data: "AAAAAA==")
     store = open_store(s3_store.uri, transfer=IMPATIENT)
-    with pytest.raises(StorageError, match="BadDigest"):
+    with pytest.raises(StorageError, match="BadDigest") as caught:
         store.write("k", b"hello")
+    assert not isinstance(caught.value, StoreAway)
     assert s3_store.head("k") is None
 
 
@@ -222,7 +315,7 @@ def hint_of(error: StorageError) -> str:
 def test_a_store_that_hangs_surfaces(proxy: FaultyProxy, s3_store: Store) -> None:
     s3_store.write("k", b"1")
     proxy.fail("hang", "GET", times=1_000)
-    with pytest.raises(StorageError, match=r"does not answer \(ReadTimeoutError\)") as caught:
+    with pytest.raises(StoreAway, match=r"does not answer \(ReadTimeoutError\)") as caught:
         through(proxy, s3_store, IMPATIENT).read("k")
     assert "shoal up" in hint_of(caught.value)
 
@@ -230,7 +323,7 @@ def test_a_store_that_hangs_surfaces(proxy: FaultyProxy, s3_store: Store) -> Non
 def test_a_body_that_is_always_cut_surfaces(proxy: FaultyProxy, s3_store: Store) -> None:
     s3_store.write("k", b"12345678")
     proxy.fail("cut body", "GET", times=1_000)
-    with pytest.raises(StorageError, match="does not answer"):
+    with pytest.raises(StoreAway, match="does not answer"):
         through(proxy, s3_store, IMPATIENT).read("k")
 
 
@@ -239,10 +332,26 @@ def test_a_dead_endpoint_surfaces(object_store: EmbeddedStore) -> None:
         "s3://shoal/x", StoreAccess(endpoint_url="http://127.0.0.1:9"), transfer=IMPATIENT
     )
     started = time.monotonic()
-    with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:9 does not answer") as caught:
+    with pytest.raises(StoreAway, match=r"http://127\.0\.0\.1:9 does not answer") as caught:
         store.read("k")
     assert time.monotonic() - started < 10
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("kind", ["slow down", "html 500", "drop", "reset"])
+def test_a_store_in_trouble_is_away_and_one_that_refuses_is_not(
+    proxy: FaultyProxy, s3_store: Store, kind: Kind
+) -> None:
+    s3_store.write("k", b"12345678")
+    store = through(proxy, s3_store, IMPATIENT)
+    proxy.fail(kind, "GET", times=1_000)
+    with pytest.raises(StoreAway):
+        store.read("k")
+    proxy.fail("not implemented", "PUT", times=1_000)
+    with pytest.raises(StorageError, match="does not support") as caught:
+        store.write_if_absent("new", b"")
+    assert not isinstance(caught.value, StoreAway)
+    assert proxy.count("PUT") == 1, "what will never work is not tried again"
 
 
 def test_a_missing_bucket_is_named(s3_store: Store, tmp_path: Path) -> None:
@@ -258,7 +367,7 @@ def test_a_missing_bucket_is_named(s3_store: Store, tmp_path: Path) -> None:
     ):
         with pytest.raises(StorageError, match="no bucket no-such-bucket") as caught:
             use()
-        assert not isinstance(caught.value, ObjectMissing | PreconditionFailed)
+        assert not isinstance(caught.value, ObjectMissing | PreconditionFailed | StoreAway)
         assert "s3 mb s3://no-such-bucket" in hint_of(caught.value)
 
 
