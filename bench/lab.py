@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -53,6 +54,8 @@ def place() -> Iterator[Path]:
     """
     folder = Path(tempfile.mkdtemp(prefix="shoal-bench-"))
     kept = dict(os.environ)
+    # An end by SIGTERM must stop what was started, as Ctrl-C does.
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]
     os.environ |= {
@@ -61,11 +64,13 @@ def place() -> Iterator[Path]:
         "AWS_CONFIG_FILE": "/nonexistent/config",
         "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent/credentials",
         "AWS_EC2_METADATA_DISABLED": "true",
+        "RAY_USAGE_STATS_ENABLED": "0",
     }
     os.environ.pop("RAY_ADDRESS", None)
     try:
         yield folder
     finally:
+        signal.signal(signal.SIGTERM, handler)
         os.environ.clear()
         os.environ.update(kept)
         shutil.rmtree(folder, ignore_errors=True)

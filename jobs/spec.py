@@ -320,6 +320,9 @@ class Checkpoint(SpecPart):
     """Newest checkpoints that are kept."""
     keep_best: PositiveInt = 1
     """Best checkpoints that are kept besides."""
+    max_failures_in_a_row: NonNegativeInt = 3
+    """Checkpoints in a row that may fail to be stored while training goes on. After that training
+    waits for each save, and while the store is away, for `retries.wait_minutes` at most."""
 
 
 class Workers(SpecPart):

@@ -15,9 +15,10 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Moment:
 
 
 class CheckpointWriter:
-    """Rank 0's writer; at most one checkpoint is under way, and a second one waits for it."""
+    """Rank 0's writer, whose buffers hold one state: one save at a time is under way."""
 
     def __init__(
         self,
@@ -74,12 +75,28 @@ class CheckpointWriter:
         self._small_files: dict[str, bytes] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shoal-checkpoint")
         self._under_way: Future[None] | None = None
+        self._write_last: Callable[[], None] | None = None
 
     def save(self, trainee: Trainee, moment: Moment) -> None:
-        """Returns once the state is copied; first waits for the checkpoint under way."""
-        self.wait()
+        """Returns once the state is copied; no other save may be under way."""
         files = self._snapshot.take(trainee)
-        self._under_way = self._thread.submit(self._write, plain(trainee.model), files, moment)
+        self._write_last = partial(self._write, plain(trainee.model), files, moment)
+        self.save_again()
+
+    def save_again(self) -> None:
+        """Begins to store the state that was copied last, once more."""
+        if self._under_way is not None or self._write_last is None:
+            raise RuntimeError("a save is under way, or none was ever begun")
+        self._under_way = self._thread.submit(self._write_last)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save was begun whose end nobody has waited for."""
+        return self._under_way is not None
+
+    def ends_in(self, seconds: float) -> bool:
+        """Whether nothing is under way any more, after a wait of `seconds` at most."""
+        return self._under_way is None or bool(wait([self._under_way], timeout=seconds).done)
 
     def wait(self) -> None:
         """Returns when nothing is under way; raises EnvironmentFault if it failed."""

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from cluster.storage import ObjectExists, ObjectMissing, StorageError, Store, open_store
-from jobs.errors import EnvironmentFault, ShoalError, TrainingError
+from jobs.errors import ShoalError, TrainingError
 from jobs.record import (
     Crash,
     Failure,
@@ -47,6 +47,7 @@ from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, 
 from trainers.parallel import plain, trained_parameters
 from trainers.preparation import DataSet, prepare, replicated
 from trainers.restore import checkpoint_copy, drop_checkpoint_copies, read_live_manifests
+from trainers.saving import Saving
 from trainers.session import Session
 from trainers.tasks.task import Evaluation
 from trainers.telemetry import Telemetry, impatient, log
@@ -166,7 +167,7 @@ class _Rank:
 
     def _with_helpers(self) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
-        self._writer = CheckpointWriter(
+        writer = CheckpointWriter(
             self._spec,
             self._store,
             self._paths,
@@ -174,8 +175,11 @@ class _Rank:
             task=self._prepared.task,
             attempt=self._attempt,
         )
+        self._saving = Saving(
+            self._spec, writer, self._agreement, self._telemetry, raise_any=self._raise_any
+        )
         with contextlib.ExitStack() as stack:
-            stack.callback(self._writer.close)
+            stack.callback(writer.close)
             stack.callback(self._close_stream)
             if self._session.rank == 0:
                 poller = ControlPoller(
@@ -213,7 +217,7 @@ class _Rank:
         )
         self._close_stream()
         with self._account.spent("checkpoint"):
-            self._settle()
+            self._saving.make_durable()
         if ending is Ending.FAILED:
             self._raise_any(error)
         if ending is Ending.STOPPED:
@@ -309,19 +313,17 @@ class _Rank:
         with self._account.spent("checkpoint"):
             # What led to this state is durable before the state itself is.
             self._telemetry.flush()
-            self._settle()
-            if self._session.rank == 0:
-                self._writer.save(
-                    self._prepared.trainee,
-                    Moment(
-                        progress=progress,
-                        evaluation=evaluation,
-                        stream=self._prepared.position.model_copy(
-                            update={"epoch": progress.epoch, "next_item": progress.next_item}
-                        ),
-                        before=self._before,
+            self._saving.save(
+                self._prepared.trainee,
+                Moment(
+                    progress=progress,
+                    evaluation=evaluation,
+                    stream=self._prepared.position.model_copy(
+                        update={"epoch": progress.epoch, "next_item": progress.next_item}
                     ),
-                )
+                    before=self._before,
+                ),
+            )
 
     def stepped(self, batch: RankBatch, progress: Progress) -> None:
         self._step = progress.step
@@ -469,16 +471,6 @@ class _Rank:
             )
             shown = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.metrics.items())
             self._telemetry.event("evaluation", f"{split} at step {step}: {shown}", step=step)
-
-    def _settle(self) -> None:
-        """Waits for the checkpoint under way; AgreedFailure on all ranks where it failed."""
-        error: Exception | None = None
-        if self._session.rank == 0:
-            try:
-                self._writer.wait()
-            except EnvironmentFault as caught:
-                error = caught
-        self._raise_any(error)
 
     def _together(self, work: Callable[[], Given]) -> Given:
         """What `work`, which talks to no other rank, gives on this one.

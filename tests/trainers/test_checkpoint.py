@@ -70,6 +70,7 @@ class Writing:
     def begin(self, step: int, *, loss: float | None = None) -> None:
         evaluation = None if loss is None else Evaluation(metrics={"loss": loss}, rows=1)
         moment = Moment(Progress(step=step), evaluation, stream=STREAM, before=None)
+        self.writer.wait()
         self.writer.save(self.trainee, moment)
 
 
