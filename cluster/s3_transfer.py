@@ -75,6 +75,8 @@ def write_parts(
                 UploadId=upload_id, PartNumber=number, Body=data, ChecksumCRC32=crc, **place
             )["ETag"]
         )
+        if transfer.on_part is not None:
+            transfer.on_part()
         return {"PartNumber": number, "ETag": etag, "ChecksumCRC32": crc}
 
     try:
@@ -156,6 +158,8 @@ def download(read_span: ReadSpan, *, path: Path, num_bytes: int, transfer: Trans
             while data:
                 written = os.pwrite(file.fileno(), data, position)
                 data, position = data[written:], position + written
+            if transfer.on_part is not None:
+                transfer.on_part()
 
         _in_parallel(fetch, spans, num_threads=transfer.num_threads)
 

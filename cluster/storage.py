@@ -110,6 +110,8 @@ class Transfer:
     """A connection that brings less is given up, as one that is silent is."""
     max_connections: int = 32
     """Connections kept open by one store; more requests at a time wait for one."""
+    on_part: Callable[[], None] | None = None
+    """Called after each part of a large object that has moved, from the thread that moved it."""
 
 
 @runtime_checkable

@@ -219,6 +219,11 @@ class Crash(Record):
     out_of_memory: Microbatch | None = None
     """The largest micro-batch of the step (or evaluation) in whose passes memory ran out."""
 
+    @property
+    def reason(self) -> str:
+        """`rank 1 on node-7: why`."""
+        return f"{self.failure.where}: {self.failure.problems[0][0]}"
+
 
 class Part(Record):
     """One file of a checkpoint, by its name relative to the checkpoint's folder."""

@@ -359,12 +359,15 @@ class Retries(SpecPart):
     """How often the run starts again by itself."""
 
     worker_failures: NonNegativeInt = 2
-    """Restarts from the last checkpoint after a worker has died."""
+    """Restarts from the last checkpoint after a worker has died, run out of memory or hung."""
     preemptions: NonNegativeInt | Literal["unlimited"] = "unlimited"
     """Restarts after the platform has announced that it takes a node; counted apart."""
     wait_minutes: PositiveFloat = 30.0
     """Longest wait for workers that the cluster does not have; then the run ends with exit code 3
     and can be resumed."""
+    hang_minutes: PositiveFloat = 10.0
+    """Longest time in which no worker gets on: no step, no batch of an evaluation, no part of a
+    checkpoint. Then the processes that wait or are stuck end, and the workers are started again."""
 
 
 class LocalCluster(SpecPart):

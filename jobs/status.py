@@ -194,9 +194,7 @@ class RunStatus:
                     "started_at": a.started_at,
                     "state": o.state if (o := self.outcomes.get(a.attempt)) else None,
                     "last_step": o.step if o else None,
-                    "broke_off": c.failure.problems[0][0]
-                    if (c := self.crashes.get(a.attempt))
-                    else None,
+                    "broke_off": c.reason if (c := self.crashes.get(a.attempt)) else None,
                     "max_tokens_per_microbatch": a.max_tokens_per_microbatch,
                 }
                 for a in self.attempts

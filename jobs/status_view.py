@@ -163,7 +163,7 @@ def _attempt_text(attempt: Attempt, status: RunStatus) -> Text:
         if outcome.failure and outcome.failure.problems:
             text.append(f": {outcome.failure.problems[0][0]}")
     elif crash is not None:
-        text.append(f", broke off: {crash.failure.problems[0][0]}", style="yellow")
+        text.append(f", broke off: {crash.reason}", style="yellow")
     elif status.situation.is_over or attempt is not status.attempts[-1]:
         text.append(", ended without a word (killed)", style="yellow")
     return text

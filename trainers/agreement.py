@@ -7,11 +7,17 @@ micro-batches) is taken from the same gathered votes, so all ranks take it at th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from trainers import watchdog
+from trainers.session import COLLECTIVE_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class PendingDecision:
 
     def wait(self) -> Decision:
         if self._work is not None:
-            self._work.wait()
+            with _waiting():
+                self._work.wait()
         weight, microbatches, stop, save, yields, failed = self._votes.unbind(dim=1)
         return Decision(
             weight=float(weight.sum()),
@@ -73,9 +80,13 @@ class Agreement:
     def __init__(self, *, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
-        # Two groups: an all-gather under way must not meet another collective on its own group.
-        self._ahead = dist.new_group(backend="gloo") if world_size > 1 else None
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._ahead: dist.ProcessGroup | None = None
+        self._group: dist.ProcessGroup | None = None
+        if world_size > 1:
+            # Two: an all-gather under way must not meet another collective on its own group.
+            self._ahead = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            _set_pg_timeout(COLLECTIVE_TIMEOUT)  # of the group of the gradients
 
     def start(self, vote: Vote) -> PendingDecision:
         """Begins to gather the votes on the coming step."""
@@ -89,7 +100,8 @@ class Agreement:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks of a float64 CPU tensor; exact for integers below 2**53."""
         if self._group is not None:
-            dist.all_reduce(values, group=self._group)
+            with _waiting():
+                dist.all_reduce(values, group=self._group)
         return values
 
     def gather(self, value: Any) -> list[Any]:
@@ -99,7 +111,8 @@ class Agreement:
         text = json.dumps(value).encode()
         sizes = torch.zeros(self.world_size, dtype=torch.int64)
         sizes[self.rank] = len(text)
-        dist.all_reduce(sizes, group=self._group)
+        with _waiting():
+            dist.all_reduce(sizes, group=self._group)
         width = int(sizes.max())
         own = torch.zeros(width, dtype=torch.uint8)
         own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -117,3 +130,10 @@ class Agreement:
     def barrier(self) -> None:
         """Returns when all ranks have come here."""
         self.gather(None)
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    watchdog.tick("waits for the other ranks")
+    yield
+    watchdog.tick("goes on")

@@ -137,6 +137,14 @@ def _claim(
     return Claim(attempt, restored, skipped, recovers=bool(own), crash=crash)
 
 
+def last_crash(store: Store, paths: RunPaths, *, generation: int) -> Crash | None:
+    """Why the newest attempt of a driver broke off, as far as it could tell."""
+    attempts = read_attempts(store, paths)
+    if not attempts or attempts[-1].generation != generation:
+        return None
+    return _read_crash(store, paths, attempts[-1].attempt)
+
+
 def microbatch_limit(last: Attempt | None, crash: Crash | None, *, of_job: int) -> int | None:
     """Tokens that a micro-batch of the next attempt may have, where they are fewer than the job's.
 

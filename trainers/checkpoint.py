@@ -29,6 +29,7 @@ from cluster.storage import Store
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import Attempt, CheckpointName, Manifest, Part, RunPaths, StreamPosition
 from jobs.spec import JobSpec, format_bytes
+from trainers import watchdog
 from trainers.loop import Progress, Trainee
 from trainers.parallel import plain
 from trainers.retention import apply_retention
@@ -146,7 +147,7 @@ class CheckpointWriter:
         folder = self._paths.checkpoint(CheckpointName(step, self._attempt.attempt))
         with ThreadPoolExecutor(_UPLOAD_THREADS, thread_name_prefix="shoal-upload") as pool:
             written = [
-                pool.submit(self._store.write, folder + name, data) for name, data in files.items()
+                pool.submit(self._write_file, folder + name, data) for name, data in files.items()
             ]
             parts = tuple(
                 Part(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
@@ -155,6 +156,10 @@ class CheckpointWriter:
             for write in written:
                 write.result()
         return parts
+
+    def _write_file(self, key: str, data: bytes | memoryview) -> None:
+        self._store.write(key, data)
+        watchdog.tick()
 
     def _manifest(self, moment: Moment, parts: tuple[Part, ...]) -> Manifest:
         evaluation = moment.evaluation.metrics if moment.evaluation is not None else {}

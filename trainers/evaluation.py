@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from trainers import watchdog
 from trainers.data.stream import RankBatch
 from trainers.memory import passes_over
 from trainers.microbatch import IntArray, cut_microbatches
@@ -41,6 +42,7 @@ def measure(
                 lengths = task.lengths(batch.items)
                 with passes_over(lengths, max_tokens=max_tokens):
                     for cut in cut_microbatches(lengths, max_tokens=max_tokens):
+                        watchdog.tick("evaluates")
                         collated = move(task.collate(batch.items.take(cut)), device)
                         output = task.forward(model, collated)
                         metrics.update(output, collated)

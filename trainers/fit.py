@@ -28,12 +28,12 @@ from cluster.storage import is_s3, open_store
 from jobs.errors import ShoalError
 from jobs.record import Failure, Outcome, RunPaths, State
 from jobs.spec import JobSpec
-from trainers.attempt import Assignment
+from trainers.attempt import Assignment, last_crash
 from trainers.controls import last_attempt
 from trainers.notices import NoticeReader
 from trainers.ray_controller import RunController, StoppedWhileWaiting
 from trainers.restore import read_live_manifests
-from trainers.session import COLLECTIVE_TIMEOUT
+from trainers.session import JOIN_TIMEOUT
 from trainers.telemetry import Telemetry
 from trainers.worker import train_worker
 
@@ -90,14 +90,17 @@ def _fit_once(assignment: Assignment, notices: NoticeReader, *, start: int) -> O
         run_config=run_config,  # type: ignore[arg-type]  # typed as its predecessor
         torch_config=TorchConfig(
             backend="nccl" if spec.workers.gpus else "gloo",
-            timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds()),
+            timeout_s=int(JOIN_TIMEOUT.total_seconds()),
         ),
     )
     try:
         result = trainer.fit()
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         cause = error.controller_failure if isinstance(error, ControllerError) else error
-        return _stopped(assignment) if isinstance(cause, StoppedWhileWaiting) else _failure(error)
+        if isinstance(cause, StoppedWhileWaiting):
+            return _stopped(assignment)
+        told = _told_before(assignment) if isinstance(error, WorkerGroupError) else None
+        return told or _failure(error)
     return Outcome.model_validate_json(getattr(result, "return_value"))  # noqa: B009 - untyped
 
 
@@ -222,6 +225,13 @@ def _too_often_taken(ended: Outcome, limit: int) -> Failure:
         where="driver",
         exit_code=3,
     )
+
+
+def _told_before(assignment: Assignment) -> Failure | None:
+    """What a rank of the last attempt could still tell, before its process ended."""
+    store = open_store(assignment.spec.store.uri, assignment.spec.store.access)
+    crash = last_crash(store, RunPaths(assignment.run_id), generation=assignment.generation)
+    return None if crash is None else crash.failure
 
 
 def _failure(error: Exception) -> Failure:

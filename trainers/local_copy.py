@@ -12,12 +12,15 @@ from pathlib import Path
 import tenacity
 from filelock import FileLock
 
-from cluster.storage import StorageError, Store, check_key
+from cluster.storage import StorageError, Store, Transfer, check_key
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import Part
+from trainers import watchdog
 
 _BLOCK_BYTES = 2**20
 _THREADS = 4
+TICKING = Transfer(on_part=watchdog.tick)
+"""How stores move large files where a watchdog may look on."""
 _FETCHES = 3
 """Fetches of a part before it is taken for damaged in the store."""
 
@@ -106,6 +109,7 @@ def _fetch(store: Store, part: Part, folder: Path) -> None:
         raise DamagedPart(
             Problem(f"{store.uri}/{part.name} is damaged: its bytes are not those of its record")
         )
+    watchdog.tick()
 
 
 def sha256_of(path: Path) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 
 from jobs.errors import Problem, TrainingError
 from jobs.spec import JobSpec
+from trainers import watchdog
 from trainers.agreement import Agreement, Decision, PendingDecision, Vote
 from trainers.buffers import KeptBuffers
 from trainers.data.stream import RankBatch
@@ -213,6 +214,7 @@ def train(
         assert coming.batch is not None  # a rank without rows has an empty batch, not none
         advanced = advance(progress, coming.batch, plan)
         following = feed.next_after(advanced)
+        watchdog.tick(f"step {advanced.step}")
         with time.spent("compute"):
             facts = train_step(
                 spec, plan, trainee, coming.batch, coming.microbatches, decision,
@@ -353,6 +355,7 @@ def train_step(
     lengths = trainee.task.lengths(batch.items)
     with passes_over(lengths, max_tokens=spec.batching.max_tokens_per_microbatch):
         for number, microbatch in enumerate(passes):
+            watchdog.tick()
             seed_generators(spec.data.seed, step, agreement.rank, number)
             on_device = move(microbatch, trainee.device)
             if number == len(passes) - 1:
@@ -522,6 +525,7 @@ class _Feed:
         """The step that follows `progress`; None where none does."""
         if progress.step >= self._plan.total_steps:
             return None
+        watchdog.tick("reads rows")
         asked = self._around.requests()
         batch, microbatches, error, weight = None, list[Batch](), None, 0.0
         with self._time.spent("data_wait"):

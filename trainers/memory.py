@@ -49,22 +49,23 @@ def passes_over(lengths: IntArray, *, max_tokens: int) -> Iterator[None]:
         raise MicrobatchTooLarge(rows=rows, tokens=tokens) from error
 
 
-def memory_fault(error: MicrobatchTooLarge, *, where: str, spec: JobSpec) -> ShoalError:
+def memory_fault(error: MicrobatchTooLarge, *, step: int, spec: JobSpec) -> ShoalError:
     """The same for the user: a ClusterError where smaller micro-batches may help, else a
     TrainingError. `spec` is the job with the limit that was in force."""
     if error.rows > 1:
         limit = spec.batching.max_tokens_per_microbatch
         return ClusterError(
             Problem(
-                f"{where}: a micro-batch of {error.rows} rows and {error.tokens} tokens, padding "
-                f"included, does not fit into memory (the limit was {limit} tokens)",
+                f"after step {step} a micro-batch of {error.rows} rows and {error.tokens} tokens, "
+                f"padding included, does not fit into memory (the limit was {limit} tokens)",
                 f"a restart halves it; give a new run batching.max_tokens_per_microbatch: "
                 f"{error.tokens // 2}",
             )
         )
     return TrainingError(
         Problem(
-            f"{where}: a micro-batch of one row, {error.tokens} tokens, does not fit into memory",
+            f"after step {step} a micro-batch of one row, {error.tokens} tokens, does not fit into "
+            "memory",
             f"lower task.max_tokens, which is {spec.task.max_tokens}, freeze a part of the model "
             "with model.freeze, name a smaller model in model.source, or give each worker more "
             "memory",

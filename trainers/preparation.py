@@ -9,6 +9,7 @@ from cluster.storage import Store, open_store
 from jobs.errors import DataError, Problem, SpecError
 from jobs.record import Manifest, RunPaths, StreamPosition
 from jobs.spec import JobSpec
+from trainers import watchdog
 from trainers.data.cache import cache_folder
 from trainers.data.index import Index, open_index
 from trainers.data.partition import ORDER_VERSION, fit_window, refuse_small_memory
@@ -102,6 +103,7 @@ def prepare(
     restored: Manifest | None,
 ) -> Prepared:
     """Everything before the first step but the replication of the model. Talks to no other rank."""
+    watchdog.tick("opens the data sets")
     data = spec.data
     train_set = open_data(spec, data.train)
     validation = open_data(spec, data.validation) if data.validation else None
@@ -113,6 +115,7 @@ def prepare(
     )
     progress, before, folder = Progress(), None, None
     if restored is not None:
+        watchdog.tick("fetches the checkpoint")
         folder = checkpoint_copy(store, paths, restored, cache_folder=cache_folder())
         progress, before = load_progress(folder)
         # The lanes and the window of the run's first attempt stay, whatever the worker count now.
@@ -136,11 +139,13 @@ def prepare(
         max_row_group_bytes=train_set.index.max_row_group_bytes,
         stream_memory=data.stream_memory,
     )
+    watchdog.tick("fetches the model")
     source = folder / "model" if folder else pretrained_folder(spec, cache_folder=cache_folder())
     task = build_task(spec, model_folder=source, index=train_set.index)
     for held_out in (validation, test):
         if held_out is not None:
             task.check_data(held_out.index)
+    watchdog.tick("builds the model")
     model = task.build_model(source, dropout=spec.model.dropout, seed=data.seed)
     freeze(model, spec.model.freeze)
     model = model.to(session.device)

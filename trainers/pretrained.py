@@ -11,7 +11,8 @@ from cluster.storage import Store, is_s3, open_store, split_uri
 from jobs.errors import EnvironmentFault, Problem, SpecError
 from jobs.record import Manifest, Part, Result, RunPaths
 from jobs.spec import JobSpec
-from trainers.local_copy import local_copy
+from trainers import watchdog
+from trainers.local_copy import TICKING, local_copy
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -24,9 +25,10 @@ def pretrained_folder(spec: JobSpec, *, cache_folder: Path) -> Path:
     Raises SpecError where there is no such model, EnvironmentFault where its place is not reached.
     """
     source = spec.model.source
-    runs = open_store(spec.store.uri, spec.store.access)
+    runs = open_store(spec.store.uri, spec.store.access, transfer=TICKING)
     if is_s3(source) or "://" in source:
-        found = _in_store(open_store(source, spec.data.access), spec, cache_folder)
+        place = open_store(source, spec.data.access, transfer=TICKING)
+        found = _in_store(place, spec, cache_folder)
         return found or _in_run(*_run_of_uri(source, spec), cache_folder)
     path = Path(source).expanduser()
     if path.is_dir():
@@ -70,7 +72,8 @@ def _in_store(store: Store, spec: JobSpec, cache_folder: Path) -> Path | None:
 def _run_of_uri(uri: str, spec: JobSpec) -> tuple[Store, str]:
     parent, run_id = split_uri(uri)
     same = parent == spec.store.uri.rstrip("/")
-    return open_store(parent, spec.store.access if same else spec.data.access), run_id
+    access = spec.store.access if same else spec.data.access
+    return open_store(parent, access, transfer=TICKING), run_id
 
 
 def _in_run(runs: Store, run_id: str, cache_folder: Path) -> Path:
@@ -118,7 +121,9 @@ def _on_hub(name: str, revision: str | None) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+        # The hub's client bounds its own waits, and shows how far it is.
+        with watchdog.suspended("fetches the model from the hub"):
+            folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
     except HFValidationError as error:
         raise SpecError(
             Problem(

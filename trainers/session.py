@@ -20,8 +20,11 @@ import torch.distributed as dist
 
 from jobs.errors import ClusterError, Problem
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others; longer than any evaluation or upload of one rank."""
+JOIN_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others while the group is set up."""
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
+"""How long a collective may take; longer than any wait that the watchdog allows, which tells a
+rank that works from one that hangs."""
 
 
 class Session(Protocol):
@@ -81,7 +84,7 @@ class ProcessSession:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             dist.init_process_group(
-                "nccl" if self.device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT
+                "nccl" if self.device.type == "cuda" else "gloo", timeout=JOIN_TIMEOUT
             )
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

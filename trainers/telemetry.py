@@ -247,6 +247,11 @@ class Telemetry:
             if stream is not None:
                 stream.flush()
 
+    def last_words(self) -> None:
+        """Makes events and logs so far durable, as far as the store answers."""
+        for stream in (self._events, self._logs):
+            stream._flush_or_say()
+
     def flush(self) -> None:
         """Makes metrics and rows so far durable, as far as the store answers."""
         for stream in (self._metrics, self._rows):

@@ -41,17 +41,19 @@ from trainers.controls import ControlPoller, Requests
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import measure
-from trainers.local_copy import DamagedPart
+from trainers.local_copy import TICKING, DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
 from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, room_fault
 from trainers.parallel import plain, trained_parameters
 from trainers.preparation import DataSet, prepare, replicated
+from trainers.pulse import Pulse
 from trainers.restore import checkpoint_copy, drop_checkpoint_copies, read_live_manifests
 from trainers.saving import Saving
 from trainers.session import Session
 from trainers.tasks.task import Evaluation
 from trainers.telemetry import Telemetry, impatient, log
 from trainers.time_account import TimeAccount
+from trainers.watchdog import Hang, Watchdog
 
 _EVALUATION_ROWS = 512
 """Rows of an evaluation that are fetched at once; they are cut by tokens afterwards."""
@@ -72,12 +74,21 @@ def train_worker(session: Session, assignment: Assignment) -> Outcome:
 
     Called by every rank of the group; the outcome is the same on all of them.
     """
+    limit_seconds = 60 * assignment.spec.retries.hang_minutes
+    with (
+        Watchdog(limit_seconds=limit_seconds) as watch,
+        Pulse(watch, rank=session.rank, world_size=session.world_size),
+    ):
+        return _work(session, assignment, watch)
+
+
+def _work(session: Session, assignment: Assignment, watch: Watchdog) -> Outcome:
     spec = assignment.spec
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(spec.workers.cpus)
     account = TimeAccount()
     agreement = Agreement(rank=session.rank, world_size=session.world_size)
-    store = open_store(spec.store.uri, spec.store.access)
+    store = open_store(spec.store.uri, spec.store.access, transfer=TICKING)
     paths = RunPaths(assignment.run_id)
     with account.spent("start"):
         claim = claim_attempt(session, assignment, agreement, store, paths)
@@ -90,6 +101,7 @@ def train_worker(session: Session, assignment: Assignment) -> Outcome:
         if session.rank == 0 and "tensorboard" in spec.tracking:
             telemetry.with_tensorboard(impatient(spec), paths)
         rank = _Rank(session, assignment, agreement, store, paths, telemetry, account)
+        watch.tell = rank.tell_hang
         outcome = rank.run(claim)
         if session.rank == 0:
             try:
@@ -406,21 +418,49 @@ class _Rank:
         The others wait for this rank, so they cannot be told: whoever started the ranks starts them
         again, and the next attempt reads the record.
         """
-        told = memory_fault(
-            error, where=f"{self._where()}, after step {self._step}", spec=self._spec
+        told = memory_fault(error, step=self._step, spec=self._spec)
+        self._record_crash(
+            Crash(
+                attempt=self._attempt.attempt,
+                failure=Failure.of(told, where=self._where()),
+                out_of_memory=Microbatch(rows=error.rows, tokens=error.tokens),
+            )
         )
-        crash = Crash(
-            attempt=self._attempt.attempt,
-            failure=Failure.of(told, where=self._where()),
-            out_of_memory=Microbatch(rows=error.rows, tokens=error.tokens),
+        return told
+
+    def tell_hang(self, hang: Hang) -> None:
+        """Says durably, as far as the store answers, that this rank's process ends, and where it
+        stands."""
+        message = f"no progress for {hang.seconds:.0f} s: {hang.doing}"
+        log.error("%s\n%s", message, hang.stacks)
+        self._telemetry.event("error", f"{self._where()}: {message}", step=self._step)
+        self._telemetry.last_words()
+        self._record_crash(
+            Crash(
+                attempt=self._attempt.attempt,
+                failure=Failure(
+                    state=State.FAILED_INFRA,
+                    problems=(
+                        (
+                            message,
+                            "read where each rank stood with: shoal logs RUN; raise "
+                            f"retries.hang_minutes, which is {self._spec.retries.hang_minutes:g}, "
+                            "if it was at work",
+                        ),
+                    ),
+                    where=self._where(),
+                    exit_code=State.FAILED_INFRA.exit_code,
+                ),
+            )
         )
+
+    def _record_crash(self, crash: Crash) -> None:
         try:
             self._store.write_if_absent(self._paths.crash(crash.attempt), crash.to_bytes())
         except ObjectExists:
-            pass  # another rank has told the same
-        except StorageError as fault:
-            log.error("why memory ran out cannot be recorded: %s", fault)
-        return told
+            pass  # another rank was first
+        except StorageError as error:
+            log.error("why the attempt broke off cannot be recorded: %s", error)
 
     def _open_stream(self, data: DataSet, *, lanes: int, window: int) -> RankStream:
         return RankStream(
@@ -540,9 +580,8 @@ class _Rank:
                 else "starts"
             )
             if claim.crash is not None:
-                reason = claim.crash.failure.problems[0][0]
                 self._telemetry.event(
-                    "warning", f"attempt {claim.crash.attempt} broke off: {reason}"
+                    "warning", f"attempt {claim.crash.attempt} broke off: {claim.crash.reason}"
                 )
             if attempt.max_tokens_per_microbatch is not None:
                 self._telemetry.event(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
@@ -13,9 +16,18 @@ from cluster.storage import Store, open_store
 from jobs.record import RunPaths, best_manifest
 from jobs.spec import JobSpec
 from tests import evidence
-from tests.ranks import Kill, Moment, assignment_of, run_ranks
+from tests.ranks import (
+    Kill,
+    Moment,
+    assignment_of,
+    break_group,
+    lose_patience,
+    run_ranks,
+)
 from tests.tiny import tiny_job, tiny_model, tiny_reviews
+from trainers import worker
 from trainers.restore import read_attempts, read_manifests
+from trainers.watchdog import HUNG_EXIT_CODE
 
 ROWS = 90
 BATCH = 8
@@ -107,6 +119,44 @@ def test_every_row_is_used_exactly_once_an_epoch(scene: Path, calm: dict[int, st
 def test_all_worker_counts_give_the_same_global_batches(scene: Path, calm: dict[int, str]) -> None:
     first, *others = (global_batches(scene, run_id) for run_id in calm.values())
     assert all(other == first for other in others)
+
+
+class Freezes:
+    """After the 13th step of a start, one rank is frozen."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __call__(self) -> None:
+        whole, steps = worker._Rank.stepped, 0
+
+        def stepped(rank: Any, batch: Any, progress: Any) -> None:
+            nonlocal steps
+            whole(rank, batch, progress)
+            steps += 1
+            if steps == 13:
+                lose_patience()
+                if os.environ["RANK"] == str(self.rank):
+                    os.kill(os.getpid(), signal.SIGSTOP)
+
+        worker._Rank.stepped = stepped  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_wait_for_a_frozen_one_end_and_a_resume_ends_with_the_same_bits(
+    scene: Path, calm: dict[int, str], rank: int
+) -> None:
+    """Rank 0 is the one that serves what ranks tell each other."""
+    run_id, spec = f"frozen-{rank}", job(scene, workers=3)
+    codes = break_group(assignment_of(spec, run_id), world_size=3, before=Freezes(rank), until=2)
+    assert HUNG_EXIT_CODE in codes.values()
+    assert rank not in codes
+    outcome = run_ranks(assignment_of(spec, run_id, generation=2), world_size=3)
+    assert outcome is not None
+    assert outcome.state == "SUCCEEDED"
+    assert read_attempts(runs(scene), RunPaths(run_id))[-1].restored_step in (8, 10, 12)
+    assert final_parts(scene, run_id) == final_parts(scene, calm[3])
+    assert global_batches(scene, run_id) == global_batches(scene, calm[3])
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import xxhash
 
 from cluster.storage import StorageError, Store
 from jobs.errors import DataError, Problem
+from trainers import watchdog
 from trainers.data.cache import NodeCache
 from trainers.data.index import CHUNK, Array, Index, Shard, chunk_table
 
@@ -94,6 +95,7 @@ class VerifiedReader:
             raise self._damaged(where, error) from error
         if table.num_rows != self._index.group_rows[group]:
             raise self._changed(shard, where, f"it holds {table.num_rows} rows")
+        watchdog.tick()
         return table
 
     def _verified(
