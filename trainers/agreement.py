@@ -6,9 +6,9 @@ micro-batches) is taken from the same gathered votes, so all ranks take it at th
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
@@ -104,14 +104,14 @@ class Agreement:
                 dist.all_reduce(values, group=self._group)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON value, by rank."""
+    def gather(self, value: Any, *, gets_on: bool = True) -> list[Any]:
+        """Every rank's JSON value, by rank. Without `gets_on` the watchdog takes it for a wait."""
         if self._group is None:
             return [value]
         text = json.dumps(value).encode()
         sizes = torch.zeros(self.world_size, dtype=torch.int64)
         sizes[self.rank] = len(text)
-        with _waiting():
+        with _waiting() if gets_on else contextlib.nullcontext():
             dist.all_reduce(sizes, group=self._group)
         width = int(sizes.max())
         own = torch.zeros(width, dtype=torch.uint8)
@@ -123,16 +123,16 @@ class Agreement:
             for row, size in zip(rows, sizes, strict=True)
         ]
 
-    def first(self, value: Any) -> Any:
-        """Rank 0's JSON value; what the others pass is not looked at."""
-        return self.gather(value if self.rank == 0 else None)[0]
+    def first(self, value: Any, *, gets_on: bool = True) -> Any:
+        """Rank 0's JSON value; what the others pass is not looked at. See `gather`."""
+        return self.gather(value if self.rank == 0 else None, gets_on=gets_on)[0]
 
     def barrier(self) -> None:
         """Returns when all ranks have come here."""
         self.gather(None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _waiting() -> Iterator[None]:
     watchdog.tick("waits for the other ranks")
     yield

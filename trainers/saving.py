@@ -18,6 +18,7 @@ from cluster.storage import StoreAway
 from jobs.errors import EnvironmentFault
 from jobs.record import State
 from jobs.spec import JobSpec
+from trainers import watchdog
 from trainers.agreement import Agreement
 from trainers.checkpoint import CheckpointWriter, Moment
 from trainers.loop import Trainee
@@ -65,6 +66,7 @@ class Saving:
         began = time.monotonic()
         is_told = False
         while not self._settle():
+            watchdog.tick("waits for the store")
             is_hopeless = not isinstance(self._error, StoreAway)
             is_late = time.monotonic() - began > self._wait_seconds
             if self._agreement.first(is_hopeless or is_late):
@@ -86,11 +88,15 @@ class Saving:
     def _settle(self) -> bool:
         """Whether the save under way, if there is one, has succeeded; counts those that have not.
 
-        The ranks meet while it goes on, so that one that is gone is noticed.
+        The ranks meet while it goes on, so that one that is gone is noticed. That they do is no
+        progress: the writer's thread ticks for each part that is stored.
         """
+        watchdog.tick("waits for the checkpoint under way")
         outcome: dict[str, Any] = {"is_busy": True}
         while outcome["is_busy"]:
-            outcome = self._agreement.first(self._look() if self._agreement.rank == 0 else None)
+            outcome = self._agreement.first(
+                self._look() if self._agreement.rank == 0 else None, gets_on=False
+            )
         if outcome["has_failed"]:
             self._failures_in_a_row += 1
         elif outcome["was_busy"]:

@@ -11,6 +11,7 @@ import threading
 import time
 from typing import Any
 
+from cluster.folder import FolderStore
 from jobs.record import State
 from jobs.runs import RunReader
 from tests.ranks import assignment_of, break_group, lose_patience, on_ranks
@@ -19,6 +20,7 @@ from trainers import preparation, watchdog
 from trainers.agreement import Agreement
 from trainers.data.stream import RankStream
 from trainers.pulse import Pulse
+from trainers.saving import Saving
 from trainers.session import Session
 from trainers.watchdog import HUNG_EXIT_CODE, Hang, Watchdog
 
@@ -149,6 +151,29 @@ class FetchHangs:
         RankStream.batches = batches  # type: ignore[method-assign]
 
 
+class UploadHangs:
+    """The store never answers to the first checkpoint, which the second one waits for."""
+
+    def __call__(self) -> None:
+        whole, waits = Saving._settle, 0
+
+        def settle(saving: Saving) -> bool:
+            nonlocal waits
+            waits += 1
+            if waits == 2:
+                lose_patience()
+            return whole(saving)
+
+        def write(store: Any, key: str, data: Any) -> Any:
+            if "/checkpoints/" in key:
+                sleeps(threading.Event())
+            return whole_write(store, key, data)
+
+        whole_write = FolderStore.write
+        FolderStore.write = write  # type: ignore[method-assign,assignment]
+        Saving._settle = settle  # type: ignore[method-assign]
+
+
 class StartHangs:
     """Rank 1 waits for ever for its model."""
 
@@ -175,6 +200,14 @@ def test_a_fetch_that_hangs_ends_all_ranks_and_the_run_goes_on(scene: Scene) -> 
     assert scene.train(with_one, generation=2).state is State.SUCCEEDED
     assert reader.attempts()[1].restored_step == 2
     assert any(f"broke off: {crash.reason}" in str(e["message"]) for e in reader.events())
+
+
+def test_an_upload_that_hangs_ends_all_ranks(scene: Scene) -> None:
+    spec = scene.job(workers={"count": 2}, checkpoint={"every_steps": 2})
+    codes = break_group(assignment_of(spec, "run"), world_size=2, before=UploadHangs(), until=2)
+    assert HUNG_EXIT_CODE in codes.values()
+    crash = RunReader(scene.runs, "run").crashes()[1]
+    assert "waits for the checkpoint under way" in crash.reason
 
 
 def test_a_start_that_hangs_ends_all_ranks(scene: Scene) -> None:
