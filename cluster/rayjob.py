@@ -32,6 +32,9 @@ _OBJECT_STORE_BYTES = 200 * 2**20
 _SHARED_MEMORY_MIB = 512
 _GRACE_SECONDS = 120
 """Between the notice that a pod must go and its end."""
+_DRAIN_SECONDS = 110
+"""How long a node of Ray that got this notice waits for workers to save and for the driver to write
+down how the run stands. It ends as soon as they have; the rest of the grace is for its own end."""
 _SECONDS_AFTER_END = 60
 """How long the Ray cluster outlives the run: for its last lines, not for idle GPUs."""
 _SUBMITTER_RETRIES = 4
@@ -60,6 +63,9 @@ def build_rayjob(
         )
     labels = _labels(spec, run_id)
     queue = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue is not None else {}
+    # Without it Kueue refuses what changes its size.
+    is_elastic = cluster.queue is not None and spec.workers.min is not None
+    elastic = {"kueue.x-k8s.io/elastic-job": "true"} if is_elastic else {}
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -67,7 +73,7 @@ def build_rayjob(
             "name": run_id,
             "namespace": cluster.namespace,
             "labels": {**labels, **queue},
-            "annotations": {"shoal/run": run_uri},
+            "annotations": {"shoal/run": run_uri, **elastic},
         },
         "spec": {
             "entrypoint": _entrypoint(run_uri, access=spec.store.access, past=past),
@@ -139,8 +145,21 @@ def _submitter(cluster: KubeRayCluster, labels: dict[str, str]) -> Manifest:
 
 def _cluster(spec: JobSpec, cluster: KubeRayCluster, run_id: str) -> Manifest:
     return {
+        **(_autoscaling() if spec.workers.min is not None else {}),
         "headGroupSpec": _head(spec, cluster, run_id),
         "workerGroupSpecs": [_workers(spec, cluster, run_id)],
+    }
+
+
+def _autoscaling() -> Manifest:
+    """A container beside the head that has KubeRay add the pods which the run asks Ray for.
+
+    KubeRay starts a run only once all `replicas` are there. Those of an elastic run are its fewest
+    workers; Ray Train asks for the others while it trains.
+    """
+    return {
+        "enableInTreeAutoscaling": True,
+        "autoscalerOptions": {"securityContext": _container_security()},
     }
 
 
@@ -166,6 +185,7 @@ def _head(spec: JobSpec, cluster: KubeRayCluster, run_id: str) -> Manifest:
                 ],
                 "resources": _resources(cpus=_HEAD_CPUS, memory_mib=_HEAD_MEMORY_MIB),
             },
+            speaks_to_kubernetes=spec.workers.min is not None,
         ),
     }
 
@@ -181,8 +201,8 @@ def _workers(spec: JobSpec, cluster: KubeRayCluster, run_id: str) -> Manifest:
     cache_gib = _cache_gib(spec)
     return {
         "groupName": "workers",
-        "replicas": workers.count,
-        "minReplicas": workers.count,
+        "replicas": workers.fewest,
+        "minReplicas": workers.fewest,
         "maxReplicas": workers.count,
         "rayStartParams": ray,
         "template": _pod(
@@ -216,19 +236,24 @@ def _pod(
     container: Manifest,
     environment: dict[str, str] | None = None,
     volumes: dict[str, Manifest] | None = None,
+    speaks_to_kubernetes: bool = False,
 ) -> Manifest:
     """A pod of Ray. `volumes` are by the folder at which they are mounted."""
     shared_memory = {"medium": "Memory", "sizeLimit": f"{_SHARED_MEMORY_MIB}Mi"}
     volumes = {"/dev/shm": {"name": "shared-memory", "emptyDir": shared_memory}, **(volumes or {})}  # noqa: S108
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", **(environment or {})}
+    environment = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_SECONDS),
+        **(environment or {}),
+    }
     secrets = [{"secretRef": {"name": name}} for name in cluster.env_from_secrets]
     account = {"serviceAccountName": cluster.service_account} if cluster.service_account else {}
     return {
         "metadata": {"labels": _labels(spec, run_id)},
         "spec": {
             **account,
-            # Nothing in the pods speaks to Kubernetes; clouds give their own tokens.
-            "automountServiceAccountToken": False,
+            # Only an autoscaler speaks to Kubernetes; clouds give their own tokens.
+            "automountServiceAccountToken": speaks_to_kubernetes,
             **_pull_secrets(cluster),
             "terminationGracePeriodSeconds": _GRACE_SECONDS,
             "securityContext": _pod_security(),

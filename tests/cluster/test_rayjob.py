@@ -18,6 +18,7 @@ from cluster.rayjob import build_rayjob
 from jobs.errors import SpecError
 from jobs.parse import load_spec, parse_spec
 from jobs.record import Past
+from jobs.run import TAKEN_SECONDS
 from jobs.spec import JobSpec, StoreAccess
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,6 +39,10 @@ JOBS: dict[str, dict[str, Any]] = {
             "env_from_secrets": ["object-store", "hub"],
             "backoff_limit": 0,
         },
+    },
+    "from two to four workers in a queue": {
+        "workers": {"count": 4, "min": 2},
+        "cluster": {**KUBERAY, "queue": "team-a"},
     },
     "a store of its own": {
         "store": {
@@ -194,16 +199,46 @@ def test_no_pod_may_more_than_it_needs(changes: dict[str, Any]) -> None:
     for pod in pods(rayjob(job(**changes))):
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert pod["automountServiceAccountToken"] is False
         for container in pod["containers"]:
             context = container["securityContext"]
             assert context["allowPrivilegeEscalation"] is False
             assert context["capabilities"] == {"drop": ["ALL"]}
 
 
+@pytest.mark.parametrize("changes", JOBS.values(), ids=JOBS)
+def test_no_pod_speaks_to_kubernetes_but_the_head_whose_autoscaler_asks_for_pods(
+    changes: dict[str, Any],
+) -> None:
+    submitter, head, workers = pods(rayjob(job(**changes)))
+    is_elastic = "min" in changes.get("workers", {})
+    assert head["automountServiceAccountToken"] is is_elastic
+    assert submitter["automountServiceAccountToken"] is False
+    assert workers["automountServiceAccountToken"] is False
+
+
+def test_an_elastic_run_starts_with_its_fewest_workers_and_asks_for_more() -> None:
+    manifest = rayjob(job(**JOBS["from two to four workers in a queue"]))
+    _, workers = groups(manifest)
+    assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (2, 2, 4)
+    cluster = manifest["spec"]["rayClusterSpec"]
+    assert cluster["enableInTreeAutoscaling"] is True
+    context = cluster["autoscalerOptions"]["securityContext"]
+    assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert manifest["metadata"]["annotations"]["kueue.x-k8s.io/elastic-job"] == "true"
+
+
+def test_a_run_of_a_fixed_size_has_no_autoscaler() -> None:
+    manifest = rayjob(job(**JOBS["gpus in a queue"]))
+    assert "enableInTreeAutoscaling" not in manifest["spec"]["rayClusterSpec"]
+    assert "kueue.x-k8s.io/elastic-job" not in manifest["metadata"]["annotations"]
+
+
 def test_pods_have_time_to_save() -> None:
+    """The workers to save, the driver to write that down, Ray to end its node, in this order."""
     for pod in pods(rayjob(job()))[1:]:
-        assert pod["terminationGracePeriodSeconds"] >= 60
+        environment = {e["name"]: e["value"] for e in pod["containers"][0]["env"]}
+        drain_seconds = float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert TAKEN_SECONDS < drain_seconds < pod["terminationGracePeriodSeconds"]
 
 
 def test_secrets_are_named_for_head_and_workers_only() -> None:
