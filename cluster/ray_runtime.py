@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from jobs.errors import ClusterError, Problem
@@ -27,6 +28,11 @@ _SETTINGS = {
 }
 _OBJECT_STORE_BYTES = 200 * 2**20
 """Nothing large goes through Ray's object store: rows come from storage, states go there."""
+_LOOK_SECONDS = 1.0
+_JOIN_SECONDS = 5.0
+"""A look at a cluster that is gone may take longer to fail; nobody waits for it then."""
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -105,6 +111,45 @@ def refuse_too_small(workers: Workers, resources: dict[str, float]) -> None:
             )
     if problems:
         raise ClusterError(*problems)
+
+
+# ----------------------------------------------------------------------- nodes that are taken
+
+
+@contextmanager
+def own_node_watched(when_taken: Callable[[], None]) -> Iterator[None]:
+    """Calls `when_taken`, once, if this process's node is to be taken while the block lasts.
+
+    SIGTERM to the first process of a pod reaches `ray start --block`, which drains its node; nobody
+    passes it on to a driver there.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_LOOK_SECONDS):
+            try:
+                is_taken = _own_node_is_draining()
+            except Exception as error:  # the cluster may be ending: its workers tell more of it
+                log.debug("it is not known whether this node is taken: %s", error)
+                continue
+            if is_taken:
+                when_taken()
+                return
+
+    thread = threading.Thread(target=watch, name="shoal-own-node", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(_JOIN_SECONDS)
+
+
+def _own_node_is_draining() -> bool:
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    return node in ray._private.state.state.get_draining_nodes()
 
 
 # -------------------------------------------------------------------------- room on the nodes

@@ -23,7 +23,7 @@ import click
 import psutil
 
 from cluster.lease import Held, acquire
-from cluster.ray_runtime import ray_cluster
+from cluster.ray_runtime import own_node_watched, ray_cluster
 from cluster.storage import StorageError, Store, open_store, split_uri
 from jobs.capture import captured_output
 from jobs.errors import ShoalError, render_error
@@ -129,20 +129,35 @@ def _fit(
     """The workers' outcome. Signals, and the loss of who attends, become requests to the run."""
     with _watched(assignment, store, lease, attended_by=attended_by) as taken:
         try:
-            with ray_cluster(assignment.spec.workers):
+            with ray_cluster(assignment.spec.workers), own_node_watched(taken.announce):
                 from trainers.fit import fit
 
                 # Not in the main thread: there Ray Train would take SIGINT for an abort without
                 # a checkpoint.
-                work = partial(fit, assignment, telemetry, is_taken=taken.is_set)
+                work = partial(fit, assignment, telemetry, is_taken=taken.is_announced)
                 return _in_thread(work, taken=taken)
         except Exception as error:
             return Failure.of(error, where="driver")
 
 
-def _in_thread(
-    work: Callable[[], Outcome | Failure], *, taken: threading.Event
-) -> Outcome | Failure:
+class _Taken:
+    """Whether the platform has announced that it takes this machine."""
+
+    def __init__(self, when_announced: Callable[[], None]) -> None:
+        self._when_announced = when_announced
+        self._announced = threading.Event()
+
+    def announce(self) -> None:
+        """From a signal handler or any thread; the first time counts."""
+        if not self._announced.is_set():
+            self._announced.set()
+            threading.Thread(target=self._when_announced, daemon=True).start()
+
+    def is_announced(self) -> bool:
+        return self._announced.is_set()
+
+
+def _in_thread(work: Callable[[], Outcome | Failure], *, taken: _Taken) -> Outcome | Failure:
     """What `work` gives. Once this machine is taken, it is not waited for longer than there is."""
     ended: list[Outcome | Failure | BaseException] = []
 
@@ -157,7 +172,7 @@ def _in_thread(
     deadline: float | None = None
     while thread.is_alive():
         thread.join(_WATCH_SECONDS)
-        if taken.is_set():
+        if taken.is_announced():
             deadline = deadline or time.monotonic() + TAKEN_SECONDS
             if time.monotonic() > deadline:
                 message = (
@@ -178,16 +193,16 @@ def _in_thread(
 @contextmanager
 def _watched(
     assignment: Assignment, store: Store, lease: Held, *, attended_by: int | None
-) -> Iterator[threading.Event]:
+) -> Iterator[_Taken]:
     """Inside the block signals ask for a stop, and the loss of the lease ends this process.
 
-    On Kubernetes nobody but the platform sends SIGTERM: the pod is taken, and another driver is to
-    go on. The event says so; the attempts then save their state and give way.
+    On Kubernetes nobody but the platform sends SIGTERM: the pod is taken, as where Ray drains this
+    machine, and another driver is to go on. All attempts then save their state and give way.
     """
     run_id = assignment.run_id
     ended = threading.Event()
     asked = threading.Event()
-    taken = threading.Event()
+    taken = _Taken(partial(_ask_to_give_way, assignment, store, ended))
 
     def ask(by: str) -> None:
         if not asked.is_set():
@@ -197,10 +212,8 @@ def _watched(
     def on_signal(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGTERM or not isinstance(assignment.spec.cluster, KubeRayCluster):
             ask(signal.Signals(number).name)
-        elif not taken.is_set():
-            taken.set()
-            ask_all = partial(_ask_to_give_way, assignment, store, ended)
-            threading.Thread(target=ask_all, daemon=True).start()
+        else:
+            taken.announce()
 
     def watch() -> None:
         while not ended.wait(_WATCH_SECONDS):
@@ -238,7 +251,7 @@ def _ask_to_give_way(assignment: Assignment, store: Store, ended: threading.Even
         try:
             newest = last_attempt(store, paths)
             if newest > asked:
-                ask_to_yield(store, paths, attempt=newest, by="SIGTERM to the driver")
+                ask_to_yield(store, paths, attempt=newest, by="the driver, whose machine is taken")
                 asked = newest
         except StorageError as error:
             sys.stderr.write(f"shoal: the request to give way cannot be written: {error}\n")

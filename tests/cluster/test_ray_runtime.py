@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
+from cluster import ray_runtime
 from cluster.ray_runtime import describe_shortage, refuse_too_small, resources_of, room_for
 from jobs.errors import ClusterError
 from jobs.spec import Workers
@@ -51,6 +53,29 @@ def test_a_shortage_is_a_sum_that_people_can_check() -> None:
         "1 worker needs 1 x 1 CPU and 1 GPU and 8 GiB memory, and the cluster's 1 node has room "
         "for 0 (4 CPUs, 0 GPUs, 64 GiB memory)"
     )
+
+
+def test_a_driver_hears_once_that_its_own_node_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    heard = threading.Event()
+    looks = iter([ConnectionError("the cluster is away"), False, True])
+
+    def look() -> bool:
+        found = next(looks)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def tell() -> None:
+        told.append("taken")
+        heard.set()
+
+    monkeypatch.setattr(ray_runtime, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(ray_runtime, "_own_node_is_draining", look)
+    with ray_runtime.own_node_watched(tell):
+        assert heard.wait(20)
+    assert told == ["taken"]
+    assert next(looks, None) is None
 
 
 def test_a_cluster_must_hold_the_fewest_workers_only() -> None:

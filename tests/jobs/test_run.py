@@ -37,6 +37,7 @@ def assignment(store: Store, **parts: Any) -> Assignment:
     return assignment_of(tiny_job("s3://models/tiny", data, store.uri, **parts), "run")
 
 
+NOT_TAKEN = run._Taken(lambda: None)
 KUBERAY = {"kind": "kuberay", "image": "registry.example.com/shoal:1"}
 
 
@@ -59,9 +60,9 @@ def test_on_kubernetes_a_sigterm_makes_every_attempt_give_way(local_store: Store
     local_store.write(PATHS.attempt(3), b"{}")
     job = assignment(local_store, cluster=KUBERAY)
     with run._watched(job, local_store, HeldLease(), attended_by=None) as taken:  # type: ignore[arg-type]
-        assert not taken.is_set()
+        assert not taken.is_announced()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert taken.is_set()
+        assert taken.is_announced()
         wait_until(local_store, [("yield", 3)])
         # A group that was just being started then begins its attempt afterwards.
         local_store.write(PATHS.attempt(4), b"{}")
@@ -76,7 +77,17 @@ def test_elsewhere_a_sigterm_is_a_request_to_stop(local_store: Store) -> None:
     with run._watched(job, local_store, HeldLease(), attended_by=None) as taken:  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(local_store, [("stop", None)])
-        assert not taken.is_set()
+        assert not taken.is_announced()
+
+
+@pytest.mark.usefixtures("looks")
+def test_a_node_that_ray_drains_is_taken_wherever_it_is(local_store: Store) -> None:
+    local_store.write(PATHS.attempt(1), b"{}")
+    job = assignment(local_store)
+    with run._watched(job, local_store, HeldLease(), attended_by=None) as taken:  # type: ignore[arg-type]
+        for _ in range(2):
+            taken.announce()
+        wait_until(local_store, [("yield", 1)])
 
 
 @pytest.mark.usefixtures("looks")
@@ -84,8 +95,8 @@ def test_workers_of_a_taken_machine_are_not_waited_for_longer_than_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(run, "TAKEN_SECONDS", 0.1)
-    taken, hangs = threading.Event(), threading.Event()
-    taken.set()
+    taken, hangs = run._Taken(lambda: None), threading.Event()
+    taken.announce()
     try:
         ended = run._in_thread(lambda: hangs.wait() and never(), taken=taken)  # type: ignore[arg-type, return-value]
     finally:
@@ -98,19 +109,13 @@ def test_workers_of_a_taken_machine_are_not_waited_for_longer_than_there_is(
 @pytest.mark.usefixtures("looks")
 def test_what_the_workers_give_or_raise_comes_out_of_their_thread() -> None:
     outcome = Outcome(attempt=1, state=State.SUCCEEDED, step=5)
-    assert run._in_thread(lambda: outcome, taken=threading.Event()) is outcome
+    assert run._in_thread(lambda: outcome, taken=NOT_TAKEN) is outcome
     with pytest.raises(ZeroDivisionError):
-        run._in_thread(lambda: 1 // 0, taken=threading.Event())  # type: ignore[arg-type, return-value]
+        run._in_thread(lambda: 1 // 0, taken=NOT_TAKEN)  # type: ignore[arg-type, return-value]
 
 
 def never() -> Outcome:
     raise AssertionError
-
-
-def test_the_wait_fits_into_the_grace_of_a_pod() -> None:
-    from cluster.rayjob import _GRACE_SECONDS
-
-    assert run.TAKEN_SECONDS < _GRACE_SECONDS
 
 
 def test_a_request_to_yield_names_its_attempt(tmp_path: Path) -> None:
