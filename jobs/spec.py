@@ -363,8 +363,8 @@ class Retries(SpecPart):
     preemptions: NonNegativeInt | Literal["unlimited"] = "unlimited"
     """Restarts after the platform has announced that it takes a node; counted apart."""
     wait_minutes: PositiveFloat = 30.0
-    """Longest wait for workers that the cluster does not have; then the run ends with exit code 3
-    and can be resumed."""
+    """Longest wait for a store that does not answer, or for workers that the cluster does not
+    have; then the run ends with exit code 3 and can be resumed."""
     hang_minutes: PositiveFloat = 10.0
     """Longest time in which no worker gets on: no step, no batch of an evaluation, no part of a
     checkpoint. Then the processes that wait or are stuck end, and the workers are started again."""

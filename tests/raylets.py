@@ -50,6 +50,10 @@ class Raylets:
     folder: Path
     nodes: list[Node] = field(default_factory=list)
 
+    @property
+    def head(self) -> Node:
+        return self.nodes[0]
+
     def add(self, *, cpus: int, drain_seconds: float = 30) -> Node:
         """A node that joins; `drain_seconds` is the grace that SIGTERM leaves it."""
         # The driver finds the head by this machine's own address: only the others have another.

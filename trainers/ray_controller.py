@@ -32,9 +32,6 @@ from trainers.notices import Kind, write_notice
 
 _LOOK_SECONDS = 1.0
 _POLL_SECONDS = 0.25
-_SAVE_SECONDS = 600.0
-"""Longest wait for a saved state before the number of workers changes. Workers that died end it at
-once; this is for those that hang, or whose store is slow."""
 
 
 class StoppedWhileWaiting(Exception):  # noqa: N818 - not an error: the user asked for it
@@ -130,10 +127,11 @@ class RunController(ControllerCallback, WorkerGroupCallback):
     def _save_before_resize(self, resize_decision: Any) -> None:
         """Asks the workers to save and give way, and waits for it: Ray ends them right after this.
 
-        Not longer than they live; without it the next workers go on from the last checkpoint.
+        At most `retries.hang_minutes`, and not longer than they live; the next workers then go on
+        from the last checkpoint.
         """
         self._tell("resize", f"the number of workers changes to {resize_decision.num_workers}")
-        deadline = time.monotonic() + _SAVE_SECONDS
+        deadline = time.monotonic() + 60 * self._spec.retries.hang_minutes
         asked: int | None = None
         problem = "it was not durable in time"
         while time.monotonic() < deadline:
