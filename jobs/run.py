@@ -33,6 +33,7 @@ from jobs.runs import RunReader
 from jobs.spec import KubeRayCluster, StoreAccess
 from jobs.submit import request_stop
 from trainers.controls import ask_to_yield, last_attempt
+from trainers.patience import Patience
 from trainers.telemetry import Telemetry, impatient
 
 if TYPE_CHECKING:
@@ -109,12 +110,13 @@ def drive(
             if isinstance(ended, Failure) and ended.traceback:
                 log.error("%s", ended.traceback)
             lease.check()
-            result = build_result(store, paths, generation=lease.generation, ended=ended)
+            patient = Patience(limit_seconds=60 * spec.retries.wait_minutes).store(store)
+            result = build_result(patient, paths, generation=lease.generation, ended=ended)
             telemetry.state(result.state, _sentence(result), step=result.step)
         # Lines are durable now, so the report can tell all of it; the result is the last object.
         lease.check()
-        _report(store, run_id, result)
-        store.write(paths.result, result.to_bytes())
+        _report(patient, run_id, result)
+        patient.write(paths.result, result.to_bytes())
         return result.exit_code
 
 

@@ -35,6 +35,7 @@ from jobs.spec import JobSpec
 from trainers.attempt import Assignment
 from trainers.controls import last_request
 from trainers.finish import build_result
+from trainers.patience import Patience
 from trainers.session import ProcessSession
 from trainers.worker import train_worker
 
@@ -86,8 +87,9 @@ def _train(spec: JobSpec, run_id: str) -> int:
             with _ends_with(lease):
                 outcome = train_worker(session, assignment)
             lease.check()
-            result = build_result(store, paths, generation=lease.generation, ended=outcome)
-            store.write(paths.result, result.to_bytes())
+            patient = Patience(limit_seconds=60 * spec.retries.wait_minutes).store(store)
+            result = build_result(patient, paths, generation=lease.generation, ended=outcome)
+            patient.write(paths.result, result.to_bytes())
         click.echo(f"{result.state.value} at step {result.step}: {store.uri}/{run_id}", err=True)
         if result.failure is not None:
             problems = (Problem(message, hint) for message, hint in result.failure.problems)

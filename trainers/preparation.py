@@ -17,6 +17,7 @@ from trainers.freezing import freeze
 from trainers.loop import Plan, Progress, Trainee
 from trainers.optim import build_optimizer
 from trainers.parallel import compute_type, replicate
+from trainers.patience import Patience
 from trainers.pretrained import pretrained_folder
 from trainers.restore import checkpoint_copy, load_optimizer, load_progress
 from trainers.session import Session
@@ -48,10 +49,10 @@ class Prepared:
     before: dict[str, Any] | None
 
 
-def open_data(spec: JobSpec, uri: str) -> DataSet:
-    """A data set of the job."""
+def open_data(spec: JobSpec, uri: str, patience: Patience | None = None) -> DataSet:
+    """A data set of the job; with `patience` its index is waited for while the store is away."""
     store = open_store(uri, spec.data.access)
-    index = open_index(store)
+    index = open_index(store if patience is None else patience.store(store))
     if index.num_rows == 0:
         raise DataError(
             Problem(f"the data set {uri} has no rows", "prepare it from a source that has some")
@@ -101,13 +102,18 @@ def prepare(
     store: Store,
     paths: RunPaths,
     restored: Manifest | None,
+    *,
+    patience: Patience,
 ) -> Prepared:
-    """Everything before the first step but the replication of the model. Talks to no other rank."""
+    """Everything before the first step but the replication of the model. Talks to no other rank.
+
+    Stores of data and model that are away are waited for, as `store` is by itself.
+    """
     watchdog.tick("opens the data sets")
     data = spec.data
-    train_set = open_data(spec, data.train)
-    validation = open_data(spec, data.validation) if data.validation else None
-    test = open_data(spec, data.test) if data.test else None
+    train_set = open_data(spec, data.train, patience)
+    validation = open_data(spec, data.validation, patience) if data.validation else None
+    test = open_data(spec, data.test, patience) if data.test else None
     plan = Plan(
         num_rows=train_set.index.num_rows,
         global_batch_size=spec.batching.global_batch_size,
@@ -140,7 +146,11 @@ def prepare(
         stream_memory=data.stream_memory,
     )
     watchdog.tick("fetches the model")
-    source = folder / "model" if folder else pretrained_folder(spec, cache_folder=cache_folder())
+    source = (
+        folder / "model"
+        if folder
+        else patience.call(lambda: pretrained_folder(spec, cache_folder=cache_folder()))
+    )
     task = build_task(spec, model_folder=source, index=train_set.index)
     for held_out in (validation, test):
         if held_out is not None:

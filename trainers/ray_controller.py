@@ -29,6 +29,7 @@ from jobs.record import RunPaths
 from jobs.spec import JobSpec
 from trainers.controls import ask_to_yield, last_attempt, stop_is_asked
 from trainers.notices import Kind, write_notice
+from trainers.patience import Patience
 
 _LOOK_SECONDS = 1.0
 _POLL_SECONDS = 0.25
@@ -86,7 +87,8 @@ class RunController(ControllerCallback, WorkerGroupCallback):
         """Before workers are started, for the first time or again; takes their number down to what
         there is room for on nodes that stay."""
         resize_decision.num_workers = min(resize_decision.num_workers, self._await_room())
-        self._attempt_before = last_attempt(self._store, self._paths)
+        patience = Patience(limit_seconds=60 * self._spec.retries.wait_minutes)
+        self._attempt_before = last_attempt(patience.store(self._store), self._paths)
 
     # ---- room
 

@@ -22,9 +22,9 @@ from jobs.errors import ClusterError, Problem
 
 JOIN_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others while the group is set up."""
-COLLECTIVE_TIMEOUT = timedelta(hours=12)
-"""How long a collective may take; longer than any wait that the watchdog allows, which tells a
-rank that works from one that hangs."""
+COLLECTIVE_TIMEOUT = timedelta(days=7)
+"""How long a collective may take; longer than any wait for a store (`retries.wait_minutes`). The
+watchdog tells a rank that works or waits from one that hangs."""
 
 
 class Session(Protocol):

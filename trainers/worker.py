@@ -45,6 +45,7 @@ from trainers.local_copy import TICKING, DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
 from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, room_fault
 from trainers.parallel import plain, trained_parameters
+from trainers.patience import Patience
 from trainers.preparation import DataSet, prepare, replicated
 from trainers.pulse import Pulse
 from trainers.restore import checkpoint_copy, drop_checkpoint_copies, read_live_manifests
@@ -88,10 +89,11 @@ def _work(session: Session, assignment: Assignment, watch: Watchdog) -> Outcome:
     torch.set_num_threads(spec.workers.cpus)
     account = TimeAccount()
     agreement = Agreement(rank=session.rank, world_size=session.world_size)
+    patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
     store = open_store(spec.store.uri, spec.store.access, transfer=TICKING)
     paths = RunPaths(assignment.run_id)
     with account.spent("start"):
-        claim = claim_attempt(session, assignment, agreement, store, paths)
+        claim = claim_attempt(session, assignment, agreement, patience.store(store), paths)
     if isinstance(claim, Outcome):
         return claim
     spec = with_limit(spec, claim.attempt.max_tokens_per_microbatch)
@@ -100,12 +102,13 @@ def _work(session: Session, assignment: Assignment, watch: Watchdog) -> Outcome:
     with Telemetry(impatient(spec), paths, source, rows=spec.train.log_rows) as telemetry:
         if session.rank == 0 and "tensorboard" in spec.tracking:
             telemetry.with_tensorboard(impatient(spec), paths)
-        rank = _Rank(session, assignment, agreement, store, paths, telemetry, account)
+        rank = _Rank(session, assignment, agreement, store, patience, paths, telemetry, account)
         watch.tell = rank.tell_hang
         outcome = rank.run(claim)
         if session.rank == 0:
             try:
-                store.write(paths.outcome(claim.attempt.attempt), outcome.to_bytes())
+                key = paths.outcome(claim.attempt.attempt)
+                patience.store(store).write(key, outcome.to_bytes())
             except StorageError as error:
                 if outcome.failure is None:
                     raise
@@ -126,6 +129,7 @@ class _Rank:
         assignment: Assignment,
         agreement: Agreement,
         store: Store,
+        patience: Patience,
         paths: RunPaths,
         telemetry: Telemetry,
         account: TimeAccount,
@@ -134,10 +138,16 @@ class _Rank:
         self._assignment = assignment
         self._spec = assignment.spec
         self._agreement = agreement
-        self._store = store
+        self._impatient_store = store
+        """For those who do not wait for it: what they cannot do now, they try again by themselves,
+        or count."""
+        self._patience = patience
+        self._store = patience.store(store)
         self._paths = paths
         self._telemetry = telemetry
         self._account = account
+        self._state, self._doing = State.STARTING, "starting"
+        patience.tell = self._tell_wait
         self._cache = NodeCache(
             cache_folder() / "rows", limit_bytes=int(self._spec.data.cache_gib * 2**30)
         )
@@ -162,7 +172,12 @@ class _Rank:
                     return self._failed(claim.hopeless)
                 prepared = self._together(
                     lambda: prepare(
-                        self._session, self._spec, self._store, self._paths, claim.restored
+                        self._session,
+                        self._spec,
+                        self._store,
+                        self._paths,
+                        claim.restored,
+                        patience=self._patience,
                     )
                 )
                 self._prepared = replicated(prepared, self._session)
@@ -181,7 +196,7 @@ class _Rank:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
         writer = CheckpointWriter(
             self._spec,
-            self._store,
+            self._impatient_store,
             self._paths,
             self._telemetry,
             task=self._prepared.task,
@@ -195,7 +210,7 @@ class _Rank:
             stack.callback(self._close_stream)
             if self._session.rank == 0:
                 poller = ControlPoller(
-                    self._store,
+                    self._impatient_store,
                     self._paths,
                     after=self._assignment.controls_seen,
                     attempt=self._attempt.attempt,
@@ -215,8 +230,7 @@ class _Rank:
             )
         if self._before is None and prepared.progress.step == 0:
             self._before = self._evaluate_untrained()
-        if self._session.rank == 0:
-            self._telemetry.state(State.RUNNING, "training", step=prepared.progress.step)
+        self._enter(State.RUNNING, "training")
         self._told_at = time.monotonic()
         ending, progress, error = train(
             self._spec,
@@ -401,13 +415,11 @@ class _Rank:
         notice = self._session.yield_requested()
         if stop and not self._is_stopping and self._session.rank == 0:
             self._is_stopping = True
-            self._telemetry.state(State.STOPPING, "a stop was asked for", step=self._step)
+            self._enter(State.STOPPING, "a stop was asked for")
         elif (notice or asked.yields) and not self._is_yielding and self._session.rank == 0:
             self._is_yielding = True
             reason = notice or "other workers are to go on"
-            self._telemetry.state(
-                State.RECOVERING, f"{reason}: the state is being saved", step=self._step
-            )
+            self._enter(State.RECOVERING, f"{reason}: the state is being saved")
         return replace(asked, stop=stop, yields=asked.yields or notice is not None)
 
     # ---- smaller parts
@@ -456,7 +468,9 @@ class _Rank:
 
     def _record_crash(self, crash: Crash) -> None:
         try:
-            self._store.write_if_absent(self._paths.crash(crash.attempt), crash.to_bytes())
+            self._impatient_store.write_if_absent(
+                self._paths.crash(crash.attempt), crash.to_bytes()
+            )
         except ObjectExists:
             pass  # another rank was first
         except StorageError as error:
@@ -474,6 +488,7 @@ class _Rank:
             lanes=lanes,
             window=window,
             cache=self._cache,
+            patience=self._patience,
         )
 
     def _close_stream(self) -> None:
@@ -566,6 +581,21 @@ class _Rank:
             seconds=self._account.seconds(),
         )
 
+    def _enter(self, state: State, doing: str) -> None:
+        """What this rank does from now on; rank 0 tells the run's state."""
+        self._state, self._doing = state, doing
+        if self._session.rank == 0:
+            self._telemetry.state(state, doing, step=self._step)
+
+    def _tell_wait(self, sentence: str, is_over: bool) -> None:
+        """Tells, from any rank, that it waits for a store, or that it goes on.
+
+        What is told of the store that holds the run's own folder is there when that store is back.
+        """
+        state = self._state if is_over else State.RECOVERING
+        told = f"{self._doing}; {sentence}" if is_over else sentence
+        self._telemetry.state(state, f"{self._where()}: {told}", step=self._step)
+
     def _where(self) -> str:
         return f"rank {self._session.rank} on {socket.gethostname()}"
 
@@ -590,7 +620,7 @@ class _Rank:
                     "larger ones have not fitted",
                 )
             if claim.recovers:
-                self._telemetry.state(State.RECOVERING, "the workers were started again")
+                self._enter(State.RECOVERING, "the workers were started again")
             self._telemetry.event(
                 "attempt",
                 f"attempt {attempt.attempt} {begins} with {attempt.world_size} "

@@ -41,6 +41,7 @@ from trainers.data.partition import (
     sequential_share,
 )
 from trainers.data.reader import VerifiedReader
+from trainers.patience import Patience
 
 _FETCH_THREADS = 4
 _RUN_ROWS = 4096
@@ -79,14 +80,20 @@ class RankStream:
         lanes: int,
         window: int,
         cache: NodeCache,
+        patience: Patience | None = None,
         fetch_threads: int = _FETCH_THREADS,
     ) -> None:
         """`store` is the data set's folder, `window` comes from `fit_window`. Reads nothing.
+
+        With `patience` a store that is away is waited for, unless the stream is closed meanwhile.
 
         Raises DataError where a column is missing, and SpecError where ranks would share row groups
         through a cache that is too small for them.
         """
         self._index = index
+        self._is_closed = False
+        if patience is not None:
+            store = patience.store(store, unless=self._refuse_if_closed)
         self._source = Source(
             reader=VerifiedReader(store=store, index=index, columns=columns, cache=cache),
             index=index,
@@ -99,7 +106,6 @@ class RankStream:
         self._window = window
         self._fetch_threads = fetch_threads
         self._dealers: set[Dealer] = set()
-        self._is_closed = False
         self._waits = Waits()
         self._no_items: Items | None = None
         if item_step(lanes, world_size) > 1:
@@ -210,8 +216,7 @@ class RankStream:
         self, dealer: Dealer, *, epoch: int, first: int, stops: IntArray, ends: IntArray
     ) -> Iterator[RankBatch]:
         """Batches up to each of `stops`; the rank has `ends` rows before them, from `first` on."""
-        if self._is_closed:
-            raise RuntimeError("the stream was closed while it was read")
+        self._refuse_if_closed()
         rows, items = dealer.deal(int(ends[-1]))
         begin = 0
         for stop, end in zip(stops.tolist(), ends.tolist(), strict=True):
@@ -225,6 +230,10 @@ class RankStream:
             first, begin = stop, end
         if items is not None and self._no_items is None:
             self._no_items = items.take(np.empty(0, dtype=np.int64))
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the stream was closed while it was read")
 
     def _none(self) -> Items:
         """No items, with the columns that items have: their names and types are the task's."""

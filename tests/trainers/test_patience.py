@@ -1,0 +1,347 @@
+"""Waiting for a store that is away: repeated, told, bounded, and never taken for another's work."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tenacity
+
+from cluster.storage import (
+    ObjectExists,
+    ObjectMissing,
+    PreconditionFailed,
+    StorageError,
+    Store,
+    StoreAway,
+)
+from jobs.errors import Problem, render_error
+from jobs.runs import RunReader
+from tests.evidence import final_weights, rows_by_epoch
+from tests.ranks import assignment_of, run_ranks
+from tests.scene import Scene
+from trainers import patience as module
+from trainers.patience import Patience
+from trainers.watchdog import Watchdog
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_pause_at_random", tenacity.wait_none())
+
+
+class Told:
+    """What was told of waits."""
+
+    def __init__(self) -> None:
+        self.sentences: list[tuple[str, bool]] = []
+
+    def __call__(self, sentence: str, is_over: bool) -> None:
+        self.sentences.append((sentence, is_over))
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def patience(told: Told) -> Patience:
+    return Patience(limit_seconds=30, tell=told)
+
+
+def away() -> StoreAway:
+    return StoreAway(Problem("cannot read s3://lake/k: it does not answer", "check it"))
+
+
+class Failing:
+    """An action that meets a store that is away `times` times."""
+
+    def __init__(self, times: int, error: Callable[[], Exception] = away) -> None:
+        self.times = times
+        self.error = error
+        self.calls = 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self.times:
+            raise self.error()
+        return "done"
+
+
+def test_what_a_store_refuses_while_it_is_away_is_repeated_and_told(
+    patience: Patience, told: Told, capsys: pytest.CaptureFixture[str]
+) -> None:
+    action = Failing(3)
+    assert patience.call(action) == "done"
+    assert action.calls == 4
+    (begun, is_over), (back, is_back) = told.sentences
+    assert (is_over, is_back) == (False, True)
+    assert begun.startswith("waits for the store since ")
+    assert "s3://lake/k" in begun
+    assert back.startswith("the store is back after ")
+    said = capsys.readouterr().err
+    assert begun in said
+    assert back in said
+    assert patience._num_waiting == 0
+
+
+def test_what_succeeds_at_once_is_not_told(patience: Patience, told: Told) -> None:
+    assert patience.call(Failing(0)) == "done"
+    assert told.sentences == []
+
+
+@pytest.mark.parametrize("error", [StorageError("denied"), ObjectMissing("k"), ValueError("bug")])
+def test_what_waiting_does_not_mend_is_raised_at_once(
+    patience: Patience, told: Told, error: Exception
+) -> None:
+    action = Failing(1000, lambda: error)
+    with pytest.raises(type(error)) as caught:
+        patience.call(action)
+    assert caught.value is error
+    assert action.calls == 1
+    assert told.sentences == []
+
+
+def test_a_wait_ends_at_its_limit_and_says_how_to_go_on(told: Told) -> None:
+    patience = Patience(limit_seconds=0.2, tell=told)
+    with pytest.raises(StoreAway) as caught:
+        patience.call(Failing(10**9))
+    text = render_error(caught.value)
+    assert "cannot read s3://lake/k: it does not answer, for 0.00333 minutes now" in text
+    assert "retries.wait_minutes" in text
+    assert "shoal resume" in text
+    assert [is_over for _, is_over in told.sentences] == [False]
+    assert patience._num_waiting == 0
+
+
+def test_the_limit_counts_from_the_first_failure(told: Told) -> None:
+    def slow_then_away(action: Failing) -> str:
+        if action.calls == 0:
+            time.sleep(0.4)  # a long download, say, that breaks off at its end
+        return action()
+
+    patience = Patience(limit_seconds=0.3, tell=told)
+    assert patience.call(partial(slow_then_away, Failing(2))) == "done"
+
+
+def test_a_pause_that_the_store_asks_for_is_kept(patience: Patience) -> None:
+    def busy() -> StoreAway:
+        error = away()
+        error.after_seconds = 0.3
+        return error
+
+    began = time.monotonic()
+    assert patience.call(Failing(2, busy)) == "done"
+    assert time.monotonic() - began >= 0.6
+
+
+def test_a_wait_that_nobody_needs_any_more_ends(patience: Patience, told: Told) -> None:
+    closed = threading.Event()
+
+    def unless() -> None:
+        if closed.is_set():
+            raise RuntimeError("closed")
+
+    def long() -> StoreAway:
+        error = away()
+        error.after_seconds = 20.0
+        return error
+
+    threading.Timer(0.1, closed.set).start()
+    with pytest.raises(RuntimeError, match="closed"):
+        patience.call(Failing(1, long), unless=unless)
+    assert [is_over for _, is_over in told.sentences] == [False]
+
+
+def test_a_wait_is_no_hang(patience: Patience) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def look_then_fail(action: Failing) -> str:
+        seen.append((watch.progress(), watch.progress()))
+        return action()
+
+    with Watchdog(limit_seconds=600) as watch:
+        patience.call(partial(look_then_fail, Failing(2)))
+        after = watch.progress(), watch.progress()
+    (first, still), (waiting, gets_on), *_ = seen
+    assert first == still
+    assert gets_on > waiting
+    assert after[0] == after[1]
+
+
+def test_waits_at_one_time_are_told_as_one(patience: Patience, told: Told) -> None:
+    barrier = threading.Barrier(6)
+    is_back = threading.Event()
+
+    def work(first: list[int]) -> str:
+        if not first:
+            first.append(1)
+            barrier.wait()  # all of them have met the store that is away
+            raise away()
+        if not is_back.is_set():
+            raise away()
+        return "done"
+
+    threads = [threading.Thread(target=patience.call, args=(partial(work, []),)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 10
+    while patience._num_waiting < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert patience._num_waiting == 6
+    is_back.set()
+    for thread in threads:
+        thread.join()
+    assert [is_over for _, is_over in told.sentences] == [False, True]
+
+
+class AnswersLost:
+    """A store that does what it is asked, and whose next answers do not come."""
+
+    def __init__(self, store: Store, times: int) -> None:
+        self.store = store
+        self.times = times
+
+    def __getattr__(self, name: str) -> object:
+        def use(*arguments: object, **options: object) -> object:
+            given = getattr(self.store, name)(*arguments, **options)
+            if self.times:
+                self.times -= 1
+                raise away()
+            return given
+
+        return use
+
+
+def test_every_operation_of_a_store_is_waited_for(
+    local_store: Store, patience: Patience, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"large")
+
+    def shaky() -> Store:
+        return patience.store(AnswersLost(local_store, 2))  # type: ignore[arg-type]
+
+    shaky().write("a/k", b"1")
+    shaky().upload("a/l", source)
+    assert shaky().read("a/k") == b"1"
+    assert shaky().read_range("a/l", start=1, end=3) == b"ar"
+    assert shaky().head("a/k") == local_store.head("a/k")
+    assert [head.key for head in shaky().list("a/")] == ["a/k", "a/l"]
+    assert [head.key for head in shaky().list("a/", after="a/k")] == ["a/l"]
+    assert list(shaky().list_folders()) == ["a"]
+    shaky().download("a/l", tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == b"large"
+    shaky().delete(key for key in ["a/k", "a/l"])
+    assert list(local_store.list()) == []
+    assert patience.store(local_store).within("a").uri == f"{local_store.uri}/a"
+
+
+def test_a_conditional_write_whose_answers_were_lost_has_won(
+    local_store: Store, patience: Patience
+) -> None:
+    etag = patience.store(AnswersLost(local_store, 1)).write_if_absent("k", b"1")  # type: ignore[arg-type]
+    assert local_store.head("k").etag == etag  # type: ignore[union-attr]
+    losing = patience.store(AnswersLost(local_store, 1))  # type: ignore[arg-type]
+    assert losing.write_if_match("k", b"2", etag=etag) == local_store.head("k").etag  # type: ignore[union-attr]
+    assert local_store.read("k") == b"2"
+
+
+def test_what_another_has_written_is_not_taken_for_ones_own(
+    local_store: Store, patience: Patience
+) -> None:
+    etag = local_store.write("k", b"another's")
+    store = patience.store(local_store)
+    with pytest.raises(ObjectExists):
+        store.write_if_absent("k", b"another's")
+    with pytest.raises(PreconditionFailed):
+        store.write_if_match("k", b"mine", etag="older")
+
+    class AwayOnce(AnswersLost):
+        def write_if_absent(self, key: str, data: bytes) -> str:
+            if self.times:
+                self.times -= 1
+                raise away()
+            return self.store.write_if_absent(key, data)
+
+    with pytest.raises(ObjectExists):
+        patience.store(AwayOnce(local_store, 1)).write_if_absent("k", b"mine")  # type: ignore[arg-type]
+    assert local_store.head("k").etag == etag  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------------------- a run that waits
+
+
+def take_stores_away(folder: str, *, after_reads: int, seconds: float) -> None:
+    """In this process all stores of local folders below `folder` are away for some seconds, from
+    the n-th ranged read on."""
+    from cluster.folder import FolderStore
+
+    reads, until = 0, 0.0
+    lock = threading.Lock()
+
+    def guarded(name: str) -> None:
+        whole = getattr(FolderStore, name)
+
+        def use(self: FolderStore, *arguments: object, **options: object) -> object:
+            nonlocal reads, until
+            with lock:
+                if name == "read_range" and self.uri.startswith(folder):
+                    reads += 1
+                    if reads == after_reads:
+                        until = time.monotonic() + seconds
+                is_away = self.uri.startswith(folder) and time.monotonic() < until
+            if is_away:
+                raise StoreAway(Problem(f"cannot use {self.uri}: it is away"))
+            return whole(self, *arguments, **options)
+
+        setattr(FolderStore, name, use)
+
+    for name in ("read", "read_range", "head", "write", "write_if_absent", "upload", "download"):
+        guarded(name)
+
+
+def test_a_run_waits_for_a_data_set_that_is_away_and_is_the_same(scene: Scene) -> None:
+    spec = scene.job(workers={"count": 2}, train={"log_rows": True})
+    data = str(Path(scene.data["train"]).parent)
+    run_ranks(
+        assignment_of(spec, "sick"),
+        world_size=2,
+        before=partial(take_stores_away, data, after_reads=4, seconds=2.5),
+    )
+    # After the other: what that one has fetched is in the node's cache.
+    run_ranks(assignment_of(spec, "calm"), world_size=2)
+    assert final_weights(scene.runs, "sick") == final_weights(scene.runs, "calm")
+    rows = rows_by_epoch(scene.runs, "sick")
+    assert all(set(epoch.values()) == {1} for epoch in rows.values())
+    states = [
+        (line["state"], line["message"])
+        for line in RunReader(scene.runs, "sick").events()
+        if line["event"] == "state"
+    ]
+    waits = [message for state, message in states if state == "RECOVERING"]
+    assert waits
+    assert all(f"cannot use {data}" in message for message in waits)
+    assert any("the store is back after" in message for _, message in states)
+    assert states[-1][0] != "RECOVERING"
+
+
+def test_a_run_whose_data_stays_away_ends_and_says_how_to_go_on(scene: Scene) -> None:
+    spec = scene.job(retries={"wait_minutes": 0.01})
+    data = str(Path(scene.data["train"]).parent)
+    outcome = run_ranks(
+        assignment_of(spec, "run"),
+        world_size=1,
+        before=partial(take_stores_away, data, after_reads=8, seconds=600),
+    )
+    assert outcome is not None
+    assert outcome.failure is not None
+    assert outcome.failure.exit_code == 3
+    message, hint = outcome.failure.problems[0]
+    assert "retries.wait_minutes" in message
+    assert "shoal resume" in str(hint)
