@@ -27,7 +27,13 @@ from trainers.data.stream import RankBatch
 from trainers.evaluation import move
 from trainers.memory import passes_over
 from trainers.microbatch import cut_microbatches
-from trainers.optim import gradient_norm, learning_rate, set_learning_rate, update
+from trainers.optim import (
+    clear_gradients,
+    gradient_norm,
+    learning_rate,
+    set_learning_rate,
+    update,
+)
 from trainers.parallel import (
     autocast,
     plain,
@@ -104,6 +110,8 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     device: torch.device
     dtype: torch.dtype
+    """What autocast computes in; float32 for a model that is cut over the ranks, which casts by
+    itself."""
 
 
 @dataclass(frozen=True)
@@ -333,10 +341,10 @@ def train_step(
 ) -> _LocalFacts:
     """One optimizer step on this rank's share of a global batch.
 
-    The gradient is that of (sum of the losses of all rows) / (sum of their weights): DDP averages
-    over ranks, so each rank's loss is scaled by world size over the global weight. Every rank runs
-    `decision.num_microbatches` passes; missing ones weigh nothing and come first, so that the
-    last, which reduces the gradients, has work to overlap with.
+    The gradient is that of (sum of the losses of all rows) / (sum of their weights): DDP and FSDP
+    average over ranks, so each rank's loss is scaled by world size over the global weight. Every
+    rank runs `decision.num_microbatches` passes; missing ones weigh nothing and come first, so
+    that the last, which reduces the gradients, has work to overlap with.
 
     Where the norm of the reduced gradient, which has the same bits on all ranks, is not finite,
     neither weights nor optimizer nor buffers change. The device decides; the host is not asked.
@@ -346,7 +354,7 @@ def train_step(
     """
     rate = learning_rate(spec.optimizer, step=step, total_steps=plan.total_steps)
     set_learning_rate(trainee.optimizer, rate)
-    trainee.optimizer.zero_grad(set_to_none=True)
+    clear_gradients(trainee.model, trainee.optimizer)
     scale = agreement.world_size / (decision.weight or 1.0)
     padding = decision.num_microbatches - len(microbatches)
     passes = [trainee.task.empty_batch() for _ in range(padding)] + microbatches

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from jobs.errors import Problem, SpecError
 from jobs.spec import Optimizer
@@ -19,12 +21,17 @@ def build_optimizer(model: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
     """The optimizer over all parameters that require a gradient, in two groups.
 
     Matrices and embeddings decay; biases and normalisation weights, which have one dimension, do
-    not (as in BERT's own training, Devlin et al. 2019).
+    not (as in BERT's own training, Devlin et al. 2019). Of a model that is cut over the ranks it
+    changes this rank's rows: the arithmetic is that of single numbers, and the fused kernels
+    (aten._fused_sgd_ for one) do not know DTensors.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": spec.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [(n, _held(p)) for n, p in trained if p.ndim > 1],
+            "weight_decay": spec.weight_decay,
+        },
+        {"params": [(n, _held(p)) for n, p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
     if spec.kind == "adamw":
@@ -32,6 +39,27 @@ def build_optimizer(model: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
             groups, lr=spec.learning_rate, betas=spec.betas, eps=spec.epsilon, fused=True
         )
     return torch.optim.SGD(groups, lr=spec.learning_rate, momentum=spec.momentum, fused=True)
+
+
+def _held(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, or of one that is cut this rank's rows, in the same memory, which get each
+    gradient as soon as it is reduced."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    held = nn.Parameter(parameter.to_local().detach())
+
+    def pass_on(whole: torch.Tensor) -> None:
+        assert isinstance(whole.grad, DTensor)
+        held.grad = whole.grad.to_local()
+
+    parameter.register_post_accumulate_grad_hook(pass_on)  # type: ignore[no-untyped-call]
+    return held
+
+
+def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Forgets all gradients: those of the model, and those that the optimizer was given."""
+    model.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
 
 
 def learning_rate(spec: Optimizer, *, step: int, total_steps: int) -> float:
@@ -59,9 +87,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], *, max_norm: float | None) -> torch.Tensor:
-    """Global 2-norm of the gradients before they are clipped to `max_norm`; a scalar tensor."""
+    """Global 2-norm of the gradients before they are clipped to `max_norm`; a scalar tensor.
+
+    The same bits on all ranks: where the gradients are cut over them, the squares are all-reduced.
+    """
     trained = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return norm
@@ -85,28 +118,28 @@ def update(optimizer: torch.optim.Optimizer, *, skipped: torch.Tensor) -> None:
     del optimizer.found_inf  # type: ignore[attr-defined]
 
 
-def optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `parameter name/state name` -> tensor, without copies."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `parameter name/state name` -> tensor, without copies.
+
+    Of parameters that are cut over the ranks, this rank's rows; scalars are equal on all ranks.
+    """
     return {
         f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in _named(optimizer).items()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, torch.Tensor)
     }
 
 
 def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Puts back what `optimizer_tensors` gave.
 
     Raises SpecError where the tensors are another optimizer's, or those of parameters that are
     not trained now. A trained parameter without any begins anew.
     """
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trained = _named(optimizer)
     held: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         name, _, state = key.rpartition("/")
@@ -130,6 +163,15 @@ def load_optimizer_tensors(
         optimizer.state[parameter] = {
             state: value.to(parameter.device, copy=True) for state, value in states.items()
         }
+
+
+def _named(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What the optimizer changes, by the names of the model's parameters, in its own order."""
+    return {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
 
 
 def _state_names(optimizer: torch.optim.Optimizer) -> set[str]:

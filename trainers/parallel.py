@@ -1,4 +1,8 @@
-"""Data parallelism and arithmetic: how the model is replicated, seeded, and run on a device."""
+"""Data parallelism and arithmetic: how the model is laid over the ranks, seeded, and computed.
+
+shard        cuts the weights over the ranks (FSDP2), for models larger than one device
+replicate    gives each rank all weights, and averages gradients (DDP)
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,76 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from jobs.errors import Problem, SpecError
 from jobs.spec import Model
 
 _MIB = 2**20
+
+
+def shard(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model, cut over all ranks: of each parameter a rank holds the rows of `layout.rows_of`.
+
+    Weights stay float32. A block's weights are gathered in `dtype` for its forward and its backward
+    pass and then freed, so that a device holds its shard, one or two blocks and what belongs to no
+    block. Autocast would keep a copy of all blocks' weights from forward to backward; here the
+    model casts by itself, and is not to be run under it. Gradients are summed in float32 and
+    averaged over the ranks, as DDP does.
+
+    Talks to no other rank; `model` lies on the CPU. Raises SpecError for a model that cannot be
+    cut.
+    """
+    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    if scalars:
+        raise SpecError(
+            Problem(
+                f"workers.strategy is fsdp, but the parameter {scalars[0]} of this model is a "
+                "single number, which FSDP2 does not cut",
+                "set workers.strategy to ddp",
+            )
+        )
+    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)  # type: ignore[arg-type]
+    policy = (
+        MixedPrecisionPolicy()
+        if dtype == torch.float32
+        else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    )
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a model, such as its transformer layers; outermost lists only."""
+    found: list[nn.Module] = []
+
+    def look(module: nn.Module) -> None:
+        for child in module.children():
+            with_weights = [c for c in child.children() if next(c.parameters(), None) is not None]
+            if isinstance(child, nn.ModuleList) and len(with_weights) > 1:
+                found.extend(with_weights)
+            else:
+                look(child)
+
+    look(model)
+    return found
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model is cut over the ranks: all of them must then run the same passes."""
+    return isinstance(model, FSDPModule)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, in the tensor's own memory: all of it, or its rows."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def replicate(model: nn.Module, *, device: torch.device, world_size: int) -> nn.Module:
@@ -47,7 +115,11 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
-    """A context in which backward passes add gradients up on this rank only."""
+    """A context in which backward passes add gradients up on this rank only.
+
+    A sharded model reduces in every pass all the same: to add up unreduced gradients, each device
+    would have to hold those of the whole model.
+    """
     if isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()

@@ -161,7 +161,7 @@ def prepare(
     model = model.to(session.device)
     optimizer = build_optimizer(model, spec.optimizer)
     if folder is not None:
-        load_optimizer(folder, model, optimizer)
+        load_optimizer(folder, optimizer)
     if progress.step < plan.total_steps and not _stopped_early(progress, spec):
         progress = replace(progress, finished=False)  # epochs may have been added
     trainee = Trainee(

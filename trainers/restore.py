@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from cluster.storage import ObjectMissing, Store
 from jobs.errors import EnvironmentFault, Problem
@@ -130,7 +129,7 @@ def load_progress(folder: Path) -> tuple[Progress, dict[str, Any] | None]:
     return Progress(**held["progress"]), held["before"]
 
 
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Puts the optimizer's state back; raises SpecError where it is another optimizer's."""
     path = folder / "optimizer.safetensors"
-    load_optimizer_tensors(model, optimizer, load_file(path) if path.exists() else {})
+    load_optimizer_tensors(optimizer, load_file(path) if path.exists() else {})

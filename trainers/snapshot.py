@@ -68,7 +68,7 @@ class Snapshot:
         model = plain(trainee.model)
         tensors = {
             WEIGHTS: saved_weights(model),
-            OPTIMIZER: optimizer_tensors(model, trainee.optimizer),
+            OPTIMIZER: optimizer_tensors(trainee.optimizer),
         }
         held = {name: self._copied(name, own) for name, own in tensors.items() if own}
         if trainee.device.type == "cuda":

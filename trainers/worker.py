@@ -513,6 +513,7 @@ class _Rank:
                     device=self._session.device,
                     dtype=self._prepared.trainee.dtype,
                     max_tokens=self._spec.batching.max_tokens_per_microbatch,
+                    agreement=self._agreement,
                 )
             )
         finally:

@@ -131,7 +131,7 @@ def test_what_is_saved_comes_back_with_the_same_bits(scene: Scene) -> None:
     loaded = other.task.build_model(folder / "model", dropout=None, seed=1)
     own = run.trainee.model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in loaded.state_dict().items())
-    load_optimizer(folder, other.model, other.optimizer)
+    load_optimizer(folder, other.optimizer)
     saved, back = run.trainee.optimizer.state_dict(), other.optimizer.state_dict()
     for number, states in saved["state"].items():
         assert all(
@@ -176,7 +176,7 @@ def test_a_model_with_tied_weights_comes_back(scene: Scene) -> None:
     back = other.task.build_model(copy_of(tied, 1) / "model", dropout=None, seed=1)
     own = run.trainee.model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in back.state_dict().items())
-    load_optimizer(copy_of(tied, 1), other.model, other.optimizer)
+    load_optimizer(copy_of(tied, 1), other.optimizer)
 
 
 class Gate:
@@ -285,7 +285,7 @@ def test_buffers_are_made_once_and_hold_what_the_safetensors_library_reads(scene
     held = load(bytes(again[WEIGHTS]))
     assert held.keys() == trainee.model.state_dict().keys()
     assert all(torch.equal(held[n], t) for n, t in trainee.model.state_dict().items())
-    states = optimizer_tensors(trainee.model, trainee.optimizer)
+    states = optimizer_tensors(trainee.optimizer)
     held = load(bytes(again[OPTIMIZER]))
     assert held.keys() == states.keys()
     assert all(torch.equal(held[name], value) for name, value in states.items())
