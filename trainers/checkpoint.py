@@ -30,6 +30,7 @@ from jobs.errors import EnvironmentFault, Problem
 from jobs.record import Attempt, CheckpointName, Manifest, Part, RunPaths, StreamPosition
 from jobs.spec import JobSpec, format_bytes
 from trainers import watchdog
+from trainers.fence import Fence
 from trainers.loop import Progress, Trainee
 from trainers.parallel import plain
 from trainers.retention import apply_retention
@@ -65,6 +66,7 @@ class CheckpointWriter:
         *,
         task: Task,
         attempt: Attempt,
+        fence: Fence,
     ) -> None:
         self._spec = spec
         self._store = store
@@ -72,6 +74,7 @@ class CheckpointWriter:
         self._telemetry = telemetry
         self._task = task
         self._attempt = attempt
+        self._fence = fence
         self._snapshot = Snapshot()
         self._small_files: dict[str, bytes] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shoal-checkpoint")
@@ -127,6 +130,7 @@ class CheckpointWriter:
         )
         # What a state leaves out of its rows must be known wherever the state is.
         self._telemetry.require_durable()
+        self._fence.check()
         self._commit(manifest)
         self._telemetry.event(
             "checkpoint",

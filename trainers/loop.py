@@ -538,6 +538,8 @@ class _Feed:
         batch, microbatches, error, weight = None, list[Batch](), None, 0.0
         with self._time.spent("data_wait"):
             try:
+                if asked.superseded is not None:
+                    raise asked.superseded
                 if self._rows is None or progress.next_item == 0:
                     self._rows = self._around.rows(progress)
                 batch = next(self._rows)

@@ -41,6 +41,7 @@ from trainers.controls import ControlPoller, Requests
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import measure
+from trainers.fence import Fence
 from trainers.local_copy import TICKING, DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
 from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, room_fault
@@ -194,6 +195,7 @@ class _Rank:
 
     def _with_helpers(self) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
+        fence = Fence(self._impatient_store, self._paths, generation=self._attempt.generation)
         writer = CheckpointWriter(
             self._spec,
             self._impatient_store,
@@ -201,6 +203,7 @@ class _Rank:
             self._telemetry,
             task=self._prepared.task,
             attempt=self._attempt,
+            fence=fence,
         )
         self._saving = Saving(
             self._spec, writer, self._agreement, self._telemetry, raise_any=self._raise_any
@@ -214,6 +217,7 @@ class _Rank:
                     self._paths,
                     after=self._assignment.controls_seen,
                     attempt=self._attempt.attempt,
+                    fence=fence,
                 )
                 self._poller = stack.enter_context(poller)
             return self._train_and_test()

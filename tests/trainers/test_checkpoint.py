@@ -31,6 +31,7 @@ from jobs.record import (
 from tests.scene import Scene
 from tests.tiny import VOCABULARY, tiny_tokenizer
 from trainers.checkpoint import CheckpointWriter, Moment
+from trainers.fence import Fence
 from trainers.loop import Progress, Trainee, judge
 from trainers.optim import optimizer_tensors
 from trainers.restore import (
@@ -95,7 +96,8 @@ def writing(
     scene.runs.write(PATHS.attempt(attempt), record.to_bytes())
     with Telemetry(scene.runs, PATHS, Source(attempt, 0)) as telemetry:
         writer = CheckpointWriter(
-            spec, store, PATHS, telemetry, task=trainee.task, attempt=record
+            spec, store, PATHS, telemetry, task=trainee.task, attempt=record,
+            fence=Fence(store, PATHS, generation=attempt),
         )  # fmt: skip
         try:
             yield Writing(scene, trainee, writer)
