@@ -225,6 +225,7 @@ _TRAIN_KEYS = (
     "rows_per_second",
     "tokens_per_second",
     "data_wait_share",
+    "straggler",
 )
 
 
