@@ -368,7 +368,15 @@ class S3Store:
     def _put_conditionally(
         self, key: str, data: bytes, *, lost: PreconditionFailed, **condition: str
     ) -> str:
-        """The ETag if this write won; else raises `lost`."""
+        """The ETag if this write won; else raises `lost`.
+
+        Where the server knows no conditions, what is there is looked at before.
+        """
+        if not self._connection.settings.conditional_writes:
+            found = self.head(key)
+            if (found.etag if found else None) != condition.get("IfMatch"):
+                raise lost
+            return self._put(key, data)
         token = uuid.uuid4().hex
         try:
             return self._put(key, data, lost=lost, Metadata={WRITE_TOKEN: token}, **condition)

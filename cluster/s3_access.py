@@ -62,6 +62,8 @@ class S3Settings:
     ca_bundle: str | None
     server_side_encryption: str | None
     kms_key_id: str | None
+    conditional_writes: bool
+    """False: the server does not know them; see StoreAccess."""
     transfer: Transfer
 
     @property
@@ -119,6 +121,7 @@ def resolve(access: StoreAccess, *, transfer: Transfer | None = None) -> S3Setti
         ),
         server_side_encryption=access.server_side_encryption,
         kms_key_id=access.kms_key_id,
+        conditional_writes=access.conditional_writes,
         transfer=transfer or Transfer(),
     )
 

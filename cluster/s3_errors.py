@@ -231,7 +231,8 @@ def _explain_answer(
     if code in ("NotImplemented", "501"):
         return (
             f"{endpoint} does not support {error.operation_name} with these arguments",
-            "use a store with conditional writes, such as AWS S3 or the embedded one (shoal up)",
+            "use a store with conditional writes, such as AWS S3 or the embedded one (shoal up); "
+            "for one without them set store_lease: none",
         )
     text = error.response.get("Error", {}).get("Message", "")
     return f"{code} {text}".strip() + f" (HTTP {status})", None

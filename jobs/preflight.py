@@ -106,7 +106,9 @@ def check_job(spec: JobSpec) -> Checked:
         if (uri := getattr(spec.data, name)) is not None
     }
     with ThreadPoolExecutor(len(uris) + 3, thread_name_prefix="shoal-check") as pool:
-        kept = pool.submit(check_store, "store", spec.store.uri, spec.store.access, stores)
+        kept = pool.submit(
+            check_store, "store", spec.store.uri, spec.store.access, stores, lease=spec.store_lease
+        )
         opened = {
             part: pool.submit(check_data_set, part, uri, spec, stores) for part, uri in uris.items()
         }

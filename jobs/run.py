@@ -104,6 +104,8 @@ def drive(
             output.setLevel(logging.DEBUG)
             stack.enter_context(captured_output(lambda line: output.debug("%s", line)))
             telemetry.state(State.STARTING, "starting Ray and the workers")
+            if spec.unguarded is not None:
+                telemetry.event("warning", spec.unguarded)
             assignment = Assignment(spec, run_id, lease.generation, past.controls)
             ended = _fit(assignment, store, lease, telemetry, attended_by=attended_by)
             if isinstance(ended, Failure) and ended.traceback:

@@ -170,6 +170,9 @@ class StoreAccess(SpecPart):
     """Encryption that is asked for on every write."""
     kms_key_id: Text | None = None
     """Key for aws:kms; null: the bucket's own."""
+    conditional_writes: bool = True
+    """false: for a store that ignores or refuses If-Match and If-None-Match. What must be new or
+    unchanged is looked at before it is written then, which two writers at one moment can defeat."""
 
     @field_validator("endpoint_url")
     @classmethod
@@ -456,12 +459,37 @@ class JobSpec(SpecPart):
     retries: Retries = Retries()
     store: Annotated[StoreAt, BeforeValidator(_store_from_text)]
     """Where runs are kept: `s3://bucket/prefix` or a local folder, or `{uri: ..., access: ...}`."""
+    store_lease: Literal["required", "none"] = "required"
+    """required: one driver alone works on a run, by a lease that needs conditional writes. none:
+    for stores without them; `store.access.conditional_writes` is false then, and of two drivers
+    that are started at one moment both may work until one finds the other, within a minute."""
     cluster: Annotated[LocalCluster | KubeRayCluster, Field(discriminator="kind")] = LocalCluster(
         kind="local"
     )
     """Where the workers are: `{kind: local}`, or `{kind: kuberay, image: ...}`."""
     tracking: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
     """Where metrics go besides the run folder's own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_lease_by_conditions(cls, tree: object) -> object:
+        if not isinstance(tree, dict) or tree.get("store_lease") != "none":
+            return tree
+        store = _store_from_text(tree.get("store"))
+        access = store.get("access", {}) if isinstance(store, dict) else None
+        if not isinstance(store, dict) or not isinstance(access, dict):
+            return tree  # and is refused for it
+        return {**tree, "store": {**store, "access": {**access, "conditional_writes": False}}}
+
+    @model_validator(mode="after")
+    def _lease_has_conditions(self) -> JobSpec:
+        if self.store_lease == "required" and not self.store.access.conditional_writes:
+            raise UnfitError(
+                "store.access.conditional_writes is false, but store_lease is required: a lease is "
+                "held by conditional writes",
+                "set store_lease: none",
+            )
+        return self
 
     @field_validator("name")
     @classmethod
@@ -491,6 +519,16 @@ class JobSpec(SpecPart):
         if self.train.early_stopping is not None and self.data.validation is None:
             raise no_validation_set()
         return self
+
+    @property
+    def unguarded(self) -> str | None:
+        """What is lost where the store holds no lease, as a sentence; None where it does."""
+        if self.store_lease == "required" or not self.store.uri.startswith("s3:"):
+            return None
+        return (
+            "store_lease is none: a driver that is started at the same moment as this one may work "
+            "on the run too, until one of them finds the other"
+        )
 
     @property
     def lanes(self) -> int:

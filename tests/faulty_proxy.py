@@ -4,6 +4,7 @@ with proxy_to(endpoint_url) as proxy:       clients get proxy.url as their endpo
     proxy.fail("drop", "GET", times=2)      the next two
     proxy.storm(0.1, KINDS, seed=7)         each with a chance of 10 %
     proxy.outage(20)                        all of them, for 20 seconds
+    proxy.ignored = ("if-match",)           conditions of which the store hears nothing
 proxy.injected                              how many of each kind were really done
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import http.server
+import os
 import random
 import socket
 import struct
@@ -23,6 +25,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 from urllib.parse import urlsplit
+
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 
 Kind = Literal[
     "slow down",  # answers 503 SlowDown, without asking the store
@@ -70,6 +76,8 @@ _REFUSALS: dict[str, tuple[int, list[tuple[str, str]], bytes]] = {
 _INTERNAL_ERROR = b"<Error><Code>InternalError</Code><Message>try again</Message></Error>"
 _BODY_KINDS = ("cut body", "reset", "corrupt answer", "trickle")
 """Kinds that do nothing to an answer without a body."""
+_OWN_HEADERS = ("expect", "connection")
+"""Headers of one connection alone."""
 
 
 @dataclass
@@ -94,6 +102,9 @@ class FaultyProxy:
     """`METHOD path` of each request, in order of arrival."""
     injected: Counter[Kind] = field(default_factory=Counter)
     """Faults by kind that were done; one that an answer without a body could not have is not."""
+    ignored: Sequence[str] = ()
+    """Headers of writing requests, in small letters, that are left out, as by a store that does not
+    know them; the requests are signed anew, with the keys of the environment."""
 
     def __enter__(self) -> FaultyProxy:
         proxy = self
@@ -228,9 +239,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _forward(self, body: bytes, fault: Kind | None) -> None:
         connection = http.client.HTTPConnection(self.owner.target, timeout=30)
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():
-            if name.lower() not in ("expect", "connection"):
-                connection.putheader(name, value)
+        headers_in = [(k, v) for k, v in self.headers.items() if k.lower() not in _OWN_HEADERS]
+        if self.command == "PUT" and any(k.lower() in self.owner.ignored for k, _ in headers_in):
+            headers_in = self._without_conditions(headers_in)
+        for name, value in headers_in:
+            connection.putheader(name, value)
         connection.endheaders(body)
         answer = connection.getresponse()
         data = answer.read()
@@ -250,6 +263,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._answer(answer.status, headers, data, spoilt=fault)
         else:
             self._answer(answer.status, headers, data)
+
+    def _without_conditions(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The headers of this request without those that are ignored, signed anew."""
+        unknown = {*self.owner.ignored, "authorization", "x-amz-date"}
+        request = AWSRequest(
+            method=self.command,
+            url=f"http://{self.headers['Host']}{self.path}",
+            headers={k: v for k, v in headers if k.lower() not in unknown},
+        )
+        keys = Credentials(os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
+        S3SigV4Auth(keys, "s3", "us-east-1").add_auth(request)
+        return list(request.headers.items())
 
     def _answer(
         self,

@@ -80,6 +80,8 @@ def _train(spec: JobSpec, run_id: str) -> int:
         except ObjectExists:
             _changes(store, paths, spec)  # refuses another job before it waits for the lease
         with acquire(store, paths.lease, ttl_seconds=_LEASE_SECONDS, wait=True) as lease:
+            if spec.unguarded is not None:
+                sys.stderr.write(f"shoal: {spec.unguarded}\n")
             # Requests before this start were for the one before; before the first they count.
             seen = last_request(store, paths) if lease.generation > 1 else 0
             assignment = Assignment(spec, run_id, lease.generation, controls_seen=seen)

@@ -207,7 +207,8 @@ class FaultyStore:
 
 
 @pytest.mark.parametrize(
-    ("then", "message"), [("fails", "keeps failing"), ("replaces", "must not replace")]
+    ("then", "message"),
+    [("fails", "keeps failing"), ("replaces", "though If-None-Match forbids it")],
 )
 def test_a_probe_is_deleted_also_where_the_store_fails(
     s3_store: Store, monkeypatch: pytest.MonkeyPatch, then: str, message: str
@@ -215,7 +216,7 @@ def test_a_probe_is_deleted_also_where_the_store_fails(
     stores = Stores()
     faulty = FaultyStore(s3_store, then=then)
     monkeypatch.setattr(stores, "open", lambda uri, access: faulty)
-    (found,) = check_store("store", s3_store.uri, StoreAccess(), stores)
+    (found,) = check_store("store", s3_store.uri, StoreAccess(), stores, lease="required")
     assert found.verdict is Verdict.PROBLEM
     assert found.exit_code == 3
     assert message in found.message

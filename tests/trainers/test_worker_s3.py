@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load
 
+from cluster.embedded import EmbeddedStore
 from cluster.storage import Store
 from jobs.record import RunPaths, State
 from jobs.spec import JobSpec
+from tests.faulty_proxy import proxy_to
 from tests.ranks import Kill, assignment_of, run_ranks
+from tests.scene import Scene
 from tests.tiny import tiny_job, tiny_model, tiny_reviews
 from trainers.restore import read_attempts, read_manifests
 
@@ -56,3 +59,18 @@ def test_a_run_in_an_object_store_is_killed_and_resumed_to_the_same_bits(
     assert 0 < restored < 7
     assert weights(runs, "killed") == weights(runs, "calm")
     assert list(runs.list("killed/tensorboard/"))
+
+
+def test_a_run_is_kept_in_a_store_that_refuses_conditional_writes(
+    object_store: EmbeddedStore, s3_store: Store, scene: Scene
+) -> None:
+    with proxy_to(object_store.endpoint_url) as poor:
+        for header in ("If-Match", "If-None-Match"):
+            poor.fail("not implemented", "PUT", times=10**9, header=header)
+        at_poor = {"uri": s3_store.uri, "access": {"endpoint_url": poor.url}}
+        spec = tiny_job(
+            scene.model, scene.data, "", store=at_poor, store_lease="none", train={"epochs": 1}
+        )
+        assert scene.train(spec).state is State.SUCCEEDED
+    assert poor.injected["not implemented"] == 0
+    assert [m.step for m in read_manifests(s3_store, RunPaths("run"))] == [5]
