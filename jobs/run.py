@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from trainers.attempt import Assignment
 
 LEASE_SECONDS = 60.0
-"""How long a new driver waits to see whether one on another machine lives."""
+"""Longest that the store may be away while a run goes on; longest that a new driver waits to see
+whether one on another machine lives."""
 _WATCH_SECONDS = 0.5
 TAKEN_SECONDS = 90.0
 """How long workers may take to save their state once the driver's own machine is taken; less than
@@ -83,7 +84,7 @@ def drive(
     nothing is started.
     """
     from trainers.attempt import Assignment
-    from trainers.finish import build_result, write_result
+    from trainers.finish import build_result
 
     reader = RunReader(store, run_id)
     spec, paths = reader.spec(), RunPaths(run_id)
@@ -110,15 +111,14 @@ def drive(
             ended = _fit(assignment, store, lease, telemetry, attended_by=attended_by)
             if isinstance(ended, Failure) and ended.traceback:
                 log.error("%s", ended.traceback)
-            patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
-            patient = patience.store(store)
-            patience.call(lease.confirm)
+            lease.check()
+            patient = Patience(limit_seconds=60 * spec.retries.wait_minutes).store(store)
             result = build_result(patient, paths, generation=lease.generation, ended=ended)
             telemetry.state(result.state, _sentence(result), step=result.step)
         # Lines are durable now, so the report can tell all of it; the result is the last object.
-        patience.call(lease.confirm)
+        lease.check()
         _report(patient, run_id, result)
-        write_result(patient, paths, result)
+        patient.write(paths.result, result.to_bytes())
         return result.exit_code
 
 

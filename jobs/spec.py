@@ -332,7 +332,7 @@ class Workers(SpecPart):
     """The processes that train, and what each is given."""
 
     count: PositiveInt = 1
-    """Number of workers; each holds a copy of the model."""
+    """Number of workers."""
     min: PositiveInt | None = None
     """Fewest workers: the run starts with what the cluster has between `min` and `count`, goes on
     with fewer when a node is lost, and grows back. Batches, learning rate and the order of rows
@@ -340,6 +340,9 @@ class Workers(SpecPart):
     resize_seconds: PositiveFloat = 60.0
     """With `min`: time between two looks whether the cluster has room for more workers. Each
     change saves the state and starts the workers anew."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: each worker holds the whole model. fsdp: weights, gradients and optimizer state are cut
+    over the workers (FSDP2), for models larger than one device."""
     cpus: PositiveInt = 1
     """CPU cores, and threads of torch, of one worker."""
     memory_gib: PositiveFloat | None = None

@@ -7,6 +7,17 @@ Each (step, attempt) has a folder of its own. Parts of a checkpoint, below its f
     model/                   config, tokenizer and weights, as `from_pretrained` loads them
     optimizer.safetensors    `parameter name/state name` -> tensor
     progress.json            step, position, early stopping, evaluation of the untrained model
+
+Of a model that is cut over W ranks, in place of the weights and the optimizer's file:
+
+    shards/model-R-of-W.safetensors, shards/optimizer-R-of-W.safetensors    the rows of rank R
+    shards/layout.json                  which rows of which file make up each tensor
+    shards/parts-R-of-W.json            what rank R has stored; no part itself
+    model/model.safetensors             all weights, in the best and in the last of a run
+
+Each rank stores its files by itself. The first one waits for what the others say in the store that
+they have stored, and writes the manifest: no rank talks to another while training goes on, and
+where one has died there is no manifest.
 """
 
 from __future__ import annotations
@@ -14,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,17 +34,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
 from cluster.storage import Store
 from jobs.errors import EnvironmentFault, Problem
-from jobs.record import Attempt, CheckpointName, Manifest, Part, RunPaths, StreamPosition
+from jobs.record import (
+    Attempt,
+    CheckpointName,
+    Manifest,
+    Part,
+    Record,
+    RunPaths,
+    StreamPosition,
+)
 from jobs.spec import JobSpec, format_bytes
 from trainers import watchdog
-from trainers.fence import Fence
+from trainers.consolidation import read_layout, whole_weights
+from trainers.layout import SHARDS, WEIGHTS, parts_name
 from trainers.loop import Progress, Trainee
-from trainers.parallel import plain
+from trainers.parallel import is_sharded, plain
 from trainers.retention import apply_retention
 from trainers.snapshot import Snapshot
 from trainers.tasks.task import Evaluation, Task
@@ -41,6 +63,10 @@ from trainers.telemetry import Telemetry
 PROGRESS = "progress.json"
 
 _UPLOAD_THREADS = 4
+_FIRST_PAUSE_SECONDS = 0.1
+_MAX_PAUSE_SECONDS = 2.0
+"""Between two looks for what the other ranks have stored."""
+_SECONDS_FOR_OTHERS_AT_END = 10.0
 
 
 @dataclass(frozen=True)
@@ -54,8 +80,21 @@ class Moment:
     """Evaluation of the untrained model, carried along for the report."""
 
 
+class StoredParts(Record):
+    """What one rank has stored of a checkpoint of several."""
+
+    parts: tuple[Part, ...]
+
+
+class PartsMissing(EnvironmentFault):
+    """Other ranks have not stored their parts of a checkpoint, and are no longer waited for."""
+
+
 class CheckpointWriter:
-    """Rank 0's writer, whose buffers hold one state: one save at a time is under way."""
+    """A rank's writer, whose buffers hold one state: one save at a time is under way.
+
+    The first rank's writes the manifest. The others have work only where the model is cut.
+    """
 
     def __init__(
         self,
@@ -66,32 +105,47 @@ class CheckpointWriter:
         *,
         task: Task,
         attempt: Attempt,
-        fence: Fence,
+        rank: int,
+        scratch: Path,
     ) -> None:
+        """`scratch`: a local folder with room for the weights of a model that is cut."""
         self._spec = spec
         self._store = store
         self._paths = paths
         self._telemetry = telemetry
         self._task = task
         self._attempt = attempt
-        self._fence = fence
+        self._rank = rank
+        self._scratch = scratch
         self._snapshot = Snapshot()
         self._small_files: dict[str, bytes] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shoal-checkpoint")
         self._under_way: Future[None] | None = None
         self._write_last: Callable[[], None] | None = None
+        self._gives_up = threading.Event()
+        self._ends_at: float | None = None
 
     def save(self, trainee: Trainee, moment: Moment) -> None:
         """Returns once the state is copied; no other save may be under way."""
         files = self._snapshot.take(trainee)
-        self._write_last = partial(self._write, plain(trainee.model), files, moment)
+        model = plain(trainee.model)
+        if self._rank == 0:
+            others = dist.get_world_size() - 1 if is_sharded(model) else 0
+            self._write_last = partial(self._write, model, files, moment, num_others=others)
+        else:
+            self._write_last = partial(self._write_shard, files, moment.progress.step)
         self.save_again()
 
     def save_again(self) -> None:
         """Begins to store the state that was copied last, once more."""
         if self._under_way is not None or self._write_last is None:
             raise RuntimeError("a save is under way, or none was ever begun")
+        self._gives_up.clear()
         self._under_way = self._thread.submit(self._write_last)
+
+    def give_up(self) -> None:
+        """What is under way no longer waits for other ranks: one of them has failed."""
+        self._gives_up.set()
 
     @property
     def is_busy(self) -> bool:
@@ -109,28 +163,41 @@ class CheckpointWriter:
             pending.result()
 
     def close(self) -> None:
-        """Ends the thread after what is under way; a failure then is not raised."""
+        """Ends the thread after what is under way; a failure then is not raised.
+
+        Other ranks, of which some may be gone, are waited for some seconds only.
+        """
+        self._ends_at = time.monotonic() + _SECONDS_FOR_OTHERS_AT_END
         self._thread.shutdown(wait=True)
 
-    def _write(self, model: nn.Module, files: Mapping[str, memoryview], moment: Moment) -> None:
+    def _write(
+        self,
+        model: nn.Module,
+        files: Mapping[str, bytes | memoryview],
+        moment: Moment,
+        *,
+        num_others: int,
+    ) -> None:
         began = time.monotonic()
         if self._small_files is None:
             self._small_files = small_files(model, self._task)
         progress = {"progress": asdict(moment.progress), "before": moment.before}
-        manifest = self._manifest(
-            moment,
-            self._upload(
-                {
-                    **files,
-                    **self._small_files,
-                    PROGRESS: json.dumps(progress, indent=1).encode(),
-                },
-                moment.progress.step,
-            ),
+        step = moment.progress.step
+        parts = self._upload(
+            {
+                **files,
+                **self._small_files,
+                PROGRESS: json.dumps(progress, indent=1).encode(),
+            },
+            step,
         )
+        if num_others:
+            parts += self._parts_of_others(step, num_others)
+            if moment.progress.finished or moment.progress.best_step == step:
+                parts += self._gather_weights(step, parts)
+        manifest = self._manifest(moment, parts)
         # What a state leaves out of its rows must be known wherever the state is.
         self._telemetry.require_durable()
-        self._fence.check()
         self._commit(manifest)
         self._telemetry.event(
             "checkpoint",
@@ -146,9 +213,45 @@ class CheckpointWriter:
             attempt=self._attempt.attempt,
         )
 
+    def _write_shard(self, files: Mapping[str, bytes | memoryview], step: int) -> None:
+        """This rank's files, and then that they are stored."""
+        stored = StoredParts(parts=self._upload(files, step))
+        name = parts_name(rank=self._rank, world_size=dist.get_world_size())
+        self._store.write(self._folder(step) + name, stored.to_bytes())
+
+    def _parts_of_others(self, step: int, num_others: int) -> tuple[Part, ...]:
+        """What the other ranks have stored, once all of them have; else PartsMissing."""
+        folder = self._folder(step)
+        missing = {
+            folder + parts_name(rank=rank, world_size=num_others + 1)
+            for rank in range(1, num_others + 1)
+        }
+        parts: list[Part] = []
+        pause_seconds = _FIRST_PAUSE_SECONDS
+        while True:
+            for key in missing & {head.key for head in self._store.list(folder + SHARDS)}:
+                parts += StoredParts.model_validate_json(self._store.read(key)).parts
+                missing.remove(key)
+            if not missing:
+                return tuple(parts)
+            is_late = self._ends_at is not None and time.monotonic() > self._ends_at
+            if is_late or self._gives_up.wait(pause_seconds):
+                raise PartsMissing(f"{len(missing)} ranks have not stored their parts")
+            pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
+
+    def _gather_weights(self, step: int, parts: tuple[Part, ...]) -> tuple[Part]:
+        """Puts `model/model.safetensors` together from what is stored, and stores it."""
+        folder = self._folder(step)
+        stored = self._store.within(folder.rstrip("/"))
+        layout = read_layout(stored, parts)
+        assert layout is not None, "the first rank has stored it"
+        with whole_weights(stored, layout, parts, scratch=self._scratch) as weights:
+            [part] = self._upload({WEIGHTS: weights}, step)
+        return (part,)
+
     def _upload(self, files: Mapping[str, bytes | memoryview], step: int) -> tuple[Part, ...]:
         """Writes and hashes all files at the same time; large ones go in parallel parts."""
-        folder = self._paths.checkpoint(CheckpointName(step, self._attempt.attempt))
+        folder = self._folder(step)
         with ThreadPoolExecutor(_UPLOAD_THREADS, thread_name_prefix="shoal-upload") as pool:
             written = [
                 pool.submit(self._write_file, folder + name, data) for name, data in files.items()
@@ -160,6 +263,9 @@ class CheckpointWriter:
             for write in written:
                 write.result()
         return parts
+
+    def _folder(self, step: int) -> str:
+        return self._paths.checkpoint(CheckpointName(step, self._attempt.attempt))
 
     def _write_file(self, key: str, data: bytes | memoryview) -> None:
         self._store.write(key, data)

@@ -18,8 +18,13 @@ from pydantic import ValidationError
 from cluster.storage import StorageError
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import Record
+from trainers.tensor_file import ITEM_BYTES, Form
 
-LAYOUT_NAME = "shards/layout.json"
+WEIGHTS = "model/model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+"""The files of a checkpoint that is not cut, by which a layout sorts its tensors."""
+SHARDS = "shards/"
+LAYOUT_NAME = f"{SHARDS}layout.json"
 
 
 def rows_of(num_rows: int, *, rank: int, world_size: int) -> tuple[int, int]:
@@ -31,9 +36,19 @@ def rows_of(num_rows: int, *, rank: int, world_size: int) -> tuple[int, int]:
     return min(rank * share, num_rows), min((rank + 1) * share, num_rows)
 
 
-def shard_name(rank: int, *, world_size: int) -> str:
-    """The file of a rank, relative to its checkpoint's folder."""
-    return f"shards/rank-{rank:04d}-of-{world_size:04d}.safetensors"
+def shard_name(whole: str, *, rank: int, world_size: int) -> str:
+    """A rank's file of what would be the file `whole`, relative to its checkpoint's folder."""
+    return f"{shard_stem(whole)}{rank:04d}-of-{world_size:04d}.safetensors"
+
+
+def shard_stem(whole: str) -> str:
+    """How the names of all ranks' files begin of what would be the file `whole`."""
+    return f"{SHARDS}{whole.rpartition('/')[2].removesuffix('.safetensors')}-"
+
+
+def parts_name(*, rank: int, world_size: int) -> str:
+    """Where a rank tells which parts it has stored, relative to its checkpoint's folder."""
+    return f"{SHARDS}parts-{rank:04d}-of-{world_size:04d}.json"
 
 
 class Piece(Record):
@@ -55,7 +70,15 @@ class CutTensor(Record):
 
     @property
     def num_rows(self) -> int:
-        return self.shape[0] if self.shape else 1
+        return num_rows(self.shape)
+
+    @property
+    def form(self) -> Form:
+        return Form(self.dtype, self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.form.num_bytes // max(1, self.num_rows)
 
 
 @dataclass(frozen=True)
@@ -68,20 +91,20 @@ class Slice:
 
 
 class Layout(Record):
-    """`model/NAME` and `optimizer/NAME/STATE` of a checkpoint, over the files of its ranks."""
+    """The tensors of each file that the checkpoint would have if it were not cut."""
 
     version: Literal[1] = 1
     world_size: int
-    tensors: dict[str, CutTensor]
+    files: dict[str, dict[str, CutTensor]]
 
-    def slices(self, name: str, *, start: int, stop: int) -> list[Slice]:
-        """What to read, in this order, to have rows [start, stop) of a tensor.
+    def slices(self, whole: str, name: str, *, start: int, stop: int) -> list[Slice]:
+        """What to read, in this order, to have rows [start, stop) of a tensor of the file `whole`.
 
         Raises StorageError where the layout has gaps there: it is damaged.
         """
         found: list[Slice] = []
         reached = start
-        for piece in self.tensors[name].pieces:
+        for piece in self.files[whole][name].pieces:
             end = min(piece.stop, stop)
             if piece.start <= reached < end:
                 found.append(Slice(piece.file, reached - piece.start, end - piece.start))
@@ -100,46 +123,58 @@ class Layout(Record):
 def parse_layout(text: bytes) -> Layout:
     """A layout from its JSON; EnvironmentFault where it is damaged or of a later version."""
     try:
-        return Layout.model_validate_json(text)
-    except ValidationError as error:
+        layout = Layout.model_validate_json(text)
+        unknown = {t.dtype for f in layout.files.values() for t in f.values()} - set(ITEM_BYTES)
+        if unknown:
+            raise ValueError(f"it has tensors of {', '.join(sorted(unknown))}")
+    except ValueError as error:
+        shown = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise EnvironmentFault(
             Problem(
-                f"{LAYOUT_NAME} is damaged, or of another version than this Shoal reads: "
-                f"{error.errors()[0]['msg']}",
+                f"{LAYOUT_NAME} is damaged, or of another version than this Shoal reads: {shown}",
                 "install the Shoal that wrote the checkpoint",
             )
         ) from error
+    return layout
+
+
+def num_rows(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor of that shape; a scalar counts as one."""
+    return shape[0] if shape else 1
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A tensor as a layout knows it."""
+class Cut:
+    """A tensor and whether each rank has its rows; else rank 0 has all of them."""
 
-    shape: tuple[int, ...]
-    dtype: str
+    form: Form
     is_cut: bool
-    """Whether each rank has its rows; else rank 0 has all of them."""
 
 
-def cut_layout(tensors: Mapping[str, Shape], *, world_size: int) -> Layout:
-    """The layout of tensors that `world_size` ranks have cut as `rows_of` does."""
+def cut_layout(files: Mapping[str, Mapping[str, Cut]], *, world_size: int) -> Layout:
+    """The layout of tensors, by file, that `world_size` ranks have cut as `rows_of` does."""
     return Layout(
         world_size=world_size,
-        tensors={
-            name: CutTensor(
-                shape=tensor.shape, dtype=tensor.dtype, pieces=_pieces(tensor, world_size)
-            )
-            for name, tensor in tensors.items()
+        files={
+            whole: {
+                name: CutTensor(
+                    shape=tensor.form.shape,
+                    dtype=tensor.form.dtype,
+                    pieces=_pieces(whole, tensor, world_size),
+                )
+                for name, tensor in tensors.items()
+            }
+            for whole, tensors in files.items()
         },
     )
 
 
-def _pieces(tensor: Shape, world_size: int) -> tuple[Piece, ...]:
-    num_rows = tensor.shape[0] if tensor.shape else 1
+def _pieces(whole: str, tensor: Cut, world_size: int) -> tuple[Piece, ...]:
     writers = world_size if tensor.is_cut else 1
-    shares = [rows_of(num_rows, rank=rank, world_size=writers) for rank in range(writers)]
+    rows = num_rows(tensor.form.shape)
+    shares = [rows_of(rows, rank=rank, world_size=writers) for rank in range(writers)]
     return tuple(
-        Piece(file=shard_name(rank, world_size=world_size), start=start, stop=stop)
+        Piece(file=shard_name(whole, rank=rank, world_size=world_size), start=start, stop=stop)
         for rank, (start, stop) in enumerate(shares)
         if start < stop
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import nn
+
 from cluster.storage import Store, open_store
 from jobs.errors import DataError, Problem, SpecError
 from jobs.record import Manifest, RunPaths, StreamPosition
@@ -16,11 +19,12 @@ from trainers.data.partition import ORDER_VERSION, fit_window, refuse_small_memo
 from trainers.freezing import freeze
 from trainers.loop import Plan, Progress, Trainee
 from trainers.optim import build_optimizer
-from trainers.parallel import compute_type, replicate
+from trainers.parallel import compute_type, is_sharded, replicate, shard
 from trainers.patience import Patience
 from trainers.pretrained import pretrained_folder
-from trainers.restore import checkpoint_copy, load_optimizer, load_progress
+from trainers.restore import checkpoint_copy, load_progress
 from trainers.session import Session
+from trainers.state import load_optimizer
 from trainers.tasks.task import Task, build_task
 
 
@@ -158,10 +162,11 @@ def prepare(
     watchdog.tick("builds the model")
     model = task.build_model(source, dropout=spec.model.dropout, seed=data.seed)
     freeze(model, spec.model.freeze)
-    model = model.to(session.device)
+    dtype = compute_type(spec.model, session.device)
+    model = lay_out(model, spec, session)
     optimizer = build_optimizer(model, spec.optimizer)
     if folder is not None:
-        load_optimizer(folder, optimizer)
+        load_optimizer(folder, model, optimizer)
     if progress.step < plan.total_steps and not _stopped_early(progress, spec):
         progress = replace(progress, finished=False)  # epochs may have been added
     trainee = Trainee(
@@ -169,11 +174,22 @@ def prepare(
         model=model,
         optimizer=optimizer,
         device=session.device,
-        dtype=compute_type(spec.model, session.device),
+        dtype=torch.float32 if is_sharded(model) else dtype,
     )
     return Prepared(
         train_set, validation, test, plan, position, task, trainee, progress, before
     )  # fmt: skip
+
+
+def lay_out(model: nn.Module, spec: JobSpec, session: Session) -> nn.Module:
+    """A model as this rank trains or measures it, on its device: all of it, or its shard.
+
+    Talks to no other rank. A single rank holds all of it, whatever the strategy.
+    """
+    if spec.workers.strategy == "fsdp" and session.world_size > 1:
+        dtype = compute_type(spec.model, session.device)
+        return shard(model, device=session.device, dtype=dtype)
+    return model.to(session.device)
 
 
 def replicated(prepared: Prepared, session: Session) -> Prepared:
@@ -182,6 +198,8 @@ def replicated(prepared: Prepared, session: Session) -> Prepared:
     Apart from `prepare`, where a rank may fail: the others would wait for it in here.
     """
     trainee = prepared.trainee
+    if is_sharded(trainee.model):
+        return prepared  # its gradients are averaged as they are cut
     model = replicate(trainee.model, device=session.device, world_size=session.world_size)
     return replace(prepared, trainee=replace(trainee, model=model))
 

@@ -12,6 +12,8 @@ from jobs.errors import EnvironmentFault, Problem, SpecError
 from jobs.record import Manifest, Part, Result, RunPaths
 from jobs.spec import JobSpec
 from trainers import watchdog
+from trainers.consolidation import complete_weights
+from trainers.layout import LAYOUT_NAME, WEIGHTS, shard_stem
 from trainers.local_copy import TICKING, local_copy
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -95,10 +97,15 @@ def _in_run(runs: Store, run_id: str, cache_folder: Path) -> Path:
 
 
 def model_of_checkpoint(checkpoint: Store, manifest: Manifest, cache_folder: Path) -> Path:
-    """The `model/` folder of a checkpoint on this node, verified by its manifest."""
-    parts = [p for p in manifest.parts if p.name.startswith("model/")]
+    """The `model/` folder of a checkpoint on this node, verified by its manifest, and whole."""
+    wanted = ["model/"]
+    if all(part.name != WEIGHTS for part in manifest.parts):
+        wanted += [LAYOUT_NAME, shard_stem(WEIGHTS)]
+    parts = [p for p in manifest.parts if p.name.startswith(tuple(wanted))]
     digest = hashlib.sha256(repr([(p.name, p.sha256) for p in parts]).encode()).hexdigest()[:24]
-    return local_copy(checkpoint, parts, cache_folder / "models" / digest) / "model"
+    folder = local_copy(checkpoint, parts, cache_folder / "models" / digest)
+    complete_weights(folder, parts)
+    return folder / "model"
 
 
 def _on_hub(name: str, revision: str | None) -> Path:

@@ -2,7 +2,7 @@
 
 newest_restorable       the newest checkpoint of the lineage whose every byte is what it was
 checkpoint_copy         its parts, as a folder of this node
-load_progress, load_optimizer
+load_progress
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from cluster.storage import ObjectMissing, Store
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import MANIFEST_VERSION, Attempt, Manifest, RunPaths, live_manifests
+from trainers.consolidation import complete_weights
 from trainers.local_copy import DamagedPart, drop_copy, local_copy
 from trainers.loop import Progress
-from trainers.optim import load_optimizer_tensors
 
 
 def read_manifests(store: Store, paths: RunPaths) -> list[Manifest]:
@@ -102,16 +99,16 @@ def newest_restorable(
 def checkpoint_copy(
     store: Store, paths: RunPaths, manifest: Manifest, *, cache_folder: Path
 ) -> Path:
-    """The checkpoint as a verified folder of this node.
+    """The checkpoint as a verified folder of this node, whose `model/` is whole.
 
     Named after its content: a run of the same name may have been here, from another store.
     """
     content = repr([(part.name, part.sha256) for part in manifest.parts])
     digest = hashlib.sha256(content.encode()).hexdigest()[:24]
     folder = cache_folder / "checkpoints" / f"{paths.run_id}-{manifest.step:08d}-{digest}"
-    return local_copy(
-        store.within(paths.checkpoint(manifest.name).rstrip("/")), manifest.parts, folder
-    )
+    local_copy(store.within(paths.checkpoint(manifest.name).rstrip("/")), manifest.parts, folder)
+    complete_weights(folder, manifest.parts)
+    return folder
 
 
 def drop_checkpoint_copies(run_id: str, *, cache_folder: Path) -> None:
@@ -127,9 +124,3 @@ def load_progress(folder: Path) -> tuple[Progress, dict[str, Any] | None]:
     """Progress and the evaluation of the untrained model from a checkpoint's local copy."""
     held = json.loads((folder / "progress.json").read_text())
     return Progress(**held["progress"]), held["before"]
-
-
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the optimizer's state back; raises SpecError where it is another optimizer's."""
-    path = folder / "optimizer.safetensors"
-    load_optimizer_tensors(optimizer, load_file(path) if path.exists() else {})

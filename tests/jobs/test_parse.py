@@ -259,7 +259,7 @@ class TestAnUnknownKey:
     def test_deep_inside_lists_the_known_ones_there(self) -> None:
         assert problem(GOOD + "workers: {xyz: 1}\n") == (
             "job.yaml, line 6: workers.xyz is not a known key",
-            "known in workers: count, min, resize_seconds, cpus, memory_gib, gpus",
+            "known in workers: count, min, resize_seconds, strategy, cpus, memory_gib, gpus",
         )
 
     @pytest.mark.parametrize("key", ["aws_secret_access_key", "password", "session_token"])

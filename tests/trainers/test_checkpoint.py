@@ -31,20 +31,20 @@ from jobs.record import (
 from tests.scene import Scene
 from tests.tiny import VOCABULARY, tiny_tokenizer
 from trainers.checkpoint import CheckpointWriter, Moment
-from trainers.fence import Fence
+from trainers.layout import OPTIMIZER, WEIGHTS
 from trainers.loop import Progress, Trainee, judge
 from trainers.optim import optimizer_tensors
 from trainers.restore import (
     checkpoint_copy,
     drop_checkpoint_copies,
-    load_optimizer,
     load_progress,
     newest_restorable,
     read_live_manifests,
     read_manifests,
 )
 from trainers.retention import superfluous
-from trainers.snapshot import OPTIMIZER, WEIGHTS, Snapshot, TensorFile, saved_weights
+from trainers.snapshot import Snapshot, TensorFile
+from trainers.state import load_optimizer, saved_weights
 from trainers.tasks.task import Evaluation
 from trainers.telemetry import Telemetry
 
@@ -96,8 +96,8 @@ def writing(
     scene.runs.write(PATHS.attempt(attempt), record.to_bytes())
     with Telemetry(scene.runs, PATHS, Source(attempt, 0)) as telemetry:
         writer = CheckpointWriter(
-            spec, store, PATHS, telemetry, task=trainee.task, attempt=record,
-            fence=Fence(store, PATHS, generation=attempt),
+            spec, store, PATHS, telemetry, task=trainee.task, attempt=record, rank=0,
+            scratch=scene.folder,
         )  # fmt: skip
         try:
             yield Writing(scene, trainee, writer)
@@ -133,7 +133,7 @@ def test_what_is_saved_comes_back_with_the_same_bits(scene: Scene) -> None:
     loaded = other.task.build_model(folder / "model", dropout=None, seed=1)
     own = run.trainee.model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in loaded.state_dict().items())
-    load_optimizer(folder, other.optimizer)
+    load_optimizer(folder, other.model, other.optimizer)
     saved, back = run.trainee.optimizer.state_dict(), other.optimizer.state_dict()
     for number, states in saved["state"].items():
         assert all(
@@ -178,7 +178,7 @@ def test_a_model_with_tied_weights_comes_back(scene: Scene) -> None:
     back = other.task.build_model(copy_of(tied, 1) / "model", dropout=None, seed=1)
     own = run.trainee.model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in back.state_dict().items())
-    load_optimizer(copy_of(tied, 1), other.optimizer)
+    load_optimizer(copy_of(tied, 1), other.model, other.optimizer)
 
 
 class Gate:
