@@ -1,8 +1,10 @@
 """One driver for each run: a lease object, taken and renewed by compare-and-swap.
 
 A lease has a generation that grows by one whenever it is taken; what drivers write carries it, and
-readers ignore what an older generation wrote. No two clocks are compared: a holder stops by its
-own clock before another may take over by its own.
+readers ignore what an older generation wrote. The compare-and-swap decides who holds it, no clock:
+a holder that cannot renew, since the store is away, goes on until it can ask; then either its
+renewal wins or another holder is there. A clock, that of the one who waits, only says when a lease
+may be asked for: after its time to live without a renewal, while the store answered.
 
 Source of the scheme: C. Gray and D. Cheriton, "Leases", SOSP 1989; fencing by generation: M.
 Kleppmann, "How to do distributed locking", 2016.
@@ -10,6 +12,7 @@ Kleppmann, "How to do distributed locking", 2016.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -26,9 +29,6 @@ from jobs.errors import ClusterError, Problem
 from jobs.record import Lease
 
 _RENEWALS_PER_TTL = 3
-_HOLDERS_SHARE = 0.9
-"""Part of the time to live after which a holder that could not renew gives up: before any other
-may take over, with some time left to stop."""
 _LOOKS_PER_TTL = 20
 _LONGEST_LOOK_SECONDS = 5.0
 _TAKE_ATTEMPTS = 5
@@ -80,14 +80,14 @@ def _take(
         started=me.started,
         renewals=0,
         ttl_seconds=ttl_seconds,
+        taken_at=time.time(),
         renewed_at=time.time(),
     )
-    written_at = _now()
     if found is None:
         etag = store.write_if_absent(key, lease.to_bytes())
     else:
         etag = store.write_if_match(key, lease.to_bytes(), etag=found.etag)
-    return Held(store, key, lease=lease, etag=etag, written_at=written_at)
+    return Held(store, key, lease=lease, etag=etag)
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,16 @@ def _is_free(lease: Lease) -> bool:
 def _watch(store: Store, key: str, found: Found) -> Found:
     """The lease once it is free or its time has passed without a renewal.
 
-    Raises ClusterError as soon as it is renewed: its holder lives.
+    Time in which the store does not answer is not counted: the holder cannot renew in it. Raises
+    ClusterError as soon as the lease is renewed: its holder lives.
     """
     ttl = found.lease.ttl_seconds
     seen_at = _now()
     while _now() - seen_at < ttl:
         time.sleep(min(ttl / _LOOKS_PER_TTL, _LONGEST_LOOK_SECONDS))
+        asked_at = _now()
         latest = read_lease(store, key)
+        seen_at += _now() - asked_at
         if latest is None:
             raise PreconditionFailed(key)
         if _is_free(latest.lease):
@@ -136,8 +139,9 @@ def _held_by(lease: Lease, store: Store, key: str) -> ClusterError:
     return ClusterError(
         Problem(
             f"{folder} is driven by {lease.driver}",
-            f"stop that one first: shoal stop {folder} (if its machine is gone, its lease ends "
-            f"{lease.ttl_seconds:.0f} s after its last sign)",
+            f"stop that one first: shoal stop {folder} --wait (if its machine is gone, its lease "
+            f"ends {lease.ttl_seconds:.0f} s after its last sign; if it hangs, end it on "
+            f"{lease.host}: kill -9 {lease.pid})",
         )
     )
 
@@ -145,13 +149,11 @@ def _held_by(lease: Lease, store: Store, key: str) -> ClusterError:
 class Held:
     """A lease that this process holds; a context manager that releases it.
 
-    `lost` is set when another holder is found, or when it could not be renewed in time: the driver
-    must stop then, as another one may have started.
+    `lost` is set when another holder is found: the driver must stop then. A store that is away
+    does not set it; `confirm` tells for sure.
     """
 
-    def __init__(
-        self, store: Store, key: str, *, lease: Lease, etag: str, written_at: float
-    ) -> None:
+    def __init__(self, store: Store, key: str, *, lease: Lease, etag: str) -> None:
         self.lost = threading.Event()
         self._lock = threading.Lock()
         self._loss = ""
@@ -159,24 +161,23 @@ class Held:
         self._key = key
         self._lease = lease
         self._etag = etag
-        self._deadline = written_at + _HOLDERS_SHARE * lease.ttl_seconds
         self._ended = threading.Event()
-        self._threads = [
-            threading.Thread(target=run, name=f"shoal-lease-{run.__name__}", daemon=True)
-            for run in (self._renew, self._guard)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._renew, name="shoal-lease", daemon=True)
+        self._thread.start()
 
     @property
     def generation(self) -> int:
         """Grows by one whenever the lease is taken; belongs into all that the driver writes."""
         return self._lease.generation
 
-    def check(self) -> None:
-        """Raise ClusterError if the lease is lost."""
-        if not self.lost.is_set() and _now() > self._deadline:
-            self._lose(": it was not renewed in time, so another driver may run")
+    def confirm(self) -> None:
+        """Renews the lease now, before what only its holder may do.
+
+        Raises ClusterError where it is lost, StorageError where the store cannot tell.
+        """
+        if not self.lost.is_set():
+            with contextlib.suppress(PreconditionFailed):  # told as `loss`
+                self._write(released=False)
         if self.lost.is_set():
             raise ClusterError(Problem(self.loss, "look who drives the run: shoal status"))
 
@@ -188,14 +189,12 @@ class Held:
     def release(self) -> None:
         """Give the lease back, so that the next driver need not wait; does nothing once lost."""
         self._ended.set()
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
         if self.lost.is_set():
             return
         try:
-            self._write(released=True)
-        except PreconditionFailed:
-            pass  # told already, as `loss`
+            with contextlib.suppress(PreconditionFailed):  # told as `loss`
+                self._write(released=True)
         except StorageError as error:
             # What the run has done stands; the next driver waits for the lease to run out.
             logger.warning("the lease %s could not be given back: %s", self._key, error)
@@ -218,30 +217,24 @@ class Held:
             except PreconditionFailed:
                 self._ended.set()
             except StorageError as error:
-                # The next turn tries again; the guard counts the time.
+                # Whether it is lost is known when the store is back: the next turn asks again.
                 logger.warning("the lease %s could not be renewed: %s", self._key, error)
 
-    def _guard(self) -> None:
-        """Set `lost` at the deadline even while a renewal hangs in the store."""
-        while (left := self._deadline - _now()) > 0:
-            if self._ended.wait(left):
-                return
-        self._lose(": it was not renewed in time, so another driver may run")
-
     def _lose(self, how: str) -> None:
-        with self._lock:
-            if not self.lost.is_set():
-                self._loss = f"the lease {self._store.uri}/{self._key} was lost{how}"
-                logger.error("%s", self._loss)
-                self.lost.set()
+        self._loss = f"the lease {self._store.uri}/{self._key} was lost{how}"
+        logger.error("%s", self._loss)
+        self.lost.set()
 
     def _write(self, *, released: bool) -> None:
         """Renews, or gives back. Raises PreconditionFailed once the lease is lost."""
-        for _ in range(_WRITE_ATTEMPTS):
-            try:
-                return self._replace(released=released)
-            except PreconditionFailed:
-                self._adopt_own()
+        with self._lock:
+            for _ in range(_WRITE_ATTEMPTS):
+                if self.lost.is_set():
+                    raise PreconditionFailed(self._key)
+                try:
+                    return self._replace(released=released)
+                except PreconditionFailed:
+                    self._adopt_own()
         raise StorageError(f"{self._store.uri} refuses to replace {self._key} as it is")
 
     def _adopt_own(self) -> None:
@@ -264,10 +257,8 @@ class Held:
                 "released": released,
             }
         )
-        written_at = _now()
         self._etag = self._store.write_if_match(self._key, lease.to_bytes(), etag=self._etag)
         self._lease = lease
-        self._deadline = written_at + _HOLDERS_SHARE * lease.ttl_seconds
 
 
 def _now() -> float:

@@ -25,6 +25,11 @@ class ProcessIdentity:
     """When it started, in the system's own count; empty where it does not exist."""
 
     @property
+    def is_here(self) -> bool:
+        """Whether it is, or was, a process of this machine since its last start."""
+        return bool(self.boot) and (self.host, self.boot) == (socket.gethostname(), _boot())
+
+    @property
     def is_alive(self) -> bool:
         """Whether it runs; asked only of a process of this machine."""
         return (self.boot, self.started) == (_boot(), _started(self.pid)) and bool(self.started)
@@ -32,9 +37,7 @@ class ProcessIdentity:
     @property
     def has_ended(self) -> bool:
         """True only where it is sure: a process of this machine, since its last start, is gone."""
-        if not self.boot or (self.host, self.boot) != (socket.gethostname(), _boot()):
-            return False
-        return _started(self.pid) != self.started
+        return self.is_here and _started(self.pid) != self.started
 
 
 def identify(pid: int | None = None) -> ProcessIdentity:

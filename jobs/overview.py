@@ -75,7 +75,7 @@ def read_overview(reader: RunReader) -> Overview:
         lease=lease,
         result=result,
         now=time.time(),
-        driver_has_ended=lease is not None and driver_has_ended(lease),
+        driver_has_ended=None if lease is None else driver_has_ended(lease),
         run=reader.run_id,
     )
     attempts = reader.attempts()

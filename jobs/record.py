@@ -291,17 +291,19 @@ class Lease(Record):
     """Grows with each renewal, so that the object's ETag changes."""
     ttl_seconds: float
     released: bool = False
+    taken_at: float = 0.0
+    """Unix seconds by the holder's clock; for people, as `renewed_at` is, not for expiry."""
     renewed_at: float = 0.0
-    """Unix seconds by the holder's clock; for people, not for expiry."""
 
     @property
     def driver(self) -> str:
-        """Who holds it, for people."""
+        """Who holds it, since when, and until when if it is not renewed again; for people."""
+        since = f", since {_clock(self.taken_at)}" if self.taken_at else ""
         seen = ""
         if self.renewed_at:
-            at = datetime.fromtimestamp(self.renewed_at, UTC)
-            seen = f", last sign at {at:%Y-%m-%d %H:%M:%S} UTC"
-        return f"process {self.pid} on {self.host} (generation {self.generation}{seen})"
+            until = f"until {_clock(self.renewed_at + self.ttl_seconds)} unless it is renewed"
+            seen = f", last sign at {_clock(self.renewed_at)}, held {until}"
+        return f"process {self.pid} on {self.host} (generation {self.generation}{since}{seen})"
 
 
 class Control(Record):
@@ -523,6 +525,15 @@ class Source:
 # --------------------------------------------------------------------------------------- lineage
 
 
+def rightful(attempts: Iterable[Attempt]) -> list[Attempt]:
+    """The attempts by number, but those that a superseded driver began after its successor had."""
+    found: list[Attempt] = []
+    for attempt in sorted(attempts, key=lambda a: a.attempt):
+        if not found or attempt.generation >= found[-1].generation:
+            found.append(attempt)
+    return found
+
+
 def lineage(attempts: Iterable[Attempt]) -> list[tuple[int, int, int | None]]:
     """Which attempt each step of the final weights came from: [(attempt, after, until)].
 
@@ -532,7 +543,7 @@ def lineage(attempts: Iterable[Attempt]) -> list[tuple[int, int, int | None]]:
     """
     spans: list[tuple[int, int, int | None]] = []
     until: int | None = None
-    for attempt in sorted(attempts, key=lambda a: a.attempt, reverse=True):
+    for attempt in reversed(rightful(attempts)):
         after = attempt.restored_step or 0
         if until is None or after < until:
             spans.append((attempt.attempt, after, until))
@@ -590,3 +601,8 @@ def merge_metrics(
         if step == 0 or in_lineage(step, attempt, spans):
             kept[step, str(line["kind"]), str(line.get("split", ""))] = dict(line)
     return [kept[key] for key in sorted(kept)]
+
+
+def _clock(seconds: float) -> str:
+    """`2026-11-25 08:12:01 UTC`; `seconds` are Unix seconds."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -40,8 +40,7 @@ if TYPE_CHECKING:
     from trainers.attempt import Assignment
 
 LEASE_SECONDS = 60.0
-"""Longest that the store may be away while a run goes on; longest that a new driver waits to see
-whether one on another machine lives."""
+"""How long a new driver waits to see whether one on another machine lives."""
 _WATCH_SECONDS = 0.5
 TAKEN_SECONDS = 90.0
 """How long workers may take to save their state once the driver's own machine is taken; less than
@@ -84,7 +83,7 @@ def drive(
     nothing is started.
     """
     from trainers.attempt import Assignment
-    from trainers.finish import build_result
+    from trainers.finish import build_result, write_result
 
     reader = RunReader(store, run_id)
     spec, paths = reader.spec(), RunPaths(run_id)
@@ -111,14 +110,15 @@ def drive(
             ended = _fit(assignment, store, lease, telemetry, attended_by=attended_by)
             if isinstance(ended, Failure) and ended.traceback:
                 log.error("%s", ended.traceback)
-            lease.check()
-            patient = Patience(limit_seconds=60 * spec.retries.wait_minutes).store(store)
+            patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
+            patient = patience.store(store)
+            patience.call(lease.confirm)
             result = build_result(patient, paths, generation=lease.generation, ended=ended)
             telemetry.state(result.state, _sentence(result), step=result.step)
         # Lines are durable now, so the report can tell all of it; the result is the last object.
-        lease.check()
+        patience.call(lease.confirm)
         _report(patient, run_id, result)
-        patient.write(paths.result, result.to_bytes())
+        write_result(patient, paths, result)
         return result.exit_code
 
 

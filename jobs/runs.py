@@ -275,8 +275,7 @@ def list_run_ids(store: Store) -> list[str]:
         return sorted(f for f, head in zip(folders, heads, strict=True) if head is not None)
 
 
-def driver_has_ended(lease: Lease) -> bool:
-    """Whether the process that holds the lease is known to be gone; only its machine can tell."""
-    return ProcessIdentity(
-        host=lease.host, boot=lease.boot, pid=lease.pid, started=lease.started
-    ).has_ended
+def driver_has_ended(lease: Lease) -> bool | None:
+    """Whether the process that holds the lease is gone; None where its machine alone can tell."""
+    holder = ProcessIdentity(host=lease.host, boot=lease.boot, pid=lease.pid, started=lease.started)
+    return holder.has_ended if holder.is_here else None

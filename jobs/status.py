@@ -17,8 +17,9 @@ from jobs.record import Attempt, Crash, Lease, Manifest, Outcome, Result, State
 from jobs.runs import RunReader
 
 LOST_AFTER_TTLS = 3.0
-"""A lease that was not renewed for so many of its times to live is taken for a dead driver's.
-Only people are told so: a new driver measures the expiry itself, by its own clock."""
+"""A lease that was not renewed for so many of its times to live is taken for a dead driver's,
+unless its process is known to exist. Only people are told so: a new driver measures the expiry
+itself, by its own clock."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ def derive_state(
     lease: Lease | None,
     result: Result | None,
     now: float,
-    driver_has_ended: bool = False,
+    driver_has_ended: bool | None = None,
     run: str = "RUN",
 ) -> Situation:
     """The state of a run, from what its folder says at `now` (Unix seconds).
 
-    `driver_has_ended`: this machine knows that the driver's process is gone. `run` is the name
-    that hints use. A result counts only if no newer driver has taken the run since.
+    `driver_has_ended`: whether the driver's process is gone, where this machine knows. `run` is the
+    name that hints use. A result counts only if no newer driver has taken the run since.
     """
     resume = f"shoal resume {run}"
     if result is not None and (lease is None or result.generation >= lease.generation):
@@ -59,7 +60,8 @@ def derive_state(
         return Situation(State.PENDING, "no driver has started yet", None, 0, is_over=False)
     silence_seconds = now - lease.renewed_at
     given_back = lease.released and silence_seconds > lease.ttl_seconds
-    if driver_has_ended or given_back or silence_seconds > LOST_AFTER_TTLS * lease.ttl_seconds:
+    is_silent = silence_seconds > LOST_AFTER_TTLS * lease.ttl_seconds
+    if driver_has_ended or given_back or (is_silent and driver_has_ended is None):
         return Situation(
             State.FAILED_INFRA,
             f"its driver is gone (process {lease.pid} on {lease.host}, last heard of "
@@ -68,6 +70,15 @@ def derive_state(
             lease.generation,
             is_over=True,
             exit_code=State.FAILED_INFRA.exit_code,
+        )
+    if is_silent:
+        return Situation(
+            State.RECOVERING,
+            f"its driver (process {lease.pid} on {lease.host}) is there, but was last heard of "
+            f"{format_seconds(silence_seconds)} ago: the store was away, or it is frozen",
+            f"if it does not go on: kill -9 {lease.pid}; then: {resume}",
+            lease.generation,
+            is_over=False,
         )
     state, message = _last_state(events, lease.generation)
     return Situation(state or State.STARTING, message, None, lease.generation, is_over=False)
@@ -214,6 +225,7 @@ _TRAIN_KEYS = (
     "rows_per_second",
     "tokens_per_second",
     "data_wait_share",
+    "straggler",
 )
 
 
@@ -286,7 +298,7 @@ def _situation(
         lease=lease,
         result=result,
         now=time.time() if now is None else now,
-        driver_has_ended=lease is not None and runs.driver_has_ended(lease),
+        driver_has_ended=None if lease is None else runs.driver_has_ended(lease),
         run=reader.uri,
     )
     return situation, lease, result

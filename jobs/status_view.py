@@ -68,6 +68,9 @@ def _rows(status: RunStatus) -> list[tuple[str, RenderableType]]:
     rows.append(("progress", progress_text(status)))
     if status.train is not None:
         rows.append(("training", train_text(status.train)))
+        straggler = status.train.get("straggler")
+        if straggler and not status.situation.is_over:
+            rows.append(("straggler", Text(straggler["message"], style="yellow")))
     if status.evaluations:
         rows.append(("last evaluation", evaluation_text(status.evaluations[-1])))
     if status.best is not None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.local import start_driver
-from cluster.process import ProcessIdentity, identify
 from cluster.rayjob import Manifest, build_rayjob
 from cluster.storage import ObjectExists, Store, is_s3, join_uri, open_store, write_numbered
 from jobs.errors import EnvironmentFault, Problem, SpecError
@@ -30,9 +29,9 @@ from jobs.parse import (
     with_absolute_paths,
 )
 from jobs.record import NOTHING_PAST, Amendment, Control, Past, RunPaths, State
-from jobs.runs import RunReader
+from jobs.runs import RunReader, driver_has_ended
 from jobs.spec import RUN_ID_SUFFIX_CHARACTERS, JobSpec, KubeRayCluster
-from jobs.status import read_situation
+from jobs.status import LOST_AFTER_TTLS, read_situation
 from trainers.controls import last_request
 
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
@@ -263,21 +262,20 @@ def _past(reader: RunReader) -> Past:
 def _refuse_driven(reader: RunReader, *, now: float) -> None:
     """Raises SpecError if a driver works on the run for all that can be known here.
 
-    A holder on another machine that has been silent for its time to live may be gone: the new
-    driver finds that out, by waiting.
+    A holder on another machine that has been silent for its time to live may be gone, and one on
+    this machine frozen: the new driver finds that out, by waiting.
     """
     lease = reader.lease()
     if lease is None or lease.released or read_situation(reader, now=now).is_over:
         return
-    holder = ProcessIdentity(host=lease.host, boot=lease.boot, pid=lease.pid, started=lease.started)
-    lives_here = holder.host == identify().host and holder.is_alive
-    if not lives_here and now - lease.renewed_at > lease.ttl_seconds:
+    borne_ttls = 1.0 if driver_has_ended(lease) is None else LOST_AFTER_TTLS
+    if now - lease.renewed_at > borne_ttls * lease.ttl_seconds:
         return
     raise SpecError(
         Problem(
             f"{reader.uri} is driven by {lease.driver}, so it cannot be resumed",
             f"stop that one first: shoal stop {reader.uri} --wait, or follow it: shoal watch "
             f"{reader.uri} (if its machine is gone, its lease ends {lease.ttl_seconds:.0f} s "
-            "after its last sign)",
+            f"after its last sign; if it hangs, end it on {lease.host}: kill -9 {lease.pid})",
         )
     )

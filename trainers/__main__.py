@@ -34,7 +34,7 @@ from jobs.record import Amendment, Outcome, RunPaths
 from jobs.spec import JobSpec
 from trainers.attempt import Assignment
 from trainers.controls import last_request
-from trainers.finish import build_result
+from trainers.finish import build_result, write_result
 from trainers.patience import Patience
 from trainers.session import ProcessSession
 from trainers.worker import train_worker
@@ -88,10 +88,11 @@ def _train(spec: JobSpec, run_id: str) -> int:
             _record_changes(store, paths, spec)
             with _ends_with(lease):
                 outcome = train_worker(session, assignment)
-            lease.check()
-            patient = Patience(limit_seconds=60 * spec.retries.wait_minutes).store(store)
+            patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
+            patient = patience.store(store)
+            patience.call(lease.confirm)
             result = build_result(patient, paths, generation=lease.generation, ended=outcome)
-            patient.write(paths.result, result.to_bytes())
+            write_result(patient, paths, result)
         click.echo(f"{result.state.value} at step {result.step}: {store.uri}/{run_id}", err=True)
         if result.failure is not None:
             problems = (Problem(message, hint) for message, hint in result.failure.problems)

@@ -11,11 +11,13 @@ import torch
 from pydantic import ValidationError
 
 from cluster.storage import ObjectExists, ObjectMissing, Store
-from jobs.errors import EnvironmentFault, Problem
-from jobs.record import Attempt, Crash, Failure, Manifest, Outcome, RunPaths
+from jobs.errors import EnvironmentFault, Problem, ShoalError
+from jobs.record import Attempt, Crash, Failure, Manifest, Outcome, RunPaths, rightful
 from jobs.spec import JobSpec
 from trainers.agreement import Agreement
+from trainers.controls import last_attempt
 from trainers.data.cache import cache_folder
+from trainers.fence import Fence
 from trainers.restore import newest_restorable, read_attempts
 from trainers.session import Session
 from trainers.versions import versions
@@ -61,10 +63,12 @@ def claim_attempt(
     """The attempt that this start of the group is, and the checkpoint from which it goes on.
 
     Where an attempt of this driver has ended the run, and the group was started again all the same
-    (a worker died, or the cluster grew, just then), that outcome: there is nothing to do.
+    (a worker died, or the cluster grew, just then), that outcome: there is nothing to do. Where
+    rank 0 meets a ShoalError (another driver has the run, the store stays away), an outcome with
+    that failure, of no attempt.
 
-    Rank 0 chooses both and records them before anything is trained; the others are told. Where rank
-    0 cannot, its error is raised there, and an EnvironmentFault on the others.
+    Rank 0 chooses both and records them before anything is trained; the others are told. Any other
+    error of rank 0 is raised there, and an EnvironmentFault on the others.
     """
     hosts = agreement.gather(socket.gethostname())
     told: dict[str, Any] = {}
@@ -82,6 +86,10 @@ def claim_attempt(
                     "recovers": claim.recovers,
                     "crash": claim.crash and claim.crash.model_dump(mode="json"),
                 }
+        except ShoalError as caught:
+            failure = Failure.of(caught, where="rank 0")
+            ended = Outcome(attempt=0, state=failure.state, step=0, failure=failure)
+            told = {"ended": ended.model_dump(mode="json")}
         except Exception as caught:  # whatever it is, the others must not wait for it
             error = caught
             told = {"problems": Failure.of(caught, where="rank 0").problems}
@@ -104,13 +112,14 @@ def claim_attempt(
 def _claim(
     assignment: Assignment, store: Store, paths: RunPaths, *, hosts: list[str], session: Session
 ) -> Claim | Outcome:
-    before = read_attempts(store, paths)
+    Fence(store, paths, generation=assignment.generation).check()
+    before = rightful(read_attempts(store, paths))
     own = [a for a in before if a.generation == assignment.generation]
     if own:
         ended = outcome_of(store, paths, own[-1].attempt)
         if ended is not None and ended.state.is_final:
             return ended
-    number = max((a.attempt for a in before), default=0) + 1
+    number = last_attempt(store, paths) + 1
     crash = _read_crash(store, paths, number - 1)
     restored, skipped = newest_restorable(store, paths, cache_folder=cache_folder())
     attempt = Attempt(

@@ -52,6 +52,7 @@ from jobs.record import (
 from jobs.spec import JobSpec, format_bytes
 from trainers import watchdog
 from trainers.consolidation import read_layout, whole_weights
+from trainers.fence import Fence
 from trainers.layout import SHARDS, WEIGHTS, parts_name
 from trainers.loop import Progress, Trainee
 from trainers.parallel import is_sharded, plain
@@ -107,6 +108,7 @@ class CheckpointWriter:
         attempt: Attempt,
         rank: int,
         scratch: Path,
+        fence: Fence,
     ) -> None:
         """`scratch`: a local folder with room for the weights of a model that is cut."""
         self._spec = spec
@@ -117,6 +119,7 @@ class CheckpointWriter:
         self._attempt = attempt
         self._rank = rank
         self._scratch = scratch
+        self._fence = fence
         self._snapshot = Snapshot()
         self._small_files: dict[str, bytes] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shoal-checkpoint")
@@ -198,6 +201,7 @@ class CheckpointWriter:
         manifest = self._manifest(moment, parts)
         # What a state leaves out of its rows must be known wherever the state is.
         self._telemetry.require_durable()
+        self._fence.check()
         self._commit(manifest)
         self._telemetry.event(
             "checkpoint",

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from cluster.storage import Store, write_numbered
 from jobs.record import Control, RunPaths
+from trainers.fence import Fence, Superseded
 
 POLL_SECONDS = 1.0
 
@@ -26,6 +27,8 @@ class Requests:
     """Save, and go on."""
     yields: bool = False
     """Save, and end the attempt: another one goes on."""
+    superseded: Superseded | None = None
+    """Why the attempt must end at once, without being asked."""
 
 
 def last_request(store: Store, paths: RunPaths) -> int:
@@ -62,10 +65,13 @@ def stop_is_asked(store: Store, paths: RunPaths, *, after: int) -> bool:
 
 
 class ControlPoller:
-    """Looks for new requests in a thread of its own. A context manager."""
+    """Looks for new requests, and over the fence, in a thread of its own. A context manager."""
 
-    def __init__(self, store: Store, paths: RunPaths, *, after: int, attempt: int) -> None:
+    def __init__(
+        self, store: Store, paths: RunPaths, *, after: int, attempt: int, fence: Fence
+    ) -> None:
         self._attempt = attempt
+        self._fence = fence
         self._store = store
         self._paths = paths
         self._last_key = paths.control_request(after)
@@ -102,6 +108,11 @@ class ControlPoller:
             self._closing.wait(POLL_SECONDS)
 
     def _look(self) -> None:
+        try:
+            self._fence.check()
+        except Superseded as superseded:
+            with self._lock:
+                self._asked = replace(self._asked, superseded=superseded)
         for head in self._store.list(self._paths.control, after=self._last_key):
             try:
                 request = Control.model_validate_json(self._store.read(head.key))
@@ -114,7 +125,8 @@ class ControlPoller:
 
     def _take(self, request: Control) -> None:
         with self._lock:
-            self._asked = Requests(
+            self._asked = replace(
+                self._asked,
                 stop=self._asked.stop or request.kind == "stop",
                 save=self._asked.save or request.kind == "save",
                 yields=self._asked.yields or request.kind == "yield",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 
-from cluster.storage import Store
+import tenacity
+
+from cluster.storage import PreconditionFailed, Store
+from jobs.errors import Problem
 from jobs.record import (
     Failure,
     Manifest,
@@ -14,7 +17,10 @@ from jobs.record import (
     best_manifest,
     live_manifests,
 )
+from trainers.fence import Superseded
 from trainers.restore import read_attempts, read_manifests
+
+_WRITE_ATTEMPTS = 5
 
 
 def build_result(
@@ -31,13 +37,39 @@ def build_result(
         run_id=paths.run_id,
         state=ended.state,
         generation=generation,
-        step=outcome.step if outcome else (live[-1].step if live else 0),
+        # An outcome of no attempt knows no step.
+        step=max(outcome.step if outcome else 0, live[-1].step if live else 0),
         finished_at=time.time(),
         best_checkpoint=_relative(paths, best) if best else None,
         last_checkpoint=_relative(paths, live[-1]) if live else None,
         outcome=outcome,
         failure=failure,
     )
+
+
+@tenacity.retry(
+    # Another driver was faster: what it wrote decides.
+    retry=tenacity.retry_if_exception_type(PreconditionFailed),
+    stop=tenacity.stop_after_attempt(_WRITE_ATTEMPTS),
+    reraise=True,
+)
+def write_result(store: Store, paths: RunPaths, result: Result) -> None:
+    """Makes the result that of the run, unless a newer driver has written one (Superseded)."""
+    head = store.head(paths.result)
+    if head is None:
+        store.write_if_absent(paths.result, result.to_bytes())
+        return
+    # If it is replaced in between, the ETag is the older one: the write fails.
+    there = Result.model_validate_json(store.read(paths.result))
+    if there.generation > result.generation:
+        raise Superseded(
+            Problem(
+                f"generation {result.generation} of the run was superseded: generation "
+                f"{there.generation} has ended it as {there.state}",
+                f"look at it with: shoal status {paths.run_id}",
+            )
+        )
+    store.write_if_match(paths.result, result.to_bytes(), etag=head.etag)
 
 
 def _relative(paths: RunPaths, manifest: Manifest) -> str:

@@ -9,6 +9,7 @@ what happened.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from trainers.parallel import (
     trained_parameters,
     without_reduction,
 )
+from trainers.stragglers import Busy, Stopwatch
 from trainers.tasks.task import Batch, Evaluation, Task
 from trainers.time_account import TimeAccount
 
@@ -127,6 +129,8 @@ class StepFacts:
     rows: int
     tokens: int
     steps: int
+    busy: tuple[Busy, ...]
+    """Of each rank, by rank: its own work in these steps, without waiting for other ranks."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,8 @@ def train(
     trainee.model.train()  # pretrained models come with their dropout switched off
     feed = _Feed(spec, plan, trainee.task, around, agreement=agreement, time=time)
     buffers = KeptBuffers(plain(trainee.model))
-    window = _Window(spec.train.max_skipped_in_a_row)
+    stopwatch = Stopwatch(trainee.model, trainee.device)
+    window = _Window(spec.train.max_skipped_in_a_row, stopwatch, time)
     committed_step = progress.step
     coming = None if progress.finished else feed.next_after(progress)
     while coming is not None:
@@ -226,7 +231,7 @@ def train(
         with time.spent("compute"):
             facts = train_step(
                 spec, plan, trainee, coming.batch, coming.microbatches, decision,
-                step=progress.step, buffers=buffers, agreement=agreement,
+                step=progress.step, buffers=buffers, agreement=agreement, stopwatch=stopwatch,
             )  # fmt: skip
         progress = advanced
         window.add(facts, coming.batch, progress)
@@ -338,6 +343,7 @@ def train_step(
     step: int,
     buffers: KeptBuffers,
     agreement: Agreement,
+    stopwatch: Stopwatch,
 ) -> _LocalFacts:
     """One optimizer step on this rank's share of a global batch.
 
@@ -365,12 +371,14 @@ def train_step(
         for number, microbatch in enumerate(passes):
             watchdog.tick()
             seed_generators(spec.data.seed, step, agreement.rank, number)
-            on_device = move(microbatch, trainee.device)
-            if number == len(passes) - 1:
-                loss_sum += _backward(trainee, on_device, scale)
-            else:
-                with without_reduction(trainee.model):
-                    loss_sum += _backward(trainee, on_device, scale)
+            is_last = number == len(passes) - 1
+            # DDP asks in the forward pass already whether the backward pass is to reduce.
+            with contextlib.nullcontext() if is_last else without_reduction(trainee.model):
+                with stopwatch.running():
+                    loss = _forward(trainee, move(microbatch, trainee.device))
+                with stopwatch.running_until_gradients():
+                    (loss * scale).backward()  # type: ignore[no-untyped-call]
+            loss_sum += loss.detach()
     norm = gradient_norm(
         trained_parameters(plain(trainee.model)), max_norm=spec.optimizer.max_grad_norm
     )
@@ -388,13 +396,11 @@ def train_step(
     )
 
 
-def _backward(trainee: Trainee, batch: Batch, scale: float) -> torch.Tensor:
-    """Adds one micro-batch's gradients; returns its summed loss, a scalar on the device."""
+def _forward(trainee: Trainee, batch: Batch) -> torch.Tensor:
+    """The summed loss of one micro-batch, a scalar on the device."""
     with autocast(trainee.device, trainee.dtype):
         output = trainee.task.forward(trainee.model, batch)
-        loss_sum = trainee.task.loss(output, batch)
-    (loss_sum * scale).backward()  # type: ignore[no-untyped-call]
-    return loss_sum.detach()
+        return trainee.task.loss(output, batch)
 
 
 @dataclass(frozen=True)
@@ -411,8 +417,11 @@ class _WindowStep:
 class _Window:
     """Adds up the steps between two entries of the metrics, and over the ranks when one is due."""
 
-    def __init__(self, max_skipped_in_a_row: int) -> None:
+    def __init__(self, max_skipped_in_a_row: int, stopwatch: Stopwatch, time: TimeAccount) -> None:
         self._max_skipped_in_a_row = max_skipped_in_a_row
+        self._stopwatch = stopwatch
+        self._time = time
+        self._waited_before = 0.0
         self._unseen: list[_WindowStep] = []
         self._applied: list[_LocalFacts] = []
         self._all: list[_LocalFacts] = []
@@ -471,7 +480,13 @@ class _Window:
         loss = float(torch.stack(losses).sum().double().cpu()) if losses else 0.0
         weight = sum(f.weight for f in applied)
         rows, tokens = (float(sum(getattr(f, name) for f in steps)) for name in ("rows", "tokens"))
-        total = agreement.sum(torch.tensor([loss, weight, rows, tokens], dtype=torch.float64))
+        # A place for each rank's own work, which the others leave 0.
+        busy = [0.0] * 2 * agreement.world_size
+        own = 2 * agreement.rank
+        busy[own : own + 2] = self._reading_seconds(), self._stopwatch.take()
+        total = agreement.sum(
+            torch.tensor([loss, weight, rows, tokens, *busy], dtype=torch.float64)
+        )
         return StepFacts(
             progress=self._progress,
             loss=float(total[0] / total[1]) if applied else None,
@@ -480,7 +495,14 @@ class _Window:
             rows=int(total[2]),
             tokens=int(total[3]),
             steps=len(steps),
+            busy=tuple(Busy(*seconds) for seconds in total[4:].reshape(-1, 2).tolist()),
         )
+
+    def _reading_seconds(self) -> float:
+        """Seconds since the last call in which this rank waited for its rows."""
+        waited = self._time.seconds()["data_wait"]
+        since, self._waited_before = waited - self._waited_before, waited
+        return since
 
 
 def require_few_skipped(in_a_row: int, *, limit: int, step: int, norm: float) -> None:
@@ -538,6 +560,8 @@ class _Feed:
         batch, microbatches, error, weight = None, list[Batch](), None, 0.0
         with self._time.spent("data_wait"):
             try:
+                if asked.superseded is not None:
+                    raise asked.superseded
                 if self._rows is None or progress.next_item == 0:
                     self._rows = self._around.rows(progress)
                 batch = next(self._rows)

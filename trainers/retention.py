@@ -18,6 +18,7 @@ from jobs.record import (
     RunPaths,
     by_merit,
     live_manifests,
+    rightful,
 )
 from jobs.spec import JobSpec
 from trainers.restore import read_attempts, read_manifests
@@ -38,7 +39,7 @@ def apply_retention(
         folders = store.list_folders(paths.checkpoints)
         found = [name for name in map(CheckpointName.parse, folders) if name is not None]
         manifests = read_manifests(store, paths)
-        attempts = read_attempts(store, paths)
+        attempts = rightful(read_attempts(store, paths))
         if attempts[-1].attempt > attempt:
             telemetry.event("warning", "a newer attempt goes on: old checkpoints are left to it")
             return

@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ from trainers.controls import ControlPoller, Requests
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import measure
+from trainers.fence import Fence
 from trainers.local_copy import TICKING, DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
 from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, room_fault
@@ -51,6 +52,7 @@ from trainers.pulse import Pulse
 from trainers.restore import checkpoint_copy, drop_checkpoint_copies, read_live_manifests
 from trainers.saving import Saving
 from trainers.session import Session
+from trainers.stragglers import Straggler, Stragglers
 from trainers.tasks.task import Evaluation
 from trainers.telemetry import Telemetry, impatient, log
 from trainers.time_account import TimeAccount
@@ -155,6 +157,8 @@ class _Rank:
         self._stream: RankStream | None = None
         self._told_at = time.monotonic()
         self._waited_before = 0.0
+        self._stragglers = Stragglers()
+        self._stragglers_told: set[int] = set()
         self._is_stopping = False
         self._is_yielding = False
 
@@ -194,6 +198,7 @@ class _Rank:
 
     def _with_helpers(self) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
+        fence = Fence(self._impatient_store, self._paths, generation=self._attempt.generation)
         writer = CheckpointWriter(
             self._spec,
             self._impatient_store,
@@ -203,6 +208,7 @@ class _Rank:
             attempt=self._attempt,
             rank=self._session.rank,
             scratch=cache_folder(),
+            fence=fence,
         )
         self._saving = Saving(
             self._spec, writer, self._agreement, self._telemetry, raise_any=self._raise_any
@@ -216,6 +222,7 @@ class _Rank:
                     self._paths,
                     after=self._assignment.controls_seen,
                     attempt=self._attempt.attempt,
+                    fence=fence,
                 )
                 self._poller = stack.enter_context(poller)
             return self._train_and_test()
@@ -391,6 +398,7 @@ class _Rank:
         self._waited_before = account["data_wait"]
         plan, progress = self._prepared.plan, facts.progress
         if self._session.rank == 0:
+            straggler = self._stragglers.look(facts.busy, wall_seconds=seconds)
             self._telemetry.metrics(
                 {
                     "kind": "train",
@@ -409,6 +417,7 @@ class _Rank:
                     ),
                     "seconds": account,
                 }
+                | ({"straggler": self._say_straggler(straggler)} if straggler else {})
             )
 
     def requests(self) -> Requests:
@@ -425,6 +434,18 @@ class _Rank:
         return replace(asked, stop=stop, yields=asked.yields or notice is not None)
 
     # ---- smaller parts
+
+    def _say_straggler(self, straggler: Straggler) -> dict[str, Any]:
+        """What the metrics say of it; a warning, once for each rank."""
+        told = {"host": self._attempt.hosts[straggler.rank], **asdict(straggler)}
+        message = (
+            f"rank {straggler.rank} on {told['host']} keeps the others waiting for "
+            f"{straggler.lost_share:.0%} of the time, by {straggler.by}"
+        )
+        if straggler.rank not in self._stragglers_told:
+            self._stragglers_told.add(straggler.rank)
+            self._telemetry.event("warning", message, step=self._step)
+        return told | {"message": message}
 
     def _out_of_memory(self, error: MicrobatchTooLarge) -> ShoalError:
         """What to raise on this rank alone; the record of it is durable where the store answers.

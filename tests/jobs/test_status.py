@@ -85,6 +85,17 @@ def test_a_driver_silent_for_several_ttl_is_gone() -> None:
     assert found.hint == "shoal resume sentiment-1"
 
 
+def test_a_silent_driver_whose_process_exists_is_not_given_up() -> None:
+    held = lease(renewed_at=NOW - 600)
+    events = [event("RUNNING")]
+    found = derive_state(
+        events=events, lease=held, result=None, now=NOW, driver_has_ended=False, run="RUN"
+    )
+    assert (found.state, found.is_over) == (State.RECOVERING, False)
+    assert "process 42 on node-7) is there, but was last heard of 10m 00s ago" in str(found.cause)
+    assert found.hint == "if it does not go on: kill -9 42; then: shoal resume RUN"
+
+
 def test_a_driver_whose_process_has_ended_is_gone_at_once() -> None:
     found = derive_state(events=[], lease=lease(), result=None, now=NOW, driver_has_ended=True)
     assert found.state is State.FAILED_INFRA

@@ -52,6 +52,7 @@ def test_a_run_whose_driver_lives_is_not_resumed_and_nothing_is_recorded(
     assert f"{uri} is driven by process {pid} on {host}" in problem.message
     assert f"shoal stop {uri} --wait" in str(problem.hint)
     assert f"shoal watch {uri}" in str(problem.hint)
+    assert f"end it on {host}: kill -9 {pid}" in str(problem.hint)
     assert [head.key for head in local_store.list()] == before
     assert started == []
 

@@ -31,6 +31,7 @@ from jobs.record import (
 from tests.scene import Scene
 from tests.tiny import VOCABULARY, tiny_tokenizer
 from trainers.checkpoint import CheckpointWriter, Moment
+from trainers.fence import Fence
 from trainers.layout import OPTIMIZER, WEIGHTS
 from trainers.loop import Progress, Trainee, judge
 from trainers.optim import optimizer_tensors
@@ -98,6 +99,7 @@ def writing(
         writer = CheckpointWriter(
             spec, store, PATHS, telemetry, task=trainee.task, attempt=record, rank=0,
             scratch=scene.folder,
+            fence=Fence(store, PATHS, generation=attempt),
         )  # fmt: skip
         try:
             yield Writing(scene, trainee, writer)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from cluster.storage import Head, StorageError, Store
-from jobs.record import Control, RunPaths
+from jobs.record import Control, Lease, RunPaths
 from trainers import controls as module
 from trainers.controls import (
     ControlPoller,
@@ -19,6 +19,7 @@ from trainers.controls import (
     last_attempt,
     stop_is_asked,
 )
+from trainers.fence import Fence
 
 PATHS = RunPaths("run")
 
@@ -66,14 +67,19 @@ def ask(
     store.write(PATHS.control_request(number), request.to_bytes())
 
 
+def poller_of(store: Rounds, *, after: int, attempt: int) -> ControlPoller:
+    fence = Fence(store, PATHS, generation=3)  # type: ignore[arg-type]
+    return ControlPoller(store, PATHS, after=after, attempt=attempt, fence=fence)  # type: ignore[arg-type]
+
+
 def test_nothing_is_asked_for_at_first(store: Rounds) -> None:
-    with ControlPoller(store, PATHS, after=0, attempt=1) as poller:
+    with poller_of(store, after=0, attempt=1) as poller:
         store.wait()
         assert poller.take() == Requests()
 
 
 def test_a_save_is_heard_once_and_a_stop_stays(store: Rounds) -> None:
-    with ControlPoller(store, PATHS, after=0, attempt=1) as poller:
+    with poller_of(store, after=0, attempt=1) as poller:
         ask(store, 1, "save")
         store.wait()
         assert poller.take() == Requests(save=True)
@@ -87,7 +93,7 @@ def test_a_save_is_heard_once_and_a_stop_stays(store: Rounds) -> None:
 
 def test_requests_to_an_earlier_driver_are_not_heard(store: Rounds) -> None:
     ask(store, 1, "stop")
-    with ControlPoller(store, PATHS, after=1, attempt=1) as poller:
+    with poller_of(store, after=1, attempt=1) as poller:
         store.wait()
         assert poller.take() == Requests()
         ask(store, 2, "save")
@@ -100,7 +106,7 @@ def test_a_request_that_is_not_known_is_passed_over(
 ) -> None:
     store.write(PATHS.control_request(1), b'{"kind": "dance"}')
     ask(store, 2, "save")
-    with ControlPoller(store, PATHS, after=0, attempt=1) as poller:
+    with poller_of(store, after=0, attempt=1) as poller:
         store.wait()
         assert poller.take() == Requests(save=True)
     assert capsys.readouterr().err.count("control/0001.json is no request that is known") == 1
@@ -109,7 +115,7 @@ def test_a_request_that_is_not_known_is_passed_over(
 def test_a_store_that_is_away_for_a_while_loses_no_request(
     store: Rounds, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with ControlPoller(store, PATHS, after=0, attempt=1) as poller:
+    with poller_of(store, after=0, attempt=1) as poller:
         store.down = True
         ask(store, 1, "stop")
         store.wait()
@@ -123,7 +129,7 @@ def test_a_store_that_is_away_for_a_while_loses_no_request(
 def test_an_error_that_nobody_foresaw_does_not_make_it_deaf(
     store: Rounds, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with ControlPoller(store, PATHS, after=0, attempt=1) as poller:
+    with poller_of(store, after=0, attempt=1) as poller:
         store.broken = True
         ask(store, 1, "stop")
         store.wait()
@@ -134,8 +140,24 @@ def test_an_error_that_nobody_foresaw_does_not_make_it_deaf(
     assert "requests are not heard at present" in capsys.readouterr().err
 
 
+def test_that_a_newer_driver_has_the_run_is_heard_unasked(store: Rounds) -> None:
+    lease = Lease(generation=3, holder="h", host="node-7", pid=9, renewals=0, ttl_seconds=60.0)
+    store.write(PATHS.lease, lease.to_bytes())
+    with poller_of(store, after=0, attempt=1) as poller:
+        store.wait()
+        assert poller.take() == Requests()
+        newer = lease.model_copy(update={"generation": 4})
+        store.write(PATHS.lease, newer.to_bytes())
+        ask(store, 1, "save")
+        store.wait()
+        asked = poller.take()
+        assert "driven by process 9 on node-7 (generation 4)" in str(asked.superseded)
+        assert asked.save
+        assert poller.take().superseded is asked.superseded
+
+
 def test_the_thread_ends_with_the_block(store: Rounds) -> None:
-    with ControlPoller(store, PATHS, after=0, attempt=1):
+    with poller_of(store, after=0, attempt=1):
         store.wait()
     assert "shoal-controls" not in [thread.name for thread in threading.enumerate()]
 
@@ -143,7 +165,7 @@ def test_the_thread_ends_with_the_block(store: Rounds) -> None:
 def test_a_request_to_give_way_is_heard_by_its_attempt_alone(store: Rounds) -> None:
     ask(store, 1, "yield", attempt=1)
     for attempt in (1, 2):
-        with ControlPoller(store, PATHS, after=0, attempt=attempt) as poller:
+        with poller_of(store, after=0, attempt=attempt) as poller:
             store.wait()
             assert poller.take() == Requests(yields=attempt == 1)
 

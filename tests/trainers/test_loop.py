@@ -44,6 +44,7 @@ from trainers.loop import (
 )
 from trainers.optim import build_optimizer
 from trainers.restore import read_attempts, read_manifests
+from trainers.stragglers import Stopwatch
 from trainers.tasks.task import Evaluation
 from trainers.tasks.text_classification import TextClassification
 
@@ -334,6 +335,7 @@ def test_statistics_of_a_skipped_batch_are_forgotten(scene: Scene) -> None:
         facts = train_step(
             scene.job(), PLAN, trainee, rows, [task.collate(items)], decision,
             step=0, buffers=buffers, agreement=Agreement(rank=0, world_size=1),
+            stopwatch=Stopwatch(trainee.model, trainee.device),
         )  # fmt: skip
         assert bool(facts.skipped) == math.isnan(weight)
         states.append({k: v.numpy().tobytes() for k, v in trainee.model.state_dict().items()})

@@ -1,4 +1,4 @@
-"""Checkpoints of models that are cut over the ranks: whole or absent, and for any number of them."""
+"""Checkpoints of models that are cut over ranks: whole or absent, and for any number of them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.scene import Scene
 from trainers import saving
 from trainers.checkpoint import CheckpointWriter, Moment
 from trainers.consolidation import make_whole, read_layout
+from trainers.fence import Fence
 from trainers.layout import OPTIMIZER, WEIGHTS
 from trainers.local_copy import DamagedPart
 from trainers.patience import Patience
@@ -90,6 +91,7 @@ class HandsOn:
             writer = CheckpointWriter(
                 spec, store, to, telemetry, task=prepared.task, attempt=attempt,
                 rank=session.rank, scratch=self.scene.folder,
+                fence=Fence(store, to, generation=1),
             )  # fmt: skip
             writer.save(
                 prepared.trainee, Moment(prepared.progress, None, last.stream, prepared.before)

@@ -37,6 +37,7 @@ from trainers.loop import Plan, Trainee, train_step
 from trainers.microbatch import cut_microbatches
 from trainers.optim import build_optimizer
 from trainers.restore import read_attempts
+from trainers.stragglers import Stopwatch
 from trainers.tasks.task import Batch, Evaluation, Task, build_task
 
 CPU = torch.device("cpu")
@@ -286,6 +287,7 @@ def gradients(subject: Subject, model: nn.Module, *, ranks: int, max_tokens: int
             step=0,
             buffers=KeptBuffers(own),
             agreement=SimpleNamespace(rank=rank, world_size=ranks),
+            stopwatch=Stopwatch(own, CPU),
         )
         loss += float(facts.loss_sum)
         found = torch.cat([p.grad.flatten() for p in own.parameters() if p.grad is not None])
