@@ -29,6 +29,8 @@ Everything here is data and pure functions; reading and writing happen elsewhere
 
 from __future__ import annotations
 
+import hashlib
+import json
 import posixpath
 import re
 import traceback
@@ -265,6 +267,25 @@ class Manifest(Record):
     best_step: int | None = None
     """Step of the best evaluation so far, this one included."""
     is_last_step: bool = False
+
+    def to_bytes(self) -> bytes:
+        """The manifest with a digest of itself, which is compared when it is read."""
+        tree = json.loads(super().to_bytes())
+        return json.dumps(tree | {_DIGEST: _digest(tree)}, indent=1).encode()
+
+    @classmethod
+    def require_as_written(cls, tree: object) -> None:
+        """Raises ValueError where a manifest's JSON is not the one of its digest."""
+        if isinstance(tree, dict) and _DIGEST in tree:
+            rest = {key: value for key, value in tree.items() if key != _DIGEST}
+            if tree[_DIGEST] != _digest(rest):
+                raise ValueError("the manifest is damaged: its digest is another")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_as_written(cls, tree: object) -> object:
+        cls.require_as_written(tree)
+        return tree
 
     @property
     def name(self) -> CheckpointName:
@@ -601,6 +622,14 @@ def merge_metrics(
         if step == 0 or in_lineage(step, attempt, spans):
             kept[step, str(line["kind"]), str(line.get("split", ""))] = dict(line)
     return [kept[key] for key in sorted(kept)]
+
+
+_DIGEST = "digest"
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    """sha256 of a JSON object, however it was laid out."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _clock(seconds: float) -> str:

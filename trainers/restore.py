@@ -48,7 +48,9 @@ def _read_manifests(store: Store, paths: RunPaths) -> tuple[list[Manifest], list
 def _parse_manifest(key: str, text: bytes) -> Manifest | str:
     """The manifest, or why it is none; EnvironmentFault where it is of another version."""
     try:
-        version = json.loads(text)["version"]
+        tree = json.loads(text)
+        Manifest.require_as_written(tree)
+        version = tree["version"]
         if version != MANIFEST_VERSION:
             raise EnvironmentFault(
                 Problem(

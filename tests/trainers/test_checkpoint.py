@@ -36,6 +36,7 @@ from trainers.layout import OPTIMIZER, WEIGHTS
 from trainers.loop import Progress, Trainee, judge
 from trainers.optim import optimizer_tensors
 from trainers.restore import (
+    _parse_manifest,
     checkpoint_copy,
     drop_checkpoint_copies,
     load_progress,
@@ -373,11 +374,29 @@ def test_a_damaged_manifest_is_skipped_and_said_and_removed_later(
     assert restorable(scene) == (2, ())
 
 
+def test_no_flipped_bit_of_a_manifest_is_believed(scene: Scene) -> None:
+    with writing(scene) as run:
+        run.save(1)
+    key = PATHS.manifest(CheckpointName(1, 1))
+    held = scene.runs.read(key)
+    whole = _parse_manifest(key, held)
+    num_found = 0
+    for bit in range(8 * len(held)):
+        flipped = bytearray(held)
+        flipped[bit // 8] ^= 1 << bit % 8
+        found = _parse_manifest(key, bytes(flipped))
+        num_found += found == f"{key} is damaged"
+        # Harmless: JSON's layout, the last digit of a long number, the name of the digest.
+        assert found in (whole, f"{key} is damaged")
+    assert num_found > 7.6 * len(held)
+
+
 @pytest.mark.parametrize("version", [1, 3])
 def test_a_manifest_of_another_version_is_not_passed_over(scene: Scene, version: int) -> None:
     with writing(scene) as run:
         run.save(1)
     held = json.loads(scene.runs.read(PATHS.manifest(CheckpointName(1, 1))))
+    del held["digest"]
     scene.runs.write(
         PATHS.manifest(CheckpointName(1, 1)), json.dumps(held | {"version": version}).encode()
     )
