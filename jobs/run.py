@@ -249,14 +249,15 @@ def _ask_to_stop(store: Store, run_id: str, by: str) -> None:
 
 
 def _ask_to_give_way(assignment: Assignment, store: Store, ended: threading.Event) -> None:
-    """Asks the attempt that goes on, and each that still begins, to save its state and end."""
+    """Asks the attempt that goes on, and the one after it, which may be waiting for nodes or about
+    to begin, to save its state and end."""
     paths, asked = RunPaths(assignment.run_id), 0
     while not ended.wait(_WATCH_SECONDS):
         try:
             newest = last_attempt(store, paths)
-            if newest > asked:
-                ask_to_yield(store, paths, attempt=newest, by="the driver, whose machine is taken")
-                asked = newest
+            for attempt in range(max(asked + 1, newest), newest + 2):
+                ask_to_yield(store, paths, attempt=attempt, by="the driver, whose machine is taken")
+                asked = attempt
         except StorageError as error:
             sys.stderr.write(f"shoal: the request to give way cannot be written: {error}\n")
 

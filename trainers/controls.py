@@ -53,15 +53,26 @@ def ask_to_yield(store: Store, paths: RunPaths, *, attempt: int, by: str) -> Non
     )
 
 
-def stop_is_asked(store: Store, paths: RunPaths, *, after: int) -> bool:
-    """Whether a request later than number `after` asks for a stop; for where no worker hears it."""
+def requests_to(store: Store, paths: RunPaths, *, after: int, attempt: int) -> Requests:
+    """What requests later than number `after` ask of an attempt; for where no worker hears them."""
+    asked = Requests()
     for head in store.list(paths.control, after=paths.control_request(after)):
         try:
-            if Control.model_validate_json(store.read(head.key)).kind == "stop":
-                return True
+            request = Control.model_validate_json(store.read(head.key))
         except ValidationError:
             continue  # no request that is known; the workers will say so
-    return False
+        if request.attempt in (None, attempt):
+            asked = _with(asked, request)
+    return asked
+
+
+def _with(asked: Requests, request: Control) -> Requests:
+    return replace(
+        asked,
+        stop=asked.stop or request.kind == "stop",
+        save=asked.save or request.kind == "save",
+        yields=asked.yields or request.kind == "yield",
+    )
 
 
 class ControlPoller:
@@ -125,9 +136,4 @@ class ControlPoller:
 
     def _take(self, request: Control) -> None:
         with self._lock:
-            self._asked = replace(
-                self._asked,
-                stop=self._asked.stop or request.kind == "stop",
-                save=self._asked.save or request.kind == "save",
-                yields=self._asked.yields or request.kind == "yield",
-            )
+            self._asked = _with(self._asked, request)

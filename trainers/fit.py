@@ -31,7 +31,7 @@ from jobs.spec import JobSpec
 from trainers.attempt import Assignment, last_crash
 from trainers.controls import last_attempt
 from trainers.notices import NoticeReader
-from trainers.ray_controller import RunController, StoppedWhileWaiting
+from trainers.ray_controller import EndedWhileWaiting, RunController
 from trainers.restore import read_live_manifests
 from trainers.session import JOIN_TIMEOUT
 from trainers.telemetry import Telemetry
@@ -97,8 +97,8 @@ def _fit_once(assignment: Assignment, notices: NoticeReader, *, start: int) -> O
         result = trainer.fit()
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         cause = error.controller_failure if isinstance(error, ControllerError) else error
-        if isinstance(cause, StoppedWhileWaiting):
-            return _stopped(assignment)
+        if isinstance(cause, EndedWhileWaiting):
+            return _ended(assignment, cause.state)
         told = _told_before(assignment) if isinstance(error, WorkerGroupError) else None
         return told or _failure(error)
     return Outcome.model_validate_json(getattr(result, "return_value"))  # noqa: B009 - untyped
@@ -190,15 +190,13 @@ def preemption_notice(info: PreemptionInfo, *, now: float) -> str:
     return f"the node of {shown} is taken{when}"
 
 
-def _stopped(assignment: Assignment) -> Outcome:
-    """The outcome of a run that was stopped while it had no workers."""
+def _ended(assignment: Assignment, state: State) -> Outcome:
+    """The outcome of a run that was ended while it had no workers."""
     store = open_store(assignment.spec.store.uri, assignment.spec.store.access)
     paths = RunPaths(assignment.run_id)
     live = read_live_manifests(store, paths)
     return Outcome(
-        attempt=last_attempt(store, paths),
-        state=State.STOPPED,
-        step=live[-1].step if live else 0,
+        attempt=last_attempt(store, paths), state=state, step=live[-1].step if live else 0
     )
 
 

@@ -25,9 +25,9 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, Wo
 from cluster.ray_runtime import describe_shortage, room_for, staying_nodes
 from cluster.storage import StorageError, Store, open_store
 from jobs.errors import ClusterError, Problem
-from jobs.record import RunPaths
+from jobs.record import RunPaths, State
 from jobs.spec import JobSpec
-from trainers.controls import ask_to_yield, last_attempt, stop_is_asked
+from trainers.controls import ask_to_yield, last_attempt, requests_to
 from trainers.notices import Kind, write_notice
 from trainers.patience import Patience
 
@@ -35,8 +35,13 @@ _LOOK_SECONDS = 1.0
 _POLL_SECONDS = 0.25
 
 
-class StoppedWhileWaiting(Exception):  # noqa: N818 - not an error: the user asked for it
-    """A stop was asked for while there were no workers to hear it."""
+class EndedWhileWaiting(Exception):  # noqa: N818 - not an error: it was asked for
+    """That the run stops, or gives way, was asked for while there were no workers to hear it."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
+        self.state = state
+        """STOPPED or RECOVERING."""
 
 
 class RunController(ControllerCallback, WorkerGroupCallback):
@@ -114,15 +119,20 @@ class RunController(ControllerCallback, WorkerGroupCallback):
             if room >= workers.fewest:
                 return room
             self._tell_once("waiting", f"waits for nodes: {describe_shortage(workers, nodes)}")
-            self._heed_stop()
+            self._heed_requests()
             time.sleep(_LOOK_SECONDS)
 
-    def _heed_stop(self) -> None:
+    def _heed_requests(self) -> None:
         try:
-            if stop_is_asked(self._store, self._paths, after=self._controls_seen):
-                raise StoppedWhileWaiting
+            attempt = last_attempt(self._store, self._paths) + 1
+            asked = requests_to(
+                self._store, self._paths, after=self._controls_seen, attempt=attempt
+            )
         except StorageError as error:
             self._tell_once("warning", f"requests are not heard at present: {error}")
+            return
+        if asked.stop or asked.yields:
+            raise EndedWhileWaiting(State.STOPPED if asked.stop else State.RECOVERING)
 
     # ---- a resize
 

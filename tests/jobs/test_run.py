@@ -63,12 +63,12 @@ def test_on_kubernetes_a_sigterm_makes_every_attempt_give_way(local_store: Store
         assert not taken.is_announced()
         os.kill(os.getpid(), signal.SIGTERM)
         assert taken.is_announced()
-        wait_until(local_store, [("yield", 3)])
-        # A group that was just being started then begins its attempt afterwards.
-        local_store.write(PATHS.attempt(4), b"{}")
+        # A group that is just being started begins its attempt afterwards.
         wait_until(local_store, [("yield", 3), ("yield", 4)])
+        local_store.write(PATHS.attempt(4), b"{}")
+        wait_until(local_store, [("yield", 3), ("yield", 4), ("yield", 5)])
         os.kill(os.getpid(), signal.SIGTERM)
-    assert requests(local_store) == [("yield", 3), ("yield", 4)]
+    assert requests(local_store) == [("yield", 3), ("yield", 4), ("yield", 5)]
 
 
 @pytest.mark.usefixtures("looks")
@@ -87,7 +87,7 @@ def test_a_node_that_ray_drains_is_taken_wherever_it_is(local_store: Store) -> N
     with run._watched(job, local_store, HeldLease(), attended_by=None) as taken:  # type: ignore[arg-type]
         for _ in range(2):
             taken.announce()
-        wait_until(local_store, [("yield", 1)])
+        wait_until(local_store, [("yield", 1), ("yield", 2)])
 
 
 @pytest.mark.usefixtures("looks")

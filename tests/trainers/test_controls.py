@@ -17,7 +17,7 @@ from trainers.controls import (
     Requests,
     ask_to_yield,
     last_attempt,
-    stop_is_asked,
+    requests_to,
 )
 from trainers.fence import Fence
 
@@ -170,18 +170,24 @@ def test_a_request_to_give_way_is_heard_by_its_attempt_alone(store: Rounds) -> N
             assert poller.take() == Requests(yields=attempt == 1)
 
 
-def test_a_stop_is_found_where_no_worker_hears_it(local_store: Store) -> None:
-    def ask_for(number: int, kind: Literal["stop", "save"]) -> None:
-        request = Control(kind=kind, requested_at=0.0)
+def test_requests_are_found_where_no_worker_hears_them(local_store: Store) -> None:
+    def ask_for(
+        number: int, kind: Literal["stop", "save", "yield"], attempt: int | None = None
+    ) -> None:
+        request = Control(kind=kind, requested_at=0.0, attempt=attempt)
         local_store.write(PATHS.control_request(number), request.to_bytes())
+
+    def found(*, after: int, attempt: int = 3) -> Requests:
+        return requests_to(local_store, PATHS, after=after, attempt=attempt)
 
     ask_for(1, "stop")
     local_store.write(PATHS.control_request(2), b"no request")
     ask_for(3, "save")
-    assert stop_is_asked(local_store, PATHS, after=0)
-    assert not stop_is_asked(local_store, PATHS, after=1)
-    ask_for(4, "stop")
-    assert stop_is_asked(local_store, PATHS, after=1)
+    assert found(after=0) == Requests(stop=True, save=True)
+    assert found(after=1) == Requests(save=True)
+    ask_for(4, "yield", attempt=3)
+    assert found(after=3) == Requests(yields=True)
+    assert found(after=3, attempt=4) == Requests()
 
 
 def test_the_newest_attempt_is_asked_to_give_way_by_a_request_of_its_own(
