@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import time
@@ -163,9 +164,18 @@ class FolderStore:
         names = self._names(folder)
         return iter(sorted(name.removesuffix("/") for name in names if name.endswith("/")))
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
+        digest = hashlib.sha256() if hashed else None
+
+        def fill(file: IO[bytes]) -> None:
+            while block := source.read(_COPY_BYTES):
+                file.write(block)
+                if digest is not None:
+                    digest.update(block)
+
         with self._reading(key), self._file(key).open("rb") as source:
-            write_whole(path, lambda file: shutil.copyfileobj(source, file, _COPY_BYTES))
+            write_whole(path, fill, flush=False)
+        return digest.hexdigest() if digest is not None else ""
 
     # ------------------------------------------------------------------------------- writing
 
@@ -232,11 +242,14 @@ class FolderStore:
             raise ObjectMissing(key, f"there is no {path}") from error
 
 
-def write_whole(path: Path, fill: Callable[[IO[bytes]], object], *, replace: bool = True) -> str:
+def write_whole(
+    path: Path, fill: Callable[[IO[bytes]], object], *, replace: bool = True, flush: bool = True
+) -> str:
     """Write a file that appears whole or not at all, its bytes on the disk before; its ETag.
 
-    With `replace=False` raises FileExistsError where there is one already; of several writers one
-    wins. A full disk, missing rights and the like raise StorageError.
+    Without `flush` the bytes may still be on their way to the disk. With `replace=False` raises
+    FileExistsError where there is one already; of several writers one wins. A full disk, missing
+    rights and the like raise StorageError.
     """
     with _described(path, doing="write", but=(FileExistsError,)):
         part, file = _open_part(path.parent)
@@ -246,13 +259,15 @@ def write_whole(path: Path, fill: Callable[[IO[bytes]], object], *, replace: boo
                 file.flush()
                 # The clock of the file system may be coarser than two writes are apart.
                 os.utime(file.fileno(), ns=(time.time_ns(), time.time_ns()))
-                os.fsync(file.fileno())
+                if flush:
+                    os.fsync(file.fileno())
                 etag = _etag(os.fstat(file.fileno()))
             if replace:
                 os.replace(part, path)
             else:
                 _link_new(part, path)
-            _sync_folder(path.parent)
+            if flush:
+                _sync_folder(path.parent)
         finally:
             part.unlink(missing_ok=True)
     return etag
@@ -270,7 +285,7 @@ def _open_part(folder: Path) -> tuple[Path, IO[bytes]]:
     except FileExistsError as error:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
     part = folder / f"{OWN_FILE_PREFIX}{uuid.uuid4().hex}.part"
-    return part, part.open("xb")
+    return part, part.open("x+b")
 
 
 def _link_new(part: Path, path: Path) -> None:

@@ -7,6 +7,7 @@ a StoreAway, for those who can wait longer.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import mimetypes
 import os
@@ -330,16 +331,19 @@ class S3Store:
                 return
             arguments["ContinuationToken"] = page["NextContinuationToken"]
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
         found = self.head(key)
         if found is None:
             raise ObjectMissing(key, f"there is no {self.uri}/{key}")
+        digest = hashlib.sha256() if hashed else None
         download(
             lambda span: self._get(key, span=span, etag=found.etag),
             path=path,
             num_bytes=found.num_bytes,
             transfer=self._connection.settings.transfer,
+            digest=digest,
         )
+        return digest.hexdigest() if digest is not None else ""
 
     # ------------------------------------------------------------------------------- writing
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import logging
 import os
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from botocore.exceptions import ClientError, ReadTimeoutError
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
 T = TypeVar("T")
+Digest: TypeAlias = "hashlib._Hash"
 Span = tuple[int, int]
 """Bytes [start, end)."""
 ReadSpan = Callable[[Span], bytes]
@@ -32,6 +35,7 @@ Attempt = Callable[[Callable[["S3Client"], Any]], Any]
 """Runs an action on the client, with retries and described errors."""
 
 _MAX_PARTS = 10_000
+_BLOCK_BYTES = 2**20
 WRITE_TOKEN = "shoal-write"  # noqa: S105 - the name of a metadata entry
 """Metadata entry with a random value for each write. A write whose answer was lost is sent again
 and meets its own object: by this entry it is told from another writer's."""
@@ -147,11 +151,15 @@ def read_in_time(answer: GetObjectOutputTypeDef, *, transfer: Transfer) -> bytes
         body.close()
 
 
-def download(read_span: ReadSpan, *, path: Path, num_bytes: int, transfer: Transfer) -> None:
-    """The object as a file, by parallel ranges; `path` appears whole or not at all."""
+def download(
+    read_span: ReadSpan, *, path: Path, num_bytes: int, transfer: Transfer, digest: Digest | None
+) -> None:
+    """The object as a file, by parallel ranges; `digest` is fed with its bytes, in their order."""
     spans = part_spans(num_bytes, part_bytes=transfer.part_bytes)
 
     def fill(file: IO[bytes]) -> None:
+        follower = Follower(file.fileno(), spans, digest) if digest is not None else None
+
         def fetch(span: Span) -> None:
             data = memoryview(read_span(span))
             position = span[0]
@@ -160,10 +168,50 @@ def download(read_span: ReadSpan, *, path: Path, num_bytes: int, transfer: Trans
                 data, position = data[written:], position + written
             if transfer.on_part is not None:
                 transfer.on_part()
+            if follower is not None:
+                follower.written(span)
 
         _in_parallel(fetch, spans, num_threads=transfer.num_threads)
+        if follower is not None:
+            follower.follow()
 
-    write_whole(path, fill)
+    write_whole(path, fill, flush=False)
+
+
+class Follower:
+    """Feeds a digest with a file whose spans are written in any order, as far as it is whole.
+
+    By whichever thread has written: the bytes are still in the processor's or the system's cache,
+    and the other threads wait for the network.
+    """
+
+    def __init__(self, descriptor: int, spans: list[Span], digest: Digest) -> None:
+        self._descriptor = descriptor
+        self._ahead = deque(spans)
+        self._written: set[Span] = set()
+        self._digest = digest
+        self._following = threading.Lock()
+        self._block = memoryview(bytearray(_BLOCK_BYTES))
+
+    def written(self, span: Span) -> None:
+        self._written.add(span)
+        if self._following.acquire(blocking=False):
+            try:
+                self.follow()
+            finally:
+                self._following.release()
+
+    def follow(self) -> None:
+        """Up to the first span that is not written; one thread at a time."""
+        while self._ahead and self._ahead[0] in self._written:
+            position, end = self._ahead.popleft()
+            while position < end:
+                block = self._block[: end - position]
+                count = os.preadv(self._descriptor, [block], position)
+                if not count:
+                    raise StorageError("a file became shorter while it was written")
+                self._digest.update(block[:count])
+                position += count
 
 
 def part_spans(num_bytes: int, *, part_bytes: int) -> list[Span]:

@@ -173,8 +173,12 @@ class Store(Protocol):
         """Create or replace the object from a file, in parallel parts; the new ETag."""
         ...
 
-    def download(self, key: str, path: Path) -> None:
-        """The object as a file, by parallel ranges; `path` appears whole or not at all."""
+    def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
+        """The object as a file, by parallel ranges; `path` appears whole or not at all.
+
+        Gives the hex sha256 of its bytes, taken while they arrive, if they are to be hashed, else
+        "". The file is not flushed to the disk: a machine that goes down may lose its bytes.
+        """
         ...
 
     def delete(self, keys: Iterable[str]) -> None:

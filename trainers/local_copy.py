@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +17,6 @@ from jobs.errors import EnvironmentFault, Problem
 from jobs.record import Part
 from trainers import watchdog
 
-_BLOCK_BYTES = 2**20
 _THREADS = 4
 TICKING = Transfer(on_part=watchdog.tick)
 """How stores move large files where a watchdog may look on."""
@@ -33,17 +32,18 @@ def local_copy(store: Store, parts: Sequence[Part], folder: Path) -> Path:
     """`folder`, holding all `parts` of the store (names relative to it).
 
     A part whose sha256 is empty is checked by its bytes only. Processes of a node that ask at the
-    same time fetch once. A folder that is there is taken if its files have the bytes of the parts,
-    else it is fetched anew. Raises DamagedPart, ObjectMissing, StorageError, or EnvironmentFault
-    where the disk has no room.
+    same time fetch once. A folder that is there is taken if its files have the bytes of the parts
+    and the machine has been up since, else it is fetched anew. Raises DamagedPart, ObjectMissing,
+    StorageError, or EnvironmentFault where the disk has no room.
     """
     for part in parts:
         _check_name(store, part)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if _has_sizes(folder, parts):
+            if _boot_of(folder) == BOOT_ID and _has_sizes(folder, parts):
                 return folder
+            _stamp(folder).unlink(missing_ok=True)
             unfinished = folder.with_name(folder.name + ".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             if folder.exists():
@@ -52,6 +52,7 @@ def local_copy(store: Store, parts: Sequence[Part], folder: Path) -> Path:
             try:
                 with ThreadPoolExecutor(_THREADS) as pool:
                     list(pool.map(lambda part: _fetch(store, part, unfinished), parts))
+                _stamp(folder).write_text(BOOT_ID)
                 unfinished.rename(folder)
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -75,7 +76,35 @@ def drop_copy(folder: Path) -> None:
         if folder.exists():
             folder.rename(unfinished)
             shutil.rmtree(unfinished)
+        _stamp(folder).unlink(missing_ok=True)
         Path(f"{folder}.lock").unlink()
+
+
+def _stamp(folder: Path) -> Path:
+    """Beside a copy: since which start of the machine it is there.
+
+    Files are not flushed to the disk, which would take longer than to fetch them. So after a crash
+    of the machine a file may have its size and not its bytes.
+    """
+    return folder.with_name(folder.name + ".boot")
+
+
+def _boot_of(folder: Path) -> str | None:
+    try:
+        return _stamp(folder).read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _boot_id() -> str:
+    """Another text after each start of the machine (proc(5)); elsewhere of this process alone."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return uuid.uuid4().hex
+
+
+BOOT_ID = _boot_id()
 
 
 def _check_name(store: Store, part: Part) -> None:
@@ -104,18 +133,9 @@ def _fetch(store: Store, part: Part, folder: Path) -> None:
     """Fetches a part and verifies it; one whose bytes are wrong is fetched anew."""
     path = folder / part.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    store.download(part.name, path)
-    if path.stat().st_size != part.bytes or (part.sha256 and sha256_of(path) != part.sha256):
+    digest = store.download(part.name, path, hashed=bool(part.sha256))
+    if path.stat().st_size != part.bytes or digest != part.sha256:
         raise DamagedPart(
             Problem(f"{store.uri}/{part.name} is damaged: its bytes are not those of its record")
         )
     watchdog.tick()
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

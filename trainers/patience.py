@@ -210,8 +210,8 @@ class PatientStore:
     def list_folders(self, prefix: str = "") -> Iterator[str]:
         return iter(self._wait(lambda: [*self._store.list_folders(prefix)]))
 
-    def download(self, key: str, path: Path) -> None:
-        self._wait(lambda: self._store.download(key, path))
+    def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
+        return self._wait(lambda: self._store.download(key, path, hashed=hashed))
 
     def upload(self, key: str, path: Path) -> str:
         return self._wait(lambda: self._store.upload(key, path))

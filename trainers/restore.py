@@ -117,7 +117,7 @@ def drop_checkpoint_copies(run_id: str, *, cache_folder: Path) -> None:
     """Removes this node's copies of a run's checkpoints; no process may be using them."""
     name = re.compile(rf"{re.escape(run_id)}-\d{{8}}-[0-9a-f]{{24}}")
     for path in (cache_folder / "checkpoints").glob(f"{run_id}-*"):
-        copy = path.name.removesuffix(".lock").removesuffix(".unfinished")
+        copy = path.name.removesuffix(".lock").removesuffix(".unfinished").removesuffix(".boot")
         if name.fullmatch(copy):
             drop_copy(path.with_name(copy))
 

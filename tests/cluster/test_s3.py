@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import boto3
 import pytest
 
 from cluster.embedded import EmbeddedStore
+from cluster.s3_transfer import Follower, Span, part_spans
 from cluster.storage import (
     ObjectExists,
     ObjectMissing,
@@ -88,10 +92,30 @@ def test_large_objects_move_in_parts(proxy: FaultyProxy, shaky: Store, tmp_path:
     assert head is not None
     assert (head.etag, head.num_bytes) == (etag, 11 * MIB)
     before = proxy.count("GET")
-    shaky.download("large", target)
+    digest = shaky.download("large", target, hashed=True)
     assert proxy.count("GET") - before == 3
+    assert digest == hashlib.sha256(source.read_bytes()).hexdigest()
     assert target.read_bytes() == source.read_bytes()
     assert unfinished_uploads(shaky) == 0
+
+
+def test_the_digest_follows_spans_that_are_written_in_any_order(tmp_path: Path) -> None:
+    data = os.urandom(3 * MIB + 17)
+    spans = part_spans(len(data), part_bytes=100_000)
+    for seed in range(5):
+        order = random.Random(seed).sample(spans, len(spans))
+        with (tmp_path / f"{seed}").open("wb+") as file:
+            digest = hashlib.sha256()
+            follower = Follower(file.fileno(), spans, digest)
+
+            def write(span: Span, file: IO[bytes] = file, follower: Follower = follower) -> None:
+                os.pwrite(file.fileno(), data[span[0] : span[1]], span[0])
+                follower.written(span)
+
+            with ThreadPoolExecutor(6) as pool:
+                list(pool.map(write, order))
+            follower.follow()
+        assert digest.digest() == hashlib.sha256(data).digest()
 
 
 def test_large_bytes_move_in_parts(proxy: FaultyProxy, shaky: Store) -> None:

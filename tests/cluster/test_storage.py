@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import threading
@@ -265,8 +266,9 @@ def test_files_go_up_and_come_down_whole(store: Store, tmp_path: Path) -> None:
     assert etag == store.head("k").etag  # type: ignore[union-attr]
     target.parent.mkdir()
     target.write_bytes(b"older")
-    store.download("k", target)
+    digest = store.download("k", target, hashed=True)
     assert target.read_bytes() == source.read_bytes()
+    assert digest == hashlib.sha256(source.read_bytes()).hexdigest()
     assert os.listdir(target.parent) == ["target"]
 
 

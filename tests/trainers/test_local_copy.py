@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ from jobs.errors import EnvironmentFault
 from jobs.record import Part
 from tests.ranks import PROCESSES
 from trainers import local_copy as module
-from trainers.local_copy import DamagedPart, drop_copy, local_copy, sha256_of
+from trainers.local_copy import DamagedPart, drop_copy, local_copy
 
 CONTENT = {"config.json": b"{}", "model/weights": b"w" * 5000, "empty": b""}
 
@@ -28,9 +29,9 @@ def source(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def parts(source: Store, tmp_path: Path) -> list[Part]:
+def parts() -> list[Part]:
     return [
-        Part(name=name, bytes=len(data), sha256=sha256_of(tmp_path / "source" / name))
+        Part(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         for name, data in CONTENT.items()
     ]
 
@@ -58,10 +59,10 @@ class Counting:
         self._log = log
         self.uri = store.uri
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
         with self._log.open("a") as file:
             file.write(key + "\n")
-        self._store.download(key, path)
+        return self._store.download(key, path, hashed=hashed)
 
 
 def test_two_processes_at_once_fetch_once(
@@ -103,13 +104,15 @@ class Spoiling(Counting):
         super().__init__(store, log)
         self.times = times
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
+        if key != "model/weights" or not self.times:
+            return super().download(key, path, hashed=hashed)
         super().download(key, path)
-        if key == "model/weights" and self.times:
-            self.times -= 1
-            data = bytearray(path.read_bytes())
-            data[17] ^= 4
-            path.write_bytes(data)
+        self.times -= 1
+        data = bytearray(path.read_bytes())
+        data[17] ^= 4
+        path.write_bytes(data)
+        return hashlib.sha256(data).hexdigest() if hashed else ""
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -150,11 +153,11 @@ def test_a_missing_part_leaves_nothing(source: Store, parts: list[Part], folder:
 def test_a_full_disk_is_the_environments_fault(
     source: Store, parts: list[Part], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path) -> str:
+    def full(path: Path, *_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sha256_of", full)
+        patch.setattr(Path, "write_text", full)
         with pytest.raises(EnvironmentFault) as raised:
             local_copy(source, parts, folder)
     [problem] = raised.value.problems
@@ -183,16 +186,27 @@ def test_a_copy_that_was_harmed_is_fetched_anew(
     else:
         weights.write_bytes(b"w")
     assert held(local_copy(source, parts, folder)) == CONTENT
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["copy", "copy.lock"]
+    found = sorted(path.name for path in folder.parent.iterdir())
+    assert found == ["copy", "copy.boot", "copy.lock"]
+
+
+def test_a_copy_from_before_the_machines_last_start_is_fetched_anew(
+    source: Store, parts: list[Part], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = local_copy(source, parts, folder) / "model/weights"
+    weights.write_bytes(bytes(len(CONTENT["model/weights"])))  # as after a loss of power
+    monkeypatch.setattr(module, "BOOT_ID", "the next start")
+    assert held(local_copy(source, parts, folder)) == CONTENT
 
 
 class Killing(Counting):
     """A store in whose second download the process is killed."""
 
-    def download(self, key: str, path: Path) -> None:
-        super().download(key, path)
+    def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
+        digest = super().download(key, path, hashed=hashed)
         if len(self._log.read_text().split()) >= 2:
             os.kill(os.getpid(), signal.SIGKILL)
+        return digest
 
 
 def test_a_kill_in_the_middle_leaves_nothing_that_looks_whole(
@@ -206,7 +220,8 @@ def test_a_kill_in_the_middle_leaves_nothing_that_looks_whole(
     assert killed.exitcode == -signal.SIGKILL
     assert not folder.exists()
     assert held(local_copy(source, parts, folder)) == CONTENT
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["copy", "copy.lock"]
+    found = sorted(path.name for path in folder.parent.iterdir())
+    assert found == ["copy", "copy.boot", "copy.lock"]
 
 
 def test_a_copy_that_is_dropped_is_fetched_anew(
