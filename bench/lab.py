@@ -65,6 +65,7 @@ def place() -> Iterator[Path]:
         "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent/credentials",
         "AWS_EC2_METADATA_DISABLED": "true",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     os.environ.pop("RAY_ADDRESS", None)
     try:

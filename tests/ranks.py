@@ -29,9 +29,10 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.ranks_preload"])
 TIMEOUT_SECONDS = 120
 
-Moment = Literal["step", "evaluation", "parts", "manifest", "retention"]
-"""After the n-th step of rank 0, after its n-th validation (before its commit), after the n-th
-checkpoint's parts (before its manifest), after its manifest, and after retention."""
+Moment = Literal["step", "evaluation", "upload", "parts", "manifest", "retention"]
+"""After the n-th step of rank 0, after its n-th validation (before its commit), while the n-th file
+of a checkpoint is uploaded, after the n-th checkpoint's parts (before its manifest), after its
+manifest, and after retention."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,7 @@ def _arm(kill: Kill, parent: Any) -> None:
     owner, name = {
         "step": (worker._Rank, "stepped"),
         "evaluation": (worker._Rank, "evaluate"),
+        "upload": (checkpoint, "Part"),
         "parts": (checkpoint.CheckpointWriter, "_upload"),
         "manifest": (checkpoint.CheckpointWriter, "_commit"),
         "retention": (checkpoint, "apply_retention"),
