@@ -1,4 +1,5 @@
-"""The checkpoints of a run as a list, and whether their bytes are what their manifests say."""
+"""The checkpoints of a run: as a list, whether their bytes are what their manifests say, and the
+plain model folder of any."""
 
 from __future__ import annotations
 
@@ -9,9 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.storage import StorageError, Store, join_uri
+from cluster.storage import ObjectMissing, StorageError, Store, join_uri, open_store
+from jobs.errors import EnvironmentFault, Problem, SpecError
 from jobs.record import Manifest, Part
 from jobs.runs import RunReader
+from trainers.consolidation import store_model
+from trainers.data.cache import cache_folder
+from trainers.local_copy import DamagedPart
 
 _NUM_THREADS = 8
 _RANGE_BYTES = 8 * 2**20
@@ -84,6 +89,42 @@ def _fault(store: Store, folder: str, part: Part) -> str | None:
     except StorageError as error:
         return f"{part.name} cannot be read: {error}"
     return None if digest.hexdigest() == part.sha256 else f"{part.name} has another sha256"
+
+
+def consolidate(reader: RunReader, step: int, *, to: str | None) -> dict[str, Any]:
+    """Makes the model folder of the checkpoint of a step, as `from_pretrained` loads it.
+
+    In the run's folder, or in the folder or at the S3 URI `to`, which must hold nothing yet.
+    Returns `uri`, `step` and `bytes`. Raises SpecError where there is no such checkpoint.
+    """
+    found = {manifest.step: manifest for manifest in reader.live_manifests()}
+    if step not in found:
+        raise SpecError(
+            Problem(
+                f"--consolidate is {step}, but {reader.uri} has no checkpoint of that step",
+                "those that it has: " + (", ".join(map(str, found)) or "none yet"),
+            )
+        )
+    if to is None:
+        place = reader.store.within(reader.paths.model(step).rstrip("/"))
+    else:
+        place = open_store(to)
+        if next(place.list(), None) is not None:
+            raise SpecError(
+                Problem(f"--to is {to}, which holds something already", "name a new folder")
+            )
+    manifest = found[step]
+    checkpoint = reader.store.within(reader.paths.checkpoint(manifest.name).rstrip("/"))
+    try:
+        num_bytes = store_model(checkpoint, manifest.parts, place, scratch=cache_folder())
+    except (DamagedPart, ObjectMissing) as error:
+        raise EnvironmentFault(
+            Problem(
+                f"the checkpoint of step {step} is not whole: {error}",
+                f"see which are with: shoal checkpoints {reader.uri} --verify",
+            )
+        ) from error
+    return {"uri": place.uri, "step": step, "bytes": num_bytes}
 
 
 def show_checkpoints(found: Sequence[SavedState]) -> None:

@@ -14,6 +14,8 @@
     logs/gen-0001/driver/000001.jsonl           log lines
     logs/attempt-0001/rank-0/000001.jsonl
     checkpoints/step-00000200-attempt-0003/...  the parts of a checkpoint, then manifest.json, last
+    models/step-00000200/...                    a plain model folder, as `shoal checkpoints
+                                                --consolidate` makes it; config.json last
     tensorboard/...                             event files
     report/index.html, report/report.json
     evaluations/DIGEST/predictions.parquet      the best model on other data, by the data's digest;
@@ -454,6 +456,10 @@ class RunPaths:
 
     def manifest(self, name: CheckpointName) -> str:
         return self.checkpoint(name) + "manifest.json"
+
+    def model(self, step: int) -> str:
+        """Folder of a model that was asked for, with a slash at its end."""
+        return self._join("models", f"step-{step:08d}") + "/"
 
     @property
     def tensorboard(self) -> str:

@@ -51,7 +51,7 @@ from jobs.record import (
 )
 from jobs.spec import JobSpec, format_bytes
 from trainers import watchdog
-from trainers.consolidation import read_layout, whole_weights
+from trainers.consolidation import whole_weights
 from trainers.fence import Fence
 from trainers.layout import SHARDS, WEIGHTS, parts_name
 from trainers.loop import Progress, Trainee
@@ -245,11 +245,8 @@ class CheckpointWriter:
 
     def _gather_weights(self, step: int, parts: tuple[Part, ...]) -> tuple[Part]:
         """Puts `model/model.safetensors` together from what is stored, and stores it."""
-        folder = self._folder(step)
-        stored = self._store.within(folder.rstrip("/"))
-        layout = read_layout(stored, parts)
-        assert layout is not None, "the first rank has stored it"
-        with whole_weights(stored, layout, parts, scratch=self._scratch) as weights:
+        stored = self._store.within(self._folder(step).rstrip("/"))
+        with whole_weights(stored, parts, scratch=self._scratch) as weights:
             [part] = self._upload({WEIGHTS: weights}, step)
         return (part,)
 

@@ -12,7 +12,7 @@ import mmap
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,44 +35,78 @@ _BLOCK_BYTES = 8 * 2**20
 _THREADS = 4
 _READS = 3
 """Times that a part is read before it is taken for damaged in the store."""
+_MODEL = "model/"
+_CONFIG = "config.json"
+_OTHER_BYTES = "its bytes are not those of its record"
+
+_reads_again = tenacity.retry(
+    # The way here may have spoilt what is whole in the store.
+    retry=tenacity.retry_if_exception_type(DamagedPart),
+    stop=tenacity.stop_after_attempt(_READS),
+    reraise=True,
+)
 
 
 def read_layout(checkpoint: Store, parts: Iterable[Part]) -> Layout | None:
     """The layout of a checkpoint, verified by its part; None where the checkpoint is not cut."""
     part = next((part for part in parts if part.name == LAYOUT_NAME), None)
-    if part is None:
-        return None
-    text = checkpoint.read(part.name)
-    if hashlib.sha256(text).hexdigest() != part.sha256:
-        raise _damaged(checkpoint, part.name, "its bytes are not those of its record")
-    return parse_layout(text)
+    return None if part is None else parse_layout(_verified(checkpoint, part))
+
+
+def store_model(checkpoint: Store, parts: Sequence[Part], to: Store, *, scratch: Path) -> int:
+    """Puts the `model/` folder of a checkpoint, cut or not, right below `to`; its bytes.
+
+    Every byte is verified. `config.json`, without which no folder is a model's, comes last, and
+    goes first where the folder is there already. Raises as `whole_weights` does.
+    """
+    small = {
+        part.name.removeprefix(_MODEL): _verified(checkpoint, part)
+        for part in parts
+        if part.name.startswith(_MODEL) and part.name != WEIGHTS
+    }
+    if _CONFIG not in small:
+        raise _damaged(checkpoint, "manifest.json", f"it names no {_MODEL}{_CONFIG}")
+    config = small.pop(_CONFIG)
+    to.delete([_CONFIG])
+    with whole_weights(checkpoint, parts, scratch=scratch) as weights:
+        to.write(WEIGHTS.removeprefix(_MODEL), weights)
+        num_bytes = len(weights)
+    for name, data in {**small, _CONFIG: config}.items():
+        to.write(name, data)
+        num_bytes += len(data)
+    return num_bytes
 
 
 @contextmanager
 def whole_weights(
-    checkpoint: Store, layout: Layout, parts: Iterable[Part], *, scratch: Path
+    checkpoint: Store, parts: Sequence[Part], *, scratch: Path
 ) -> Iterator[memoryview]:
-    """The file `model/model.safetensors` of a checkpoint that is cut; valid inside the block.
+    """The file `model/model.safetensors` of a checkpoint, cut or not; valid inside the block.
 
     It lies in the folder `scratch` without a name, so nothing of it is left after a kill. Raises
     DamagedPart, StorageError, or EnvironmentFault where the disk has no room.
     """
     with (
-        _weights_file(checkpoint, layout, parts, scratch) as file,
+        _weights_file(checkpoint, parts, scratch) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held,
         memoryview(held) as view,
     ):
         yield view
 
 
-def _weights_file(
-    checkpoint: Store, layout: Layout, parts: Iterable[Part], scratch: Path
-) -> BinaryIO:
+def _weights_file(checkpoint: Store, parts: Sequence[Part], scratch: Path) -> BinaryIO:
+    stored = next((part for part in parts if part.name == WEIGHTS), None)
+    layout = read_layout(checkpoint, parts)
+    if stored is None and layout is None:
+        raise _damaged(checkpoint, "manifest.json", "it names no weights")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - closed by the caller
         try:
-            make_whole(checkpoint, layout, WEIGHTS, parts, file)
+            if stored is not None:
+                _pour(checkpoint, file.fileno(), stored, None)
+            elif layout is not None:
+                make_whole(checkpoint, layout, WEIGHTS, parts, file)
         except BaseException:
             file.close()
             raise
@@ -142,36 +176,33 @@ class _Segment:
     target: int
 
 
-@tenacity.retry(
-    # The way here may have spoilt what is whole in the store.
-    retry=tenacity.retry_if_exception_type(DamagedPart),
-    stop=tenacity.stop_after_attempt(_READS),
-    reraise=True,
-)
-def _pour(checkpoint: Store, descriptor: int, part: Part, wanted: Mapping[str, Place]) -> None:
-    """Copies the wanted tensors of a part to their places."""
+@_reads_again
+def _pour(
+    checkpoint: Store, descriptor: int, part: Part, wanted: Mapping[str, Place] | None
+) -> None:
+    """Copies the wanted tensors of a part to their places; or all of it as it is."""
     digest, begun = hashlib.sha256(), bytearray()
-    segments: list[_Segment] | None = None
+    segments = [_Segment(0, part.bytes, 0)] if wanted is None else None
     for start in range(0, part.bytes, _BLOCK_BYTES):
         block: bytes | bytearray = checkpoint.read_range(
             part.name, start=start, end=min(start + _BLOCK_BYTES, part.bytes)
         )
         digest.update(block)
-        if segments is None:
+        if segments is None and wanted is not None:
             begun += block
             held = _header(checkpoint, part, begun)
             if held is None:
                 continue
             segments = _segments(checkpoint, part, held, wanted)
             block, start = begun, 0
-        for segment in segments:
+        for segment in segments or ():
             first, stop = max(segment.start, start), min(segment.stop, start + len(block))
             if first < stop:
                 data = memoryview(block)[first - start : stop - start]
                 _write_at(descriptor, data, segment.target + first - segment.start)
         watchdog.tick()
     if segments is None or digest.hexdigest() != part.sha256:
-        raise _damaged(checkpoint, part.name, "its bytes are not those of its record")
+        raise _damaged(checkpoint, part.name, _OTHER_BYTES)
 
 
 def _header(checkpoint: Store, part: Part, begun: bytearray) -> dict[str, Place] | None:
@@ -200,6 +231,15 @@ def _no_room(folder: Path, error: OSError) -> EnvironmentFault:
             "free disk space there, or set SHOAL_CACHE to a folder on a larger disk",
         )
     )
+
+
+@_reads_again
+def _verified(checkpoint: Store, part: Part) -> bytes:
+    """A small part."""
+    data = checkpoint.read(part.name)
+    if hashlib.sha256(data).hexdigest() != part.sha256:
+        raise _damaged(checkpoint, part.name, _OTHER_BYTES)
+    return data
 
 
 def _damaged(checkpoint: Store, name: str, why: str) -> DamagedPart:

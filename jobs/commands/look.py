@@ -12,6 +12,7 @@ from jobs.commands.target import (
     run_argument,
     store_option,
 )
+from jobs.errors import Problem, SpecError
 
 
 @click.command("list")
@@ -69,16 +70,43 @@ def watch(ctx: click.Context, run: str, store: str | None) -> None:
 @click.command()
 @run_argument
 @click.option("--verify", is_flag=True, help="Read every byte again and compare its sha256.")
+@click.option(
+    "--consolidate",
+    "step",
+    metavar="STEP",
+    type=int,
+    help="Make the plain model folder of this step's checkpoint, and print where it is.",
+)
+@click.option(
+    "--to",
+    metavar="PLACE",
+    help="With --consolidate: a new folder or S3 URI. Default: models/ in the run's folder.",
+)
 @json_option
 @click.pass_context
 def checkpoints(
-    ctx: click.Context, run: str, store: str | None, verify: bool, as_json: bool
+    ctx: click.Context,
+    run: str,
+    store: str | None,
+    verify: bool,
+    step: int | None,
+    to: str | None,
+    as_json: bool,
 ) -> None:
     """The checkpoints of a run: step, size, metrics; with --verify, whether they are whole."""
-    from jobs.checkpoints import read_checkpoints, show_checkpoints
+    from jobs.checkpoints import consolidate, read_checkpoints, show_checkpoints
 
     reader = open_run(run, store)
     reader.spec_head()
+    if step is not None:
+        _refuse(verify, "--verify", "--consolidate verifies what it reads: remove --verify")
+        made = consolidate(reader, step, to=to)
+        if as_json:
+            print_json(made)
+        else:
+            click.echo(made["uri"])
+        return
+    _refuse(to is not None, f"--to {to}", "add --consolidate STEP, or remove --to")
     found = read_checkpoints(reader, verify=verify)
     if as_json:
         print_json({"checkpoints": [checkpoint.to_json() for checkpoint in found]})
@@ -86,3 +114,8 @@ def checkpoints(
         show_checkpoints(found)
     if any(checkpoint.faults for checkpoint in found):
         ctx.exit(1)
+
+
+def _refuse(is_given: bool, option: str, hint: str) -> None:
+    if is_given:
+        raise SpecError(Problem(f"{option} has no effect here", hint))

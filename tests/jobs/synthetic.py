@@ -240,7 +240,11 @@ class SyntheticRun:
         name = self._saved[step] = CheckpointName(step, attempt)
         folder = self.paths.checkpoint(name)
         parts = []
-        for part, data in (("model/model.safetensors", WEIGHTS), ("optimizer.safetensors", b"o")):
+        for part, data in (
+            ("model/config.json", b"{}"),
+            ("model/model.safetensors", WEIGHTS),
+            ("optimizer.safetensors", b"o"),
+        ):
             self.store.write(folder + part, data)
             digest = hashlib.sha256(data).hexdigest()
             parts.append(Part(name=part, bytes=len(data), sha256=digest))

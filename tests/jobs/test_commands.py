@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,6 +233,35 @@ def test_verify_finds_changed_short_and_missing_parts(shell: Shell) -> None:
     }
 
 
+def test_consolidate_makes_the_plain_model_folder_of_any_checkpoint(
+    shell: Shell, tmp_path: Path
+) -> None:
+    made = succeeded(shell.store)
+    found = shell.json("checkpoints", RUN, "--consolidate", "50")
+    assert found["uri"] == f"{shell.store.uri}/{RUN}/models/step-00000050"
+    model = shell.store.within(f"{RUN}/models/step-00000050")
+    checkpoint = shell.store.within(made.paths.checkpoint(CheckpointName(50, 1)) + "model")
+    names = {head.key for head in checkpoint.list()}
+    assert {head.key for head in model.list()} == names
+    assert all(model.read(name) == checkpoint.read(name) for name in names)
+    assert shell.run("checkpoints", RUN, "--consolidate", "50").strip() == found["uri"]
+
+    place = str(tmp_path / "model")
+    assert shell.run("checkpoints", RUN, "--consolidate", "50", "--to", place).strip() == place
+    shell.run("checkpoints", RUN, "--consolidate", "50", "--to", place, code=2)
+    assert "holds something already" in shell.error
+    shell.run("checkpoints", RUN, "--consolidate", "60", code=2)
+    assert "those that it has: 50, 100, 150, 200, 250, 300" in shell.error
+    shell.run("checkpoints", RUN, "--to", place, code=2)
+    assert "add --consolidate STEP" in shell.error
+    shell.run("checkpoints", RUN, "--consolidate", "50", "--verify", code=2)
+
+    checkpoint.write("config.json", b"{")
+    shell.run("checkpoints", RUN, "--consolidate", "50", code=3)
+    assert "model/config.json is damaged" in shell.error
+    assert "--verify" in shell.error
+
+
 # ------------------------------------------------------------------------------------------ delete
 
 
@@ -282,7 +312,7 @@ def test_gc_removes_what_nobody_can_use_and_nothing_else(shell: Shell) -> None:
     before = len(list(shell.store.list()))
     shown = shell.run("gc", "--older-than", "0s")
     assert "a later attempt went another way" in shown
-    assert before - len(list(shell.store.list())) == 6
+    assert before - len(list(shell.store.list())) == 7
     assert shell.json("gc", "--older-than", "0s")["garbage"] == []
     assert shell.json("checkpoints", RUN, "--verify")["checkpoints"][-1]["is_whole"]
     assert shell.store.head("foreign/data.csv")

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
+from transformers import AutoModelForSequenceClassification
 
 from cluster.folder import FolderStore
 from cluster.storage import Store, StoreAway
+from jobs.checkpoints import consolidate
 from jobs.errors import Problem
 from jobs.record import Attempt, Manifest, Source, State
 from jobs.runs import RunReader
@@ -224,6 +226,7 @@ def test_a_part_that_cannot_be_stored_is_a_save_that_failed_and_is_repeated_at_t
 
 
 def test_a_damaged_shard_is_found_and_costs_its_checkpoint_only(scene: Scene) -> None:
+    """The plain folder is made of any of the others, and loads."""
     run_ranks(assignment_of(job(scene, 2), "run"), world_size=2)
     last, before = manifests(scene, "run")[-1], manifests(scene, "run")[-2]
     checkpoint = scene.runs.within(scene.paths().checkpoint(last.name).rstrip("/"))
@@ -245,3 +248,9 @@ def test_a_damaged_shard_is_found_and_costs_its_checkpoint_only(scene: Scene) ->
     assert "model-0001-of-0002.safetensors is damaged" in skipped
     checkpoint.write(name, bytes(data))
     assert whole_files(scene.runs, last, scene.paths().checkpoint(last.name)) == whole
+    made = consolidate(RunReader(scene.runs, "run"), before.step, to=None)
+    loaded = AutoModelForSequenceClassification.from_pretrained(made["uri"])
+    held = load(whole_files(scene.runs, before, scene.paths().checkpoint(before.name))[WEIGHTS])
+    assert {n: t.numpy().tobytes() for n, t in loaded.state_dict().items()} == {
+        n: t.tobytes() for n, t in held.items()
+    }
