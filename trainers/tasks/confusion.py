@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import precision_recall_fscore_support
 
 from trainers.tasks.task import Evaluation
 
@@ -47,6 +46,9 @@ class ConfusionMetrics:
         A class that is never predicted, or has no rows, scores 0 (`zero_division=0`) and counts in
         the macro means.
         """
+        # Takes a second to load, for which the first step of every attempt would wait.
+        from sklearn.metrics import precision_recall_fscore_support
+
         num_labels = len(self._labels)
         counts = state[:-2].round().long().numpy().reshape(num_labels, num_labels)
         loss_sum, weight_sum = (float(v) for v in state[-2:])
