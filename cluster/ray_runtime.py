@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,15 +57,16 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
         )
     address = os.environ.get("RAY_ADDRESS")
     try:
-        if address:
-            ray.init(address=address, logging_level=logging.WARNING)
-        else:
-            ray.init(
-                address="local",
-                num_gpus=None if workers.gpus else 0,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                logging_level=logging.WARNING,
-            )
+        with _own_sigterm():
+            if address:
+                ray.init(address=address, logging_level=logging.WARNING)
+            else:
+                ray.init(
+                    address="local",
+                    num_gpus=None if workers.gpus else 0,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    logging_level=logging.WARNING,
+                )
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         raise ClusterError(
@@ -81,6 +83,17 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps what this process does at SIGTERM: `ray.init` puts an end at once in its place."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Ray leaves it alone
+            signal.signal(signal.SIGTERM, handler)
 
 
 def refuse_too_small(workers: Workers, resources: dict[str, float]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -53,6 +56,31 @@ def test_a_shortage_is_a_sum_that_people_can_check() -> None:
         "1 worker needs 1 x 1 CPU and 1 GPU and 8 GiB memory, and the cluster's 1 node has room "
         "for 0 (4 CPUs, 0 GPUs, 64 GiB memory)"
     )
+
+
+DRIVER = """
+import os, signal, sys
+from cluster.ray_runtime import ray_cluster
+from jobs.spec import Workers
+
+signal.signal(signal.SIGTERM, lambda *_: print("asked to end"))
+with ray_cluster(Workers()):
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("goes on")
+"""
+
+
+def test_a_driver_that_is_asked_to_end_decides_itself_what_it_does() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ended = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-2:] == ["asked to end", "goes on"]
 
 
 def test_a_driver_hears_once_that_its_own_node_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
