@@ -1,0 +1,475 @@
+"""Workers that come and go while a run goes on, against the same run with a fixed number of them.
+
+    python bench/elastic.py [--small] [--json FILE] [--picture FILE.png]
+
+Ray nodes with addresses of their own, one worker each; a real S3 server; one run, which nobody
+touches. In full: 4 workers, of whose nodes two are taken with notice, then a node joins:
+4 -> 2 -> 3. The small size starts with the one node that is there, of the two that it may have;
+then the second joins; is taken, while the store refuses checkpoints for longer than the notice
+leaves; and the first is taken as another joins: 1 -> 2 -> 1 -> 1. At last the head is taken, and
+with it the driver: it has the state saved and ends. What was trained is compared, step by step,
+with a run of two workers under torchrun that nothing has happened to. In full it is also measured
+what each step pays for hearing of notices, against Ray's own call.
+
+Exit code 1 if a row was lost or repeated, a global batch or an evaluation differs, a step was done
+twice although there was time to save it, or notices cost a step more than 0.5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lab
+import yaml
+from rich.table import Table
+
+from cluster import embedded
+from cluster.storage import Store, join_uri, open_store
+from jobs.runs import RunReader
+from jobs.submit import request_stop
+from tests.evidence import global_batches, losses, rows_by_epoch
+from tests.faulty_proxy import FaultyProxy, proxy_to
+from tests.raylets import Node, Raylets, raylets
+from tests.tiny import tiny_model, tiny_reviews, tiny_tree
+
+ROWS = 768
+HELD_OUT = 64
+GLOBAL_BATCH = 16
+CHECKPOINT_STEPS = 20
+RUN, FIXED = "elastic", "fixed"
+FIXED_WORKERS = 2
+WAIT_SECONDS = 400
+GRACE_SECONDS = 30.0
+"""Between the notice that a node is taken and its end, as some platforms have it."""
+MOST_POLLING = 0.005
+"""Share of a step's time that hearing of notices may cost."""
+_EVER = 10**9
+
+
+@dataclass(frozen=True)
+class Change:
+    """Nodes that are taken with notice, the newest first, and nodes that join after that."""
+
+    taken: int = 0
+    joining: int = 0
+    grace_seconds: float = GRACE_SECONDS
+    """That those who join will have."""
+    store_refuses: bool = False
+    """No checkpoint can be written until the others go on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many workers there are at first, and what changes, each time after so many steps."""
+
+    workers: int
+    changes: tuple[Change, ...]
+    steps: int
+
+    @property
+    def most(self) -> int:
+        counts = [self.workers]
+        for change in self.changes:
+            counts.append(counts[-1] - change.taken + change.joining)
+        return max(counts)
+
+
+FULL = Plan(4, (Change(taken=2), Change(joining=1)), steps=150)
+SMALL = Plan(
+    1,
+    (
+        Change(joining=1, grace_seconds=8),
+        Change(taken=1, store_refuses=True),
+        Change(taken=1, joining=1),
+    ),
+    steps=30,
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw both loss curves")
+    arguments = lab.arguments_of(parser)
+    plan = SMALL if arguments.small else FULL
+    with (
+        lab.place() as place,
+        lab.object_store(place),
+        proxy_to(os.environ["AWS_ENDPOINT_URL_S3"]) as proxy,
+    ):
+        os.environ["AWS_ENDPOINT_URL_S3"] = proxy.url
+        runs = _prepare(place, plan)
+        # The head trains nothing, as on Kubernetes.
+        with raylets(cpus=0) as cluster:
+            _run_elastic(place, runs, plan, cluster, proxy)
+        polling = None if arguments.small else _measure_polling(place)
+        _say(f"the same run with {FIXED_WORKERS} workers throughout")
+        _run_fixed(place, runs, last_step=max(losses(runs, RUN)))
+        result = _compare(runs, polling)
+    if arguments.picture is not None:
+        _draw(result, arguments.picture)
+    lab.tell("elastic", result, tables=_tables(result), json_file=arguments.json)
+    return 0 if result["holds"] else 1
+
+
+def _prepare(place: Path, plan: Plan) -> Store:
+    """Model, data and job.yaml; the store of the runs."""
+    bucket = f"s3://{embedded.DEFAULT_BUCKET}"
+    data = tiny_reviews(join_uri(bucket, "data"), rows=ROWS, rows_per_group=64, held_out=HELD_OUT)
+    tree = tiny_tree(
+        # Dropout depends on how a batch is cut; without it all numbers of workers agree.
+        tiny_model(place / "model", hidden=96, dropout=0.0),
+        {"train": data["train"], "validation": data["validation"], "seed": 3},
+        join_uri(bucket, "runs"),
+        batching={"global_batch_size": GLOBAL_BATCH},
+        optimizer={"learning_rate": 3e-4},
+        train={"epochs": 500, "log_rows": True, "evaluate_every_steps": CHECKPOINT_STEPS},
+        checkpoint={"every_steps": CHECKPOINT_STEPS},
+        workers={"count": plan.most, "min": 1, "resize_seconds": 5.0},
+        # Nodes that are taken and workers that are added are no failures.
+        retries={"worker_failures": 0},
+    )
+    (place / "job.yaml").write_text(yaml.safe_dump(tree))
+    return open_store(join_uri(bucket, "runs"))
+
+
+# --------------------------------------------------------------------------------- the two runs
+
+
+def _run_elastic(
+    place: Path, runs: Store, plan: Plan, cluster: Raylets, proxy: FaultyProxy
+) -> None:
+    nodes = [cluster.add(cpus=1, drain_seconds=GRACE_SECONDS) for _ in range(plan.workers)]
+    reader = RunReader(runs, RUN)  # one for all: it reads no line twice
+    with _process(["-m", "jobs.cli", "run", "job.yaml", "--run-id", RUN], place) as run:
+        attempt = _await(run, reader, after=0, workers=plan.workers, steps=plan.steps)
+        for change in plan.changes:
+            if change.store_refuses:
+                proxy.fail("slow down", "PUT", "checkpoints/", times=_EVER)
+            nodes = _make(change, cluster, nodes)
+            if change.store_refuses:
+                _await(run, reader, after=attempt, workers=len(nodes), steps=0)
+                proxy.faults.clear()
+            attempt = _await(run, reader, after=attempt, workers=len(nodes), steps=plan.steps)
+        _say("the head is taken")
+        cluster.head.process.send_signal(signal.SIGTERM)
+        run.wait(WAIT_SECONDS)
+    result = reader.result()
+    assert result is not None
+    assert result.failure is not None
+    assert result.failure.problems[0][0].startswith("the driver's machine is taken; step ")
+
+
+def _make(change: Change, cluster: Raylets, nodes: list[Node]) -> list[Node]:
+    """The nodes that stay, once the change is announced or made."""
+    _say(f"nodes that are taken: {change.taken}, that join: {change.joining}")
+    stay = len(nodes) - change.taken
+    for node in nodes[stay:]:
+        node.process.send_signal(signal.SIGTERM)  # `ray start --block` then drains its node
+    joining = range(change.joining)
+    return nodes[:stay] + [cluster.add(cpus=1, drain_seconds=change.grace_seconds) for _ in joining]
+
+
+def _run_fixed(place: Path, runs: Store, *, last_step: int) -> None:
+    reader = RunReader(runs, FIXED)
+    command = [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(FIXED_WORKERS),
+        "-m", "trainers", "job.yaml", "--run-id", FIXED,
+    ]  # fmt: skip
+    with _process(command, place) as run:
+        _wait_for(lambda: max(_steps_of(reader).get(1, [0])) >= last_step, run)
+        request_stop(runs, FIXED, by="the benchmark")
+        run.wait(WAIT_SECONDS)
+
+
+@contextmanager
+def _process(command: list[str], place: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python program that is ended with the block; what it says is shown where it fails."""
+    said = place / f"{command[-1]}.log"
+    with said.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=place,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(lab.ROOT), *sys.path])},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield process
+        except BaseException:
+            sys.stderr.write(said.read_text(errors="replace")[-8000:])
+            raise
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait(WAIT_SECONDS)
+
+
+def _await(
+    run: subprocess.Popen[bytes], reader: RunReader, *, after: int, workers: int, steps: int
+) -> int:
+    """Until an attempt later than `after`, the newest, has so many workers and has done so many
+    steps; its number."""
+    found: list[int] = []
+
+    def is_so() -> bool:
+        attempts = reader.attempts()
+        if not attempts or attempts[-1].attempt <= after or attempts[-1].world_size != workers:
+            return False
+        found.append(attempts[-1].attempt)
+        return len(_steps_of(reader).get(found[-1], ())) >= steps
+
+    _wait_for(is_so, run)
+    _say(f"{workers} worker{'s' if workers > 1 else ''}, {steps} steps done")
+    return found[-1]
+
+
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError("the run has ended, or hangs")
+        time.sleep(0.5)
+
+
+def _say(what: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {what}\n")
+
+
+def _steps_of(reader: RunReader) -> dict[int, list[int]]:
+    """The steps that each attempt has done, superseded ones included."""
+    steps: dict[int, list[int]] = {}
+    for line in reader.metrics_lines():
+        if line["kind"] == "train":
+            steps.setdefault(line["attempt"], []).append(line["step"])
+    return steps
+
+
+def _measure_polling(place: Path) -> dict[str, float]:
+    """Seconds of one look for a notice: as Shoal's workers do it, and by Ray's call. Two ranks."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    _say("what hearing of notices costs")
+    ray.init(address="local", num_cpus=2, num_gpus=0, log_to_driver=False)
+    try:
+        trainer = TorchTrainer(
+            _poll,
+            scaling_config=ScalingConfig(num_workers=2),
+            run_config=RunConfig(name="polling", storage_path=str(place / "ray")),
+        )
+        seconds: dict[str, float] = trainer.fit().return_value
+    finally:
+        ray.shutdown()
+    return seconds
+
+
+def _poll() -> dict[str, float]:
+    import ray.train
+
+    from trainers.fit import RaySession
+
+    session = RaySession(use_gpu=False)
+
+    def seconds_of(look: Callable[[], object], times: int) -> float:
+        look()
+        started = time.perf_counter()
+        for _ in range(times):
+            look()
+        return (time.perf_counter() - started) / times
+
+    return {
+        "yield_requested": seconds_of(session.yield_requested, 10_000),
+        "ray.train.get_preemption_info": seconds_of(ray.train.get_preemption_info, 100),
+    }
+
+
+# --------------------------------------------------------------------------------- what it shows
+
+
+def _compare(runs: Store, polling: dict[str, float] | None) -> dict[str, Any]:
+    elastic, fixed = losses(runs, RUN), losses(runs, FIXED)
+    shared = sorted(set(elastic) & set(fixed))
+    batches, fixed_batches = global_batches(runs, RUN), global_batches(runs, FIXED)
+    differing = [s for s in shared if batches.get(s) != fixed_batches.get(s)]
+    rows = _rows(runs)
+    attempts = _attempts(runs)
+    evaluations = _evaluations(runs)
+    share = polling["yield_requested"] / _quickest_step(attempts) if polling else None
+    return {
+        "attempts": attempts,
+        "steps": len(shared),
+        "rows": rows,
+        "global_batches_that_differ": len(differing),
+        "loss_difference_max": max(abs(elastic[s] - fixed[s]) for s in shared),
+        "evaluations": evaluations,
+        "loss": {"elastic": elastic, "fixed": {s: fixed[s] for s in shared}},
+        "polling_seconds": polling,
+        "polling_share_of_a_step": share,
+        "holds": not differing
+        and shared == list(range(1, max(elastic) + 1))
+        and rows["lost"] == rows["repeated"] == evaluations["not_each_row_once"] == 0
+        and all(a["steps_lost"] == 0 for a in attempts if a["gave_way"])
+        and (share is None or share < MOST_POLLING),
+    }
+
+
+def _evaluations(runs: Store) -> dict[str, Any]:
+    """Of those that both runs have made: how many, those that counted other rows, and losses."""
+    elastic, fixed = (
+        {
+            line["step"]: (sum(map(sum, line["confusion"])), line["metrics"]["loss"])
+            for line in RunReader(runs, run_id).metrics()
+            if line["kind"] == "evaluation" and line["step"] > 0
+        }
+        for run_id in (RUN, FIXED)
+    )
+    shared = set(elastic) & set(fixed)
+    return {
+        "shared": len(shared),
+        "not_each_row_once": sum({elastic[s][0], fixed[s][0]} != {HELD_OUT} for s in shared),
+        "loss_difference_max": max((abs(elastic[s][1] - fixed[s][1]) for s in shared), default=0.0),
+    }
+
+
+def _quickest_step(attempts: list[dict[str, Any]]) -> float:
+    return float(min(a["seconds_per_step"] for a in attempts if a["seconds_per_step"]))
+
+
+def _rows(runs: Store) -> dict[str, int]:
+    """How many rows of the epochs that are over were lost, and of all epochs repeated."""
+    epochs = rows_by_epoch(runs, RUN)
+    over = list(epochs)[:-1]
+    return {
+        "epochs": len(over),
+        "used": sum(sum(used.values()) for used in epochs.values()),
+        "lost": sum(len(set(range(ROWS)) - set(epochs[epoch])) for epoch in over),
+        "repeated": sum(sum((used - Counter(set(used))).values()) for used in epochs.values()),
+    }
+
+
+def _attempts(runs: Store) -> list[dict[str, Any]]:
+    """One line for each attempt: its workers, its steps, and what its successor had to repeat."""
+    reader = RunReader(runs, RUN)
+    attempts, outcomes, steps = reader.attempts(), reader.outcomes(), _steps_of(reader)
+    saved = [*((a.restored_step or 0) for a in attempts[1:]), reader.manifests()[-1].step]
+    first_line, last_line = _line_times(reader)
+    lines = []
+    for attempt, saved_step in zip(attempts, saved, strict=True):
+        done = steps.get(attempt.attempt, [])
+        outcome = outcomes.get(attempt.attempt)
+        lines.append(
+            {
+                "attempt": attempt.attempt,
+                "workers": attempt.world_size,
+                "from_step": attempt.restored_step or 0,
+                "to_step": max(done, default=attempt.restored_step or 0),
+                "gave_way": outcome is not None and outcome.state == "RECOVERING",
+                "steps_lost": sum(step > saved_step for step in done),
+                "seconds_per_step": _pace(first_line, last_line, attempt.attempt, len(done)),
+                "seconds_to_next_step": _pause(first_line, last_line, attempt.attempt),
+            }
+        )
+    return lines
+
+
+def _pace(
+    first: dict[int, float], last: dict[int, float], attempt: int, steps: int
+) -> float | None:
+    """Seconds of a step, checkpoints included."""
+    return round((last[attempt] - first[attempt]) / (steps - 1), 4) if steps > 1 else None
+
+
+def _pause(first: dict[int, float], last: dict[int, float], attempt: int) -> float | None:
+    """Seconds between an attempt's last step and the first step of the next."""
+    if attempt not in last or attempt + 1 not in first:
+        return None
+    return round(first[attempt + 1] - last[attempt], 1)
+
+
+def _line_times(reader: RunReader) -> tuple[dict[int, float], dict[int, float]]:
+    """When each attempt told its first and its last step; Unix seconds."""
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    for line in reader.metrics_lines():
+        if line["kind"] == "train":
+            first.setdefault(line["attempt"], line["time"])
+            last[line["attempt"]] = line["time"]
+    return first, last
+
+
+def _tables(result: dict[str, Any]) -> list[Table]:
+    rows, evaluations = result["rows"], result["evaluations"]
+    table = Table(
+        title="One run whose workers come and go",
+        caption=f"{result['steps']} steps; {rows['used']} rows used, {rows['lost']} lost, "
+        f"{rows['repeated']} repeated; {result['global_batches_that_differ']} global batches "
+        f"differ from the fixed run's; losses differ by {result['loss_difference_max']:.1e} at "
+        f"most, those of {evaluations['shared']} evaluations by "
+        f"{evaluations['loss_difference_max']:.1e}",
+    )
+    names = ("attempt", "workers", "steps", "s a step", "ended by", "steps lost", "s to the next")
+    for name in names:
+        table.add_column(name, justify="left" if name == "ended by" else "right")
+    for a in result["attempts"]:
+        table.add_row(
+            str(a["attempt"]),
+            str(a["workers"]),
+            f"{a['from_step'] + 1} to {a['to_step']}",
+            str(a["seconds_per_step"] or ""),
+            "giving way" if a["gave_way"] else "Ray, without saving",
+            str(a["steps_lost"]),
+            str(a["seconds_to_next_step"] or ""),
+        )
+    return [table] if result["polling_seconds"] is None else [table, _polling_table(result)]
+
+
+def _polling_table(result: dict[str, Any]) -> Table:
+    """Against the fastest steps of the run."""
+    step = _quickest_step(result["attempts"])
+    table = Table(title="What a step pays for hearing of notices, two ranks")
+    for name in ("look", "microseconds", f"of a step of {step * 1000:.0f} ms"):
+        table.add_column(name, justify="left" if name == "look" else "right")
+    for name, seconds in result["polling_seconds"].items():
+        table.add_row(name, f"{seconds * 1e6:.2f}", f"{100 * seconds / step:.4f} %")
+    return table
+
+
+def _draw(result: dict[str, Any], file: Path) -> None:
+    """Both loss curves, over each other, and the number of workers."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    curves, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    for name, width, color in (("fixed", 4.0, "#b9cbe4"), ("elastic", 1.0, "#c2410c")):
+        steps, values = zip(*sorted(result["loss"][name].items()), strict=True)
+        label = f"{FIXED_WORKERS} workers throughout" if name == "fixed" else "workers come and go"
+        curves.plot(steps, values, linewidth=width, color=color, label=label)
+    for a in result["attempts"]:
+        counts.plot([a["from_step"], a["to_step"]], [a["workers"]] * 2, color="#c2410c")
+        if a is not result["attempts"][0]:
+            curves.axvline(a["from_step"], color="#999999", linewidth=0.6, linestyle=":")
+    curves.set_yscale("log")
+    curves.set_ylabel("training loss")
+    curves.legend(frameon=False)
+    counts.set_ylabel("workers")
+    counts.set_xlabel("optimizer step")
+    counts.set_yticks(range(max(a["workers"] for a in result["attempts"]) + 2))
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
