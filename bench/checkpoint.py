@@ -8,7 +8,9 @@ upload, SYNC and ASYNC; the order takes turns. A checkpoint is saved in the midd
 the steps, so that its upload goes on beside the rest of them: training stands still for (seconds of
 the steps with checkpoints - seconds without) / checkpoints. What is still under way at the end of
 the steps is waited for and told apart. Then the state alone: copied, uploaded and restored by
-Shoal, and the same bytes copied, and moved by parallel PUTs and GETs that verify nothing.
+Shoal, and the same bytes copied, and moved by parallel PUTs and GETs that verify nothing. A restore
+goes through files in the cache's folder; it is measured on the disk and in memory (/dev/shm), each
+against GETs that end there too.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -23,6 +26,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from rich.table import Table
 MIB = 2**20
 THREADS = 8
 RAW_PART_BYTES = 16 * MIB
+MEMORY = Path("/dev/shm")
 VARIANTS = ("none", "shoal", "ray sync", "ray async")
 
 
@@ -139,9 +144,12 @@ class Subject:
 
         from cluster.storage import open_store
         from jobs.record import Attempt, RunPaths, Source
+        from jobs.spec import Optimizer
         from tests.tiny import tiny_job, tiny_tokenizer
         from trainers.checkpoint import CheckpointWriter
+        from trainers.fence import Fence
         from trainers.loop import Trainee
+        from trainers.optim import build_optimizer
         from trainers.telemetry import Telemetry
 
         self.sizes, self.place = sizes, place
@@ -154,7 +162,7 @@ class Subject:
         model = BertForSequenceClassification(config)
         tokenizer = tiny_tokenizer(place / "tokenizer")
         task = _TaskFiles(tokenizer)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        optimizer = build_optimizer(model, Optimizer(learning_rate=1e-4))
         self.trainee = Trainee(task, model, optimizer, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
         self.batch = torch.randint(0, sizes.vocabulary, (8, 16))
         self.labels = torch.randint(0, 2, (8,))
@@ -170,8 +178,11 @@ class Subject:
             self.runs,
             self.paths,
             self.telemetry,
-            task=task,
-            attempt=attempt,  # type: ignore[arg-type]
+            task=task,  # type: ignore[arg-type]
+            attempt=attempt,
+            rank=0,
+            scratch=place,
+            fence=Fence(self.runs, self.paths, generation=1),
         )
         self.saved = 0
         self.copies: dict[str, Any] | None = None
@@ -181,11 +192,10 @@ class Subject:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Any]:
-        from trainers.optim import optimizer_tensors
-        from trainers.snapshot import saved_weights
+        from trainers.state import saved_state
 
-        states = optimizer_tensors(self.trainee.model, self.trainee.optimizer)
-        return {**saved_weights(self.trainee.model), **states}
+        files = saved_state(self.trainee).files.values()
+        return {name: tensor for tensors in files for name, tensor in tensors.items()}
 
     def steps(
         self, count: int, *, every: int, save: Callable[[int], None] | None
@@ -277,7 +287,7 @@ class Subject:
         seconds["plain copy"] = timed(lambda: copy_all(tensors, self.copies))
         seconds["shoal copy"] = timed(lambda: self.writer._snapshot.take(self.trainee))
         parts = raw_parts(self.writer._snapshot.take(self.trainee))
-        cache = self.place / "restored"
+        places = {"on disk": self.place / "restored", "in memory": MEMORY / self.place.name}
 
         def put() -> None:
             seconds["raw put"] = timed(lambda: raw_put(self.runs, parts))
@@ -288,17 +298,24 @@ class Subject:
             self.writer.wait()
             seconds["shoal upload"] = time.perf_counter() - began - seconds["shoal copy"]
 
-        def get() -> None:
-            seconds["raw get"] = timed(lambda: raw_get(self.runs, parts))
+        def get(place: str) -> None:
+            folder = places[place]
+            folder.mkdir()
+            to = None if place == "in memory" else folder
+            seconds[f"raw get, {place}"] = timed(lambda: raw_get(self.runs, parts, to))
+            shutil.rmtree(folder)
 
-        def restore() -> None:
-            seconds["shoal restore"] = timed(
-                lambda: newest_restorable(self.runs, self.paths, cache_folder=cache)
+        def restore(place: str) -> None:
+            folder = places[place]
+            seconds[f"shoal restore, {place}"] = timed(
+                lambda: newest_restorable(self.runs, self.paths, cache_folder=folder)
             )
-            shutil.rmtree(cache)
+            shutil.rmtree(folder)
 
-        for pair in ([put, upload], [get, restore]):
+        pairs = [(put, upload), *((partial(get, p), partial(restore, p)) for p in places)]
+        for pair in pairs:
             for action in pair if self.saved % 2 else reversed(pair):
+                os.sync()  # what was written before is not paid for here
                 action()
         return seconds
 
@@ -344,16 +361,21 @@ def raw_put(store: Any, parts: list[tuple[str, bytes]]) -> None:
         )
 
 
-def raw_get(store: Any, parts: list[tuple[str, bytes]]) -> None:
+def raw_get(store: Any, parts: list[tuple[str, bytes]], folder: Path | None) -> None:
+    """The same bytes again, held in memory, or written to files of `folder`."""
     client, bucket, prefix = store._connection.client(), store._bucket, store._root
+
+    def get(part: tuple[str, bytes]) -> bytes:
+        data: bytes = client.get_object(Bucket=bucket, Key=prefix + part[0])["Body"].read()
+        if folder is None:
+            return data
+        (folder / Path(part[0]).name).write_bytes(data)
+        return b""
+
     with ThreadPoolExecutor(THREADS) as pool:
-        held = list(
-            pool.map(
-                lambda part: client.get_object(Bucket=bucket, Key=prefix + part[0])["Body"].read(),
-                parts,
-            )
-        )
-    assert sum(map(len, held)) == sum(len(data) for _, data in parts)
+        held = list(pool.map(get, parts))
+    expected = 0 if folder else sum(len(data) for _, data in parts)
+    assert sum(map(len, held)) == expected
 
 
 def raw_parts(files: dict[str, memoryview]) -> list[tuple[str, bytes]]:
@@ -386,7 +408,7 @@ def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
             after = [
                 seconds
                 for place, seconds in enumerate(own["step_seconds"])
-                if sizes.every <= place and place % sizes.every < max(1, sizes.every // 5)
+                if 0 <= place % sizes.every - sizes.every // 2 < max(1, sizes.every // 5)
             ]
             slower[name].append(sorted(after)[len(after) // 2] / calm_step)
     mib = found["bytes"] / MIB
@@ -405,11 +427,20 @@ def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
         ),
         "still_seconds": {name: lab.spread(values) for name, values in still.items()},
         "still_share_of_ray_sync": median["shoal"] / median["ray sync"],
+        "left_seconds": {
+            name: lab.spread(
+                [e["left"] for entries in per_round for e in entries if e["variant"] == name]
+            )
+            for name in still
+        },
         "step_during_upload": {name: lab.spread(values) for name, values in slower.items()},
         "mib_per_second": speeds,
         "copy_ratio": ratio(state["shoal copy"], state["plain copy"]),
         "upload_ratio": ratio(state["raw put"], state["shoal upload"]),
-        "restore_ratio": ratio(state["raw get"], state["shoal restore"]),
+        "restore_ratio": {
+            place: ratio(state[f"raw get, {place}"], state[f"shoal restore, {place}"])
+            for place in ("on disk", "in memory")
+        },
     }
 
 
@@ -424,12 +455,16 @@ def tables(result: dict[str, Any]) -> list[Table]:
         f"(median of {result['rounds']} rounds)",
         title_justify="left",
     )
-    for column in ("", "seconds", "smallest", "largest", "a step during the upload"):
+    columns = ("", "seconds", "smallest", "largest", "a step during the upload", "s after the end")
+    for column in columns:
         still.add_column(column, justify="left" if not column else "right")
     for name, spread in result["still_seconds"].items():
         slower = result["step_during_upload"][name]["median"]
         still.add_row(
-            name, *(f"{spread[key]:.3f}" for key in ("median", "min", "max")), f"{slower:.2f} x"
+            name,
+            *(f"{spread[key]:.3f}" for key in ("median", "min", "max")),
+            f"{slower:.2f} x",
+            f"{result['left_seconds'][name]['median']:.2f}",
         )
     state = Table(title="The state alone", title_justify="left")
     for column in ("", "shoal", "plain", "ratio"):
@@ -438,7 +473,15 @@ def tables(result: dict[str, Any]) -> list[Table]:
     for title, own, plain, value in (
         ("copy, MiB/s (ratio of seconds)", "shoal copy", "plain copy", result["copy_ratio"]),
         ("upload, hashed, MiB/s", "shoal upload", "raw put", result["upload_ratio"]),
-        ("restore, verified, MiB/s", "shoal restore", "raw get", result["restore_ratio"]),
+        *(
+            (
+                f"restore, verified, {place}, MiB/s",
+                f"shoal restore, {place}",
+                f"raw get, {place}",
+                value,
+            )
+            for place, value in result["restore_ratio"].items()
+        ),
     ):
         state.add_row(
             title, f"{speeds[own]['median']:.0f}", f"{speeds[plain]['median']:.0f}", f"{value:.2f}"
