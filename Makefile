@@ -23,12 +23,13 @@ LOOPBACK := 127.0.0.1,localhost
 export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(shell printf ,))$(LOOPBACK)
 export no_proxy := $(NO_PROXY)
 
-.PHONY: help demo test check clean
+.PHONY: help demo test chaos check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    fine-tune a real model on real data, on two workers, through an S3 store'
 	@echo 'make test    run the tests                    (make test ARGS="-k stream")'
+	@echo 'make chaos   the experiments of bench/ in full: kills, faults, resizes (about an hour)'
 	@echo 'make check   formatting, lint, types, import fences'
 	@echo 'make clean   stop the demo store; remove .venv, .shoal, .assets and all caches'
 
@@ -37,6 +38,14 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(PY) -m pytest $(ARGS)
+
+# One after the other: each takes all cores. All of them run, and their exit codes are joined.
+chaos: $(INSTALLED)
+	@mkdir -p build/bench; failed=; \
+	for name in chaos faults elastic recovery checkpoint; do \
+		$(PY) bench/$$name.py --json build/bench/$$name.json $(ARGS) || failed="$$failed $$name"; \
+	done; \
+	[ -z "$$failed" ] || { echo "error: failed:$$failed" >&2; exit 1; }
 
 check: $(INSTALLED)
 	$(PY) -m ruff format --check .
