@@ -23,6 +23,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -107,7 +109,8 @@ def main() -> None:
     print(f"seed {seed}", file=sys.stderr)
     began = time.monotonic()
     with lab.place() as place, lab.object_store(place) as bucket:
-        rows, epochs = (200, 3) if arguments.small else (2000, 16)
+        # Long enough to be there for all kills.
+        rows, epochs = (200, 3) if arguments.small else (2000, 4 + kills // 2)
         arena = Arena(place, f"{bucket}/chaos", rows, epochs, seed)
         verdicts = (on_ranks if arguments.small else on_ray)(arena, kills)
     result = {
@@ -232,12 +235,11 @@ def on_ray(arena: Arena, kills: int) -> list[Verdict]:
     orders.mkdir()
     paths = [str(HOOKS), str(lab.ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    calm = start_calm(arena)
-    os.environ["SHOAL_CHAOS_ORDERS"] = str(orders)
     draw = random.Random(arena.seed)
     for_changing = kills // 5
     verdicts = []
-    with raylets(cpus=0) as cluster:
+    with undisturbed(arena) as calm, raylets(cpus=0) as cluster:
+        os.environ["SHOAL_CHAOS_ORDERS"] = str(orders)
         cluster.add(cpus=3)
         for run_id in ("steady", "changing"):
             number = kills - for_changing if run_id == "steady" else for_changing
@@ -266,15 +268,21 @@ def next_moment(met: Counter[str], left: int, draw: random.Random, *, run_id: st
     return "driver" if draw.random() < 0.5 else draw.choice(INSIDE)
 
 
-def start_calm(arena: Arena) -> subprocess.Popen[bytes]:
-    """The same job by torchrun, undisturbed."""
-    return subprocess.Popen(
+@contextmanager
+def undisturbed(arena: Arena) -> Iterator[subprocess.Popen[bytes]]:
+    """The same job by torchrun, which takes no orders; ended with the block."""
+    process = subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
             str(WORKERS), "-m", "trainers", "job.yaml", "--run-id", "calm",
         ],
         cwd=arena.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
 
 
 class RayRun:
