@@ -20,6 +20,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "DECISIONS.md",
     "examples/README.md",
+    "bench/README.md",
 ]
 
 
@@ -82,5 +83,7 @@ def test_every_file_that_a_document_names_exists(document: str) -> None:
 def test_make_help_names_every_target() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     targets = re.findall(r"^make (\w+)", done.stdout, re.MULTILINE)
-    assert targets == ["demo", "test", "check", "clean"]
-    assert re.search(r"^\.PHONY: help demo test check clean$", text_of("Makefile"), re.MULTILINE)
+    assert targets == ["demo", "test", "chaos", "check", "clean"]
+    assert re.search(
+        r"^\.PHONY: help demo test chaos check clean$", text_of("Makefile"), re.MULTILINE
+    )
