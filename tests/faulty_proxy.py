@@ -39,6 +39,7 @@ Kind = Literal[
     "expired",  # answers 400 ExpiredToken, without asking the store
     "not implemented",  # answers 501, without asking the store
     "drop",  # closes the connection, without asking the store
+    "away",  # the same, to every request of an outage
     "lose answer",  # the store does it, the connection closes
     "cut body",  # half of the answer's body, then the connection closes
     "reset",  # half of the answer's body, then the connection is reset
@@ -171,7 +172,7 @@ class FaultyProxy:
         with self._lock:
             self.requests.append(f"{method} {path}")
             if time.monotonic() < self._away_until:
-                return "drop"
+                return "away"
             for fault in self.faults:
                 if (
                     fault.times
@@ -227,7 +228,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             owner.wait()
         if fault == "late":
             owner.wait(LATE_SECONDS)
-        if fault in ("drop", "hang"):
+        if fault in ("drop", "away", "hang"):
             self._close()
         elif fault in _REFUSALS:
             self._answer(*_REFUSALS[fault])

@@ -1,0 +1,345 @@
+"""Sick storage: a run through a store that fails, and bits that are flipped on the way and at rest.
+
+    python bench/faults.py [--share 0.1] [--outages 20 75] [--seed S] [--small] [--json FILE]
+
+1. A run goes through a proxy that does something wrong with a share of all requests (503, 429,
+   500, resets and cuts in the middle of a body, late answers, answers that are lost, flipped bits
+   in both directions, bodies that come byte by byte) and drops all of them during the outages. It
+   must end with the weights and the batches of a calm run: no row lost, none used twice.
+2. Bits are flipped in the bodies of single requests: what is read or stored must be right all the
+   same.
+3. Bits are flipped in the stored objects of the newest checkpoint and in shards: the checkpoint
+   must be passed over, the rows refused. A bit that nothing reads is harmless.
+
+Exit code 1 where anything wrong is accepted. `--small`: ranks that are no workers of Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lab
+from rich.table import Table
+
+from cluster.storage import Store, open_store
+from jobs.record import RunPaths
+from jobs.runs import RunReader
+from jobs.spec import JobSpec
+from tests.evidence import final_weights, global_batches, rows_by_epoch
+from tests.faulty_proxy import SICK, FaultyProxy, Kind, proxy_to
+from tests.tiny import tiny_job, tiny_model, tiny_reviews
+
+FLIPS: tuple[Kind, ...] = ("corrupt answer", "corrupt request")
+SLOW_BODIES = 2
+"""Bodies of row groups that would take hours; each costs the minute after which it is given up."""
+WORKERS = 2
+START_SECONDS = 600
+ENDPOINT = "AWS_ENDPOINT_URL_S3"
+
+
+@dataclass(frozen=True)
+class Arena:
+    """A job, the store of its runs and that of its data, and how large all of it is."""
+
+    spec: JobSpec
+    runs: Store
+    data: Store
+    is_small: bool
+    seed: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--share", type=float, default=0.1, help="of requests that fail")
+    parser.add_argument(
+        "--outages", type=float, nargs="*", metavar="SECONDS", help="default: 20 75; small: 3"
+    )
+    parser.add_argument("--seed", type=int, help="default: another each time")
+    arguments = lab.arguments_of(parser)
+    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(32)
+    outages = arguments.outages
+    if outages is None:
+        outages = [3.0] if arguments.small else [20.0, 75.0]
+    print(f"seed {seed}", file=sys.stderr)
+    with lab.place() as place, lab.object_store(place) as bucket:
+        arena = build(place, bucket, is_small=arguments.small, seed=seed)
+        with proxy_to(os.environ[ENDPOINT]) as proxy:
+            result = {
+                "seed": seed,
+                "share": arguments.share,
+                "outages_seconds": outages,
+                "run": sick_run(arena, proxy, share=arguments.share, outages=outages),
+                "bodies": flip_bodies(arena, proxy, flips=9 if arguments.small else 300),
+            }
+        result["stored"] = flip_stored(arena, flips=24 if arguments.small else 400)
+    result["is_right"] = is_right(result)
+    lab.tell("faults", result, tables=tables(result), json_file=arguments.json)
+    sys.exit(0 if result["is_right"] else 1)
+
+
+def build(place: Path, bucket: str, *, is_small: bool, seed: int) -> Arena:
+    """Model and data in the store, and the job."""
+    rows = 96 if is_small else 2000
+    root = open_store(f"{bucket}/faults")
+    model = root.within("model")
+    for path in tiny_model(place / "model", hidden=64).iterdir():
+        model.upload(path.name, path)
+    data = tiny_reviews(
+        f"{root.uri}/data", rows=rows, rows_per_group=16, rows_per_shard=rows // 3, held_out=40
+    )
+    spec = tiny_job(
+        model.uri,
+        {**data, "lanes": 2},
+        f"{root.uri}/runs",
+        train={"epochs": 2, "log_rows": True, "evaluate_every_steps": 12 if is_small else 50},
+        checkpoint={"every_steps": 6 if is_small else 20, "keep_last": 2},
+        workers={"count": WORKERS},
+        tracking=["tensorboard"],
+    )
+    return Arena(spec, open_store(spec.store.uri), root.within("data/train"), is_small, seed)
+
+
+# ------------------------------------------------------------------------------------ a sick run
+
+
+def sick_run(
+    arena: Arena, proxy: FaultyProxy, *, share: float, outages: list[float]
+) -> dict[str, Any]:
+    """Runs the job twice, calm and through the proxy; how the second differs, and what it met."""
+    calm_seconds = run(arena, "calm")
+    proxy.storm(share, (*SICK, *FLIPS), seed=arena.seed)
+    if not arena.is_small:
+        proxy.fail("trickle", "GET", "/train/shard", times=SLOW_BODIES)
+    away = threading.Thread(target=take_away, args=(arena, proxy, outages), daemon=True)
+    away.start()
+    sick_seconds = run(arena, "sick", endpoint=proxy.url)
+    away.join()
+    proxy.storm(0.0, (), seed=arena.seed)
+    proxy.faults.clear()
+    rows = rows_by_epoch(arena.runs, "sick")
+    expected = {epoch: set(counts) for epoch, counts in rows_by_epoch(arena.runs, "calm").items()}
+    events = list(RunReader(arena.runs, "sick").events())
+    messages = [str(event.get("message")) for event in events]
+    return {
+        "calm_seconds": round(calm_seconds, 1),
+        "sick_seconds": round(sick_seconds, 1),
+        "requests": len(proxy.requests),
+        "injected": dict(proxy.injected.most_common()),
+        "same_weights": final_weights(arena.runs, "sick") == final_weights(arena.runs, "calm"),
+        "same_batches": global_batches(arena.runs, "sick") == global_batches(arena.runs, "calm"),
+        "rows_lost": sum(len(expected[epoch] - set(rows.get(epoch, {}))) for epoch in expected),
+        "rows_repeated": sum(n - 1 for counts in rows.values() for n in counts.values()),
+        "attempts": len(RunReader(arena.runs, "sick").attempts()),
+        "waits_told": sum("for the store" in m for m in messages),
+        "saves_repeated": sum("could not be stored" in m for m in messages),
+        "told": [m for m in messages if "the store" in m],
+    }
+
+
+def take_away(arena: Arena, proxy: FaultyProxy, outages: list[float]) -> None:
+    """The outages, each once another checkpoint is there."""
+    seen = 0
+    for seconds in outages:
+        deadline = time.monotonic() + START_SECONDS
+        while (found := newest_step(arena.runs)) <= seen and time.monotonic() < deadline:
+            time.sleep(0.2)
+        seen = found
+        proxy.outage(seconds)
+        time.sleep(seconds)
+
+
+def newest_step(runs: Store) -> int:
+    manifests = RunReader(runs, "sick").live_manifests()
+    return manifests[-1].step if manifests else 0
+
+
+def run(arena: Arena, run_id: str, *, endpoint: str | None = None) -> float:
+    """Seconds that the job takes, by a way to the store of its own; it must succeed."""
+    before, cache = os.environ[ENDPOINT], os.environ["SHOAL_CACHE"]
+    os.environ[ENDPOINT] = endpoint or before
+    os.environ["SHOAL_CACHE"] = f"{cache}-{run_id}"
+    began = time.monotonic()
+    try:
+        (on_ranks if arena.is_small else on_ray)(arena.spec, run_id)
+    finally:
+        os.environ[ENDPOINT], os.environ["SHOAL_CACHE"] = before, cache
+    return time.monotonic() - began
+
+
+def on_ranks(spec: JobSpec, run_id: str) -> None:
+    from tests.ranks import assignment_of, run_ranks
+
+    outcome = run_ranks(assignment_of(spec, run_id), world_size=WORKERS)
+    assert outcome is not None
+    assert outcome.failure is None, outcome.failure
+
+
+def on_ray(spec: JobSpec, run_id: str) -> None:
+    from jobs.foreground import kill_tree
+    from jobs.submit import submit_job
+
+    process = submit_job(spec, run_id=run_id, foreground=True).process
+    assert process is not None
+    try:
+        code = process.wait()
+    finally:
+        kill_tree(process.pid)
+    if code != 0:
+        raise SystemExit(f"the driver of {run_id} ended with exit code {code}")
+
+
+# --------------------------------------------------------------------------------- bits, flipped
+
+
+def flip_bodies(arena: Arena, proxy: FaultyProxy, *, flips: int) -> dict[str, Counter[str]]:
+    """What becomes of requests one bit of whose body differs, by what they are for."""
+    access = arena.spec.store.access.model_copy(update={"endpoint_url": proxy.url})
+    data, runs = open_store(arena.data.uri, access), open_store(arena.runs.uri, access)
+    newest = RunReader(arena.runs, "calm").live_manifests()[-1]
+    manifest_key = RunPaths("calm").manifest(newest.name)
+    payload = arena.runs.read(manifest_key)
+    truth = read_groups(arena.data)
+    proxy.storm(0.0, (), seed=arena.seed)  # bits to flip are drawn from the seed
+
+    def an_object() -> bool:
+        return runs.read(manifest_key) == payload
+
+    def a_write() -> bool:
+        runs.write("flipped", payload)
+        return arena.runs.read("flipped") == payload
+
+    def rows() -> bool:
+        return read_groups(data) == truth
+
+    def a_checkpoint() -> bool:
+        return restored(runs) == (newest, True)
+
+    ways: dict[str, tuple[Kind, str, str, Callable[[], bool]]] = {
+        "objects read": ("corrupt answer", "GET", manifest_key, an_object),
+        "objects written": ("corrupt request", "PUT", "flipped", a_write),
+        "rows read": ("corrupt answer", "GET", "/train/shard", rows),
+        "checkpoints restored": ("corrupt answer", "GET", newest.name.folder, a_checkpoint),
+    }
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ways}
+    for number in range(flips):
+        name = list(ways)[number % len(ways)]
+        kind, method, part, use = ways[name]
+        before = proxy.injected[kind]
+        proxy.fail(kind, method, part)
+        is_true = use()
+        assert proxy.injected[kind] == before + 1, f"no bit was flipped in {name}"
+        counts[name]["found" if is_true else "accepted"] += 1
+    arena.runs.delete(["flipped"])
+    return counts
+
+
+def flip_stored(arena: Arena, *, flips: int) -> dict[str, Counter[str]]:
+    """What becomes of stored objects one bit of which differs."""
+    dice = random.Random(arena.seed)
+    newest = RunReader(arena.runs, "calm").live_manifests()[-1]
+    folder = RunPaths("calm").checkpoint(newest.name)
+    parts = [head.key for head in arena.runs.list(folder)]
+    shards = [head.key for head in arena.data.list() if head.key.endswith(".parquet")]
+    shards = [key for key in shards if not key.startswith("_")]
+    truth = read_groups(arena.data)
+
+    def checkpoint() -> str:
+        found, is_newest = restored(arena.runs)
+        if not is_newest:
+            return "found"
+        return "harmless" if found == newest else "accepted"
+
+    def rows() -> str:
+        from jobs.errors import DataError
+
+        try:
+            return "harmless" if read_groups(arena.data) == truth else "accepted"
+        except DataError:
+            return "found"
+
+    counts: dict[str, Counter[str]] = {"checkpoints": Counter(), "shards": Counter()}
+    for number in range(flips):
+        name = list(counts)[number % 2]
+        store, keys = (arena.runs, parts) if name == "checkpoints" else (arena.data, shards)
+        key = dice.choice(keys)
+        held = store.read(key)
+        bit = dice.randrange(8 * len(held))
+        changed = bytearray(held)
+        changed[bit // 8] ^= 1 << bit % 8
+        store.write(key, bytes(changed))
+        counts[name][checkpoint() if name == "checkpoints" else rows()] += 1
+        store.write(key, held)
+    return counts
+
+
+def restored(runs: Store) -> tuple[Any, bool]:
+    """The manifest from which the calm run would go on, and whether it is the newest by name."""
+    from trainers.restore import newest_restorable
+
+    with tempfile.TemporaryDirectory() as cache:
+        found, skipped = newest_restorable(runs, RunPaths("calm"), cache_folder=Path(cache))
+    return found, not skipped
+
+
+def read_groups(data: Store) -> list[Any]:
+    """All row groups of a data set, verified, from the store itself."""
+    from trainers.data.cache import NodeCache
+    from trainers.data.index import open_index
+    from trainers.data.reader import VerifiedReader
+
+    index = open_index(data)
+    with tempfile.TemporaryDirectory() as folder:
+        reader = VerifiedReader(
+            store=data,
+            index=index,
+            columns=["text", "label"],
+            cache=NodeCache(Path(folder), limit_bytes=2**30),
+        )
+        return [reader.read(group) for group in range(index.num_groups)]
+
+
+# ------------------------------------------------------------------------------------ the verdict
+
+
+def is_right(result: dict[str, Any]) -> bool:
+    went = result["run"]
+    flipped = [*result["bodies"].values(), *result["stored"].values()]
+    return (
+        bool(went["same_weights"] and went["same_batches"])
+        and went["rows_lost"] == went["rows_repeated"] == 0
+        and not any(counts["accepted"] for counts in flipped)
+    )
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    went = result["run"]
+    run_table = Table(
+        "met", "times", title=f"a run through a sick store ({result['share']:.0%} of requests)"
+    )
+    for kind, times in went["injected"].items():
+        run_table.add_row(kind, str(times))
+    run_table.add_section()
+    for name in (
+        "requests", "calm_seconds", "sick_seconds", "attempts", "waits_told", "saves_repeated",
+        "same_weights", "same_batches", "rows_lost", "rows_repeated",
+    ):  # fmt: skip
+        run_table.add_row(name.replace("_", " "), str(went[name]))
+    bits = Table("one bit differs in", "found", "harmless", "accepted", title="flipped bits")
+    for name, counts in (result["bodies"] | result["stored"]).items():
+        bits.add_row(name, *(str(counts[word]) for word in ("found", "harmless", "accepted")))
+    return [run_table, bits]
+
+
+if __name__ == "__main__":
+    main()
