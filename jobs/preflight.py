@@ -34,6 +34,7 @@ from jobs.checks.machine import (
     check_memory,
     check_packages,
     check_run_disk,
+    check_strategy,
     check_workers,
     disk_need,
     look_at_machine,
@@ -143,6 +144,7 @@ def _across(
     if "data.train" in sets:
         yield from check_stream(spec, sets["data.train"], totals)
     yield from check_workers(spec, machine)
+    yield from check_strategy(spec, model.weights if model is not None else None)
     need = worker_bytes(
         training_bytes=totals.training_bytes or 0, stream_bytes=totals.stream_bytes or 0
     )

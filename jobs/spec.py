@@ -342,7 +342,8 @@ class Workers(SpecPart):
     change saves the state and starts the workers anew."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: each worker holds the whole model. fsdp: weights, gradients and optimizer state are cut
-    over the workers (FSDP2), for models larger than one device."""
+    over the workers (FSDP2), for models larger than one device; a node needs room for the whole
+    model in its own memory while it starts. A run may change it when it is resumed."""
     cpus: PositiveInt = 1
     """CPU cores, and threads of torch, of one worker."""
     memory_gib: PositiveFloat | None = None

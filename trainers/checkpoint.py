@@ -34,7 +34,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tenacity
 import torch.distributed as dist
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -54,6 +56,7 @@ from trainers import watchdog
 from trainers.consolidation import whole_weights
 from trainers.fence import Fence
 from trainers.layout import SHARDS, WEIGHTS, parts_name
+from trainers.local_copy import DamagedPart
 from trainers.loop import Progress, Trainee
 from trainers.parallel import is_sharded, plain
 from trainers.retention import apply_retention
@@ -64,6 +67,7 @@ from trainers.telemetry import Telemetry
 PROGRESS = "progress.json"
 
 _UPLOAD_THREADS = 4
+_READS = 3
 _FIRST_PAUSE_SECONDS = 0.1
 _MAX_PAUSE_SECONDS = 2.0
 """Between two looks for what the other ranks have stored."""
@@ -85,6 +89,14 @@ class StoredParts(Record):
     """What one rank has stored of a checkpoint of several."""
 
     parts: tuple[Part, ...]
+    digest: str = ""
+    """Of the parts: whoever reads it knows whether it came whole."""
+
+    def sealed(self) -> StoredParts:
+        """The same with its digest."""
+        text = repr([(part.name, part.bytes, part.sha256) for part in self.parts])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return self.model_copy(update={"digest": digest})
 
 
 class PartsMissing(EnvironmentFault):
@@ -219,7 +231,7 @@ class CheckpointWriter:
 
     def _write_shard(self, files: Mapping[str, bytes | memoryview], step: int) -> None:
         """This rank's files, and then that they are stored."""
-        stored = StoredParts(parts=self._upload(files, step))
+        stored = StoredParts(parts=self._upload(files, step)).sealed()
         name = parts_name(rank=self._rank, world_size=dist.get_world_size())
         self._store.write(self._folder(step) + name, stored.to_bytes())
 
@@ -234,7 +246,7 @@ class CheckpointWriter:
         pause_seconds = _FIRST_PAUSE_SECONDS
         while True:
             for key in missing & {head.key for head in self._store.list(folder + SHARDS)}:
-                parts += StoredParts.model_validate_json(self._store.read(key)).parts
+                parts += self._read_parts(key)
                 missing.remove(key)
             if not missing:
                 return tuple(parts)
@@ -242,6 +254,21 @@ class CheckpointWriter:
             if is_late or self._gives_up.wait(pause_seconds):
                 raise PartsMissing(f"{len(missing)} ranks have not stored their parts")
             pause_seconds = min(2 * pause_seconds, _MAX_PAUSE_SECONDS)
+
+    @tenacity.retry(
+        # The way here may have spoilt what is whole in the store.
+        retry=tenacity.retry_if_exception_type(DamagedPart),
+        stop=tenacity.stop_after_attempt(_READS),
+        reraise=True,
+    )
+    def _read_parts(self, key: str) -> tuple[Part, ...]:
+        try:
+            told = StoredParts.model_validate_json(self._store.read(key))
+        except ValidationError as error:
+            raise DamagedPart(Problem(f"{key} is damaged")) from error
+        if told != told.sealed():
+            raise DamagedPart(Problem(f"{key} is damaged: its digest is another"))
+        return told.parts
 
     def _gather_weights(self, step: int, parts: tuple[Part, ...]) -> tuple[Part]:
         """Puts `model/model.safetensors` together from what is stored, and stores it."""

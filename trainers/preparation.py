@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from cluster.storage import Store, open_store
@@ -24,7 +27,7 @@ from trainers.patience import Patience
 from trainers.pretrained import pretrained_folder
 from trainers.restore import checkpoint_copy, load_progress
 from trainers.session import Session
-from trainers.state import load_optimizer
+from trainers.state import load_optimizer, refuse_converted
 from trainers.tasks.task import Task, build_task
 
 
@@ -160,10 +163,8 @@ def prepare(
         if held_out is not None:
             task.check_data(held_out.index)
     watchdog.tick("builds the model")
-    model = task.build_model(source, dropout=spec.model.dropout, seed=data.seed)
-    freeze(model, spec.model.freeze)
     dtype = compute_type(spec.model, session.device)
-    model = lay_out(model, spec, session)
+    model = build_model(task, source, spec, session, dropout=spec.model.dropout)
     optimizer = build_optimizer(model, spec.optimizer)
     if folder is not None:
         load_optimizer(folder, model, optimizer)
@@ -181,15 +182,31 @@ def prepare(
     )  # fmt: skip
 
 
-def lay_out(model: nn.Module, spec: JobSpec, session: Session) -> nn.Module:
-    """A model as this rank trains or measures it, on its device: all of it, or its shard.
+def build_model(
+    task: Task, folder: Path, spec: JobSpec, session: Session, *, dropout: float | None
+) -> nn.Module:
+    """The model of a folder as this rank trains or measures it, on its device: all of it, or its
+    shard.
 
-    Talks to no other rank. A single rank holds all of it, whatever the strategy.
+    Before a rank cuts the model it has all of it in the host's memory, so the ranks of a node take
+    turns. Talks to no other rank. A single rank holds all of it, whatever the strategy.
     """
-    if spec.workers.strategy == "fsdp" and session.world_size > 1:
+    is_cut = spec.workers.strategy == "fsdp" and session.world_size > 1
+    with _turn() if is_cut else nullcontext():
+        model = task.build_model(folder, dropout=dropout, seed=spec.data.seed)
+        freeze(model, spec.model.freeze)
+        if not is_cut:
+            return model.to(session.device)
+        refuse_converted(model)
         dtype = compute_type(spec.model, session.device)
         return shard(model, device=session.device, dtype=dtype)
-    return model.to(session.device)
+
+
+def _turn() -> AbstractContextManager[object]:
+    """A context in which no other process of this node is."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "building.lock")
 
 
 def replicated(prepared: Prepared, session: Session) -> Prepared:

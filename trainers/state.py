@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from jobs.errors import Problem, SpecError
 from trainers.layout import (
     LAYOUT_NAME,
     OPTIMIZER,
@@ -123,6 +124,21 @@ def saved_weights(model: Any) -> Tensors:
         untied = remove_tied_weights_from_state_dict(state, model)
     reverted: Tensors = revert_weight_conversion(model, untied)
     return reverted
+
+
+def refuse_converted(model: nn.Module) -> None:
+    """SpecError for a model whose weights are saved in another form than it computes with, such as
+    experts that are joined on loading: rows of the one are not rows of the other."""
+    own = {(tensor.data_ptr(), tensor.shape) for tensor in model.state_dict().values()}
+    for name, tensor in saved_weights(model).items():
+        if (tensor.data_ptr(), tensor.shape) not in own:
+            raise SpecError(
+                Problem(
+                    f"workers.strategy is fsdp, but this model joins weights on loading, such as "
+                    f"{name}, and such a model is not cut",
+                    "set workers.strategy to ddp",
+                )
+            )
 
 
 def forms_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Form]:

@@ -47,7 +47,7 @@ from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
 from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, room_fault
 from trainers.parallel import plain, trained_parameters
 from trainers.patience import Patience
-from trainers.preparation import DataSet, lay_out, prepare, replicated
+from trainers.preparation import DataSet, build_model, prepare, replicated
 from trainers.pulse import Pulse
 from trainers.restore import checkpoint_copy, drop_checkpoint_copies, read_live_manifests
 from trainers.saving import Saving
@@ -317,8 +317,9 @@ class _Rank:
             )
         except (DamagedPart, ObjectMissing):
             return None
-        model = self._prepared.task.build_model(folder / "model", dropout=None, seed=0)
-        return lay_out(model, self._spec, self._session)
+        return build_model(
+            self._prepared.task, folder / "model", self._spec, self._session, dropout=None
+        )
 
     # ---- the loop's surroundings
 

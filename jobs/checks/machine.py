@@ -25,6 +25,7 @@ from jobs.checks.finding import (
 )
 from jobs.checks.model import ModelFacts
 from jobs.checks.stores import nearest_existing
+from jobs.checks.weights import Weights
 from jobs.spec import JobSpec, KubeRayCluster, Workers, format_bytes
 from trainers.data.cache import CACHE_VARIABLE, cache_folder
 
@@ -33,6 +34,8 @@ _NVIDIA = Path("/proc/driver/nvidia/gpus")
 _NVIDIA_SMI_SECONDS = 3.0
 _PROCESS_BYTES = 700 * 2**20
 """Memory of a worker before it has a model: Python with torch and transformers, and Ray's part."""
+_COUNTS = "num_batches_tracked"
+"""What BatchNorm counts, in a buffer."""
 _TRAINING_PACKAGES = ("torch", "transformers", "ray", "datasets", "sklearn", "safetensors")
 
 
@@ -87,6 +90,30 @@ def check_workers(spec: JobSpec, machine: Machine | None) -> list[Finding]:
             + (f"; workers.count {workers.count} needs a larger one" * (fits < workers.count)),
         )
     ]
+
+
+def check_strategy(spec: JobSpec, weights: Weights | None) -> Iterator[Finding]:
+    """Whether the model can be cut over the workers, as far as the job and its files tell. Pure."""
+    if spec.workers.strategy != "fsdp":
+        return
+    part, workers = "workers.strategy", spec.workers
+    if workers.count == 1:
+        yield warning(
+            part,
+            "workers.strategy is fsdp, without effect on workers.count 1: one worker holds all of "
+            "the model",
+            "set workers.count to 2 or more, or remove workers.strategy",
+        )
+        return
+    shapes = weights.shapes if weights is not None else {}
+    scalars = [n for n, shape in shapes.items() if not shape and not n.endswith(_COUNTS)]
+    if scalars:
+        yield warning(
+            part,
+            f"workers.strategy is fsdp, but {scalars[0]} of this model is a single number: if it "
+            "is trained, and no buffer, the model cannot be cut",
+            "set workers.strategy to ddp",
+        )
 
 
 def _too_many(workers: Workers, number: int, machine: Machine) -> Iterator[Finding]:

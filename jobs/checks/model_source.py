@@ -25,6 +25,7 @@ from jobs.checks.stores import Stores
 from jobs.errors import EnvironmentFault, Problem, ShoalError, SpecError
 from jobs.record import Manifest, Result, RunPaths
 from jobs.spec import JobSpec, StoreAccess
+from trainers.layout import LAYOUT_NAME, WEIGHTS
 
 PART = "model"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -131,6 +132,17 @@ def _in_run(runs: Store, run_id: str) -> tuple[list[Finding], ModelFolder | None
                 f"see what is left with: shoal checkpoints {uri}",
             )
         ) from error
+    if any(part.name == LAYOUT_NAME for part in manifest.parts) and not any(
+        part.name == WEIGHTS for part in manifest.parts
+    ):
+        return [
+            not_checked(
+                PART,
+                f"{uri}: the weights of step {manifest.step} are cut; the run puts them together",
+                "make the plain folder, and name that: shoal checkpoints "
+                f"{uri} --consolidate {manifest.step}",
+            )
+        ], None
     files = {
         part.name.removeprefix("model/"): part.bytes
         for part in manifest.parts

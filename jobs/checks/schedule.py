@@ -46,7 +46,8 @@ def totals_of(spec: JobSpec, train: DataSetFacts | None, weights: Weights | None
     """Counts of the run; those that need the training set are None without it."""
     parameters = weights.num_parameters if weights is not None else None
     copies = {"adamw": 4, "sgd": 3}[spec.optimizer.kind]
-    training = 4 * copies * parameters if parameters is not None else None
+    cut_into = spec.workers.fewest if spec.workers.strategy == "fsdp" else 1
+    training = math.ceil(4 * copies * parameters / cut_into) if parameters is not None else None
     if train is None or not train.index.num_rows:
         return Totals(parameters=parameters, training_bytes=training)
     index = train.index

@@ -17,8 +17,16 @@ from safetensors.numpy import load_file, save_file
 import jobs.checks.machine as machine
 from cluster.storage import StorageError, Store, Transfer, open_store
 from jobs.checks.finding import Finding, Verdict, merge_same_cause, problem
-from jobs.checks.machine import DiskNeed, Machine, check_disk, check_memory, check_workers
+from jobs.checks.machine import (
+    DiskNeed,
+    Machine,
+    check_disk,
+    check_memory,
+    check_strategy,
+    check_workers,
+)
 from jobs.checks.stores import Stores, check_store
+from jobs.checks.weights import Weights
 from jobs.errors import PreflightError
 from jobs.preflight import Checked, check_job, show_check
 from jobs.record import CheckpointName, Manifest, Part, Result, RunPaths, State, StreamPosition
@@ -569,7 +577,15 @@ def test_a_run_can_be_the_source_once_it_has_a_model(
         checked = job(model=source)
         assert checked.exit_code == 0, checked.problems
         assert "checkpoint of step 7" in of(checked, Verdict.OK, "model")[0].message
-    runs.delete([RunPaths("old").manifest(CheckpointName(7, 1))])
+    manifest = RunPaths("old").manifest(CheckpointName(7, 1))
+    whole = Manifest.model_validate_json(runs.read(manifest))
+    layout = Part(name="shards/layout.json", bytes=1, sha256="")
+    small = [part for part in whole.parts if part.name != "model/model.safetensors"]
+    cut = whole.model_copy(update={"parts": (*small, layout)})
+    runs.write(manifest, cut.to_bytes())
+    (found,) = of(job(model="old"), Verdict.NOT_CHECKED, "model")
+    assert "old --consolidate 7" in (found.hint or "")
+    runs.delete([manifest])
     found = only_problem(job(model="old"), "model", exit_code=3)
     assert "gone or damaged" in found.message
 
@@ -627,6 +643,21 @@ def test_an_elastic_run_needs_a_machine_for_its_fewest_workers(shared: Path) -> 
     (lacking,) = workers_on(shared, machine_of(), count=9, min=3, cpus=4)
     assert lacking.message.startswith("3 workers with workers.cpus 4 need 12 cores")
     assert (lacking.hint or "").startswith("set workers.min to 2,")
+
+
+def test_a_model_is_cut_over_several_workers_where_it_has_rows(shared: Path, job: Any) -> None:
+    whole = job(workers={"count": 2}).totals.training_bytes
+    cut = job(workers={"count": 2, "strategy": "fsdp"})
+    assert not of(cut, Verdict.WARNING, "workers.strategy")
+    assert cut.totals.training_bytes == -(-whole // 2)
+    alone = only_warning(job(workers={"strategy": "fsdp"}), "workers.strategy")
+    assert "without effect on workers.count 1" in alone.message
+    uris = {"train": str(shared / "data" / "train")}
+    spec = tiny_job(shared / "model", uris, "runs", workers={"count": 2, "strategy": "fsdp"})
+    weights = Weights({"norm.num_batches_tracked": (), "w": (2,), "logit_scale": ()}, 8)
+    (scalar,) = check_strategy(spec, weights)
+    assert "logit_scale of this model is a single number" in scalar.message
+    assert scalar.hint == "set workers.strategy to ddp"
 
 
 def test_a_cluster_elsewhere_is_not_checked(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:

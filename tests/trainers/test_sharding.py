@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import MixtralConfig, MixtralForSequenceClassification
 
 from cluster.storage import StorageError
 from jobs.errors import Problem, SpecError
@@ -40,6 +41,7 @@ from trainers.parallel import (
     trained_parameters,
 )
 from trainers.session import ProcessSession, Session
+from trainers.state import refuse_converted
 
 CPU = torch.device("cpu")
 ADAMW = Optimizer(kind="adamw", learning_rate=1e-2)
@@ -60,6 +62,7 @@ def encoder(folder: Path, *, frozen: bool) -> nn.Module:
     torch.manual_seed(3)
     model: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     freeze(model, ["embeddings"] if frozen else [])
+    refuse_converted(model)
     return model.train()
 
 
@@ -282,6 +285,18 @@ def test_a_model_with_a_scalar_parameter_is_refused() -> None:
     model.scale = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(SpecError, match="scale") as caught:
         shard(model, device=CPU, dtype=torch.float32)
+    assert caught.value.problems[0].hint == "set workers.strategy to ddp"
+
+
+def test_a_model_whose_weights_are_joined_on_loading_is_refused(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, pad_token_id=0,
+        num_attention_heads=1, num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    MixtralForSequenceClassification(config).save_pretrained(tmp_path)
+    model = MixtralForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.raises(SpecError, match=r"experts\.0") as caught:
+        refuse_converted(model)
     assert caught.value.problems[0].hint == "set workers.strategy to ddp"
 
 

@@ -30,6 +30,7 @@ from trainers.layout import OPTIMIZER, WEIGHTS
 from trainers.local_copy import DamagedPart
 from trainers.patience import Patience
 from trainers.preparation import prepare
+from trainers.pretrained import model_of_checkpoint
 from trainers.restore import newest_restorable, read_attempts, read_manifests
 from trainers.session import ProcessSession, Session
 from trainers.telemetry import Telemetry
@@ -120,6 +121,27 @@ def test_a_state_goes_over_any_number_of_workers_and_comes_back_with_the_same_by
     names = {part.name for part in manifests(scene, "r3")[-1].parts}
     assert {f"shards/model-000{rank}-of-0003.safetensors" for rank in range(3)} < names
     assert OPTIMIZER not in names
+
+
+class SpoilsOnTheWay:
+    """Rank 0 first reads what another has stored with one bit changed."""
+
+    def __init__(self, place: int) -> None:
+        self.place, self.seen = place, set[str]()
+
+    def __call__(self) -> None:
+        whole = FolderStore.read
+
+        def read(store: Store, key: str) -> bytes:
+            data = whole(store, key)
+            if "/parts-0001-of" in key and key not in self.seen:
+                self.seen.add(key)
+                spoilt = bytearray(data)
+                spoilt[self.place % len(data)] ^= 1
+                return bytes(spoilt)
+            return data
+
+        FolderStore.read = read  # type: ignore[method-assign]
 
 
 class DiesStoring:
@@ -227,7 +249,7 @@ def test_a_part_that_cannot_be_stored_is_a_save_that_failed_and_is_repeated_at_t
 
 def test_a_damaged_shard_is_found_and_costs_its_checkpoint_only(scene: Scene) -> None:
     """The plain folder is made of any of the others, and loads."""
-    run_ranks(assignment_of(job(scene, 2), "run"), world_size=2)
+    run_ranks(assignment_of(job(scene, 2), "run"), world_size=2, before=SpoilsOnTheWay(150))
     last, before = manifests(scene, "run")[-1], manifests(scene, "run")[-2]
     checkpoint = scene.runs.within(scene.paths().checkpoint(last.name).rstrip("/"))
     whole = whole_files(scene.runs, last, scene.paths().checkpoint(last.name))
@@ -248,9 +270,16 @@ def test_a_damaged_shard_is_found_and_costs_its_checkpoint_only(scene: Scene) ->
     assert "model-0001-of-0002.safetensors is damaged" in skipped
     checkpoint.write(name, bytes(data))
     assert whole_files(scene.runs, last, scene.paths().checkpoint(last.name)) == whole
+    model = model_of_checkpoint(
+        scene.runs.within(scene.paths().checkpoint(before.name).rstrip("/")),
+        before,
+        scene.folder / "cache",
+    )
     made = consolidate(RunReader(scene.runs, "run"), before.step, to=None)
     loaded = AutoModelForSequenceClassification.from_pretrained(made["uri"])
-    held = load(whole_files(scene.runs, before, scene.paths().checkpoint(before.name))[WEIGHTS])
+    data = whole_files(scene.runs, before, scene.paths().checkpoint(before.name))[WEIGHTS]
+    assert (model / "model.safetensors").read_bytes() == data
+    held = load(data)
     assert {n: t.numpy().tobytes() for n, t in loaded.state_dict().items()} == {
         n: t.tobytes() for n, t in held.items()
     }
