@@ -46,6 +46,7 @@ class SavedState:
             "evaluation": m.evaluation,
             "is_best": self.is_best,
             "is_last": self.is_last,
+            "has_model": m.has_model,
             "is_whole": None if self.faults is None else not self.faults,
             "faults": list(self.faults or ()),
         }
@@ -139,13 +140,14 @@ def show_checkpoints(found: Sequence[SavedState]) -> None:
     rows: list[list[str | Text]] = []
     for state in found:
         m = state.manifest
-        marks = [mark for mark, on in (("best", state.is_best), ("last", state.is_last)) if on]
+        told = {"best": state.is_best, "last": state.is_last, "in parts": not m.has_model}
+        marks = [mark for mark, is_so in told.items() if is_so]
         row: list[str | Text] = [
             str(m.step),
             f"{format_seconds(time.time() - m.created_at)} ago",
             format_bytes(m.total_bytes),
             *(format_number(m.evaluation.get(name)) for name in metrics),
-            Text(" ".join(marks), style="bold green" if state.is_best else "cyan"),
+            Text(", ".join(marks), style="bold green" if state.is_best else "cyan"),
         ]
         if state.faults is not None:
             row.append(

@@ -46,6 +46,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from jobs.errors import ClusterError, EnvironmentFault, ShoalError, SpecError
 
+MODEL_WEIGHTS = "model/model.safetensors"
+"""The part of a checkpoint that makes its `model/` a folder that loads."""
 MANIFEST_VERSION = 2
 
 
@@ -296,6 +298,11 @@ class Manifest(Record):
     @property
     def total_bytes(self) -> int:
         return sum(part.bytes for part in self.parts)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether its `model/` loads as it is; else each worker's part of the weights is apart."""
+        return any(part.name == MODEL_WEIGHTS for part in self.parts)
 
 
 class Lease(Record):

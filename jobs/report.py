@@ -266,12 +266,17 @@ def _commands(spec: JobSpec, status: RunStatus) -> dict[str, str | None]:
     if manifest is None:
         return commands
     model = join_uri(status.uri, f"checkpoints/{manifest.name.folder}/model")
+    steps = []
+    if not manifest.has_model:
+        model = join_uri(status.uri, RunPaths("").model(manifest.step).rstrip("/"))
+        steps.append(f"shoal checkpoints {uri} --consolidate {manifest.step}")
     folder = model
     if is_s3(status.uri):
         folder = status.run_id
         endpoint = spec.store.access.endpoint_url
         option = f" --endpoint-url {shlex.quote(endpoint)}" if endpoint else ""
-        commands["download"] = f"aws s3 cp{option} --recursive {shlex.quote(model + '/')} {folder}/"
+        steps.append(f"aws s3 cp{option} --recursive {shlex.quote(model + '/')} {folder}/")
+    commands["download"] = " && ".join(steps) or None
     names = ["AutoModelForSequenceClassification"]
     loads = [f"model = AutoModelForSequenceClassification.from_pretrained({folder!r})"]
     if any(part.name.startswith("model/tokenizer") for part in manifest.parts):

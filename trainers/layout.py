@@ -17,10 +17,10 @@ from pydantic import ValidationError
 
 from cluster.storage import StorageError
 from jobs.errors import EnvironmentFault, Problem
-from jobs.record import Record
+from jobs.record import MODEL_WEIGHTS, Record
 from trainers.tensor_file import ITEM_BYTES, Form
 
-WEIGHTS = "model/model.safetensors"
+WEIGHTS = MODEL_WEIGHTS
 OPTIMIZER = "optimizer.safetensors"
 """The files of a checkpoint that is not cut, by which a layout sorts its tensors."""
 SHARDS = "shards/"

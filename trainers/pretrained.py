@@ -99,7 +99,7 @@ def _in_run(runs: Store, run_id: str, cache_folder: Path) -> Path:
 def model_of_checkpoint(checkpoint: Store, manifest: Manifest, cache_folder: Path) -> Path:
     """The `model/` folder of a checkpoint on this node, verified by its manifest, and whole."""
     wanted = ["model/"]
-    if all(part.name != WEIGHTS for part in manifest.parts):
+    if not manifest.has_model:
         wanted += [LAYOUT_NAME, shard_stem(WEIGHTS)]
     parts = [p for p in manifest.parts if p.name.startswith(tuple(wanted))]
     digest = hashlib.sha256(repr([(p.name, p.sha256) for p in parts]).encode()).hexdigest()[:24]

@@ -25,7 +25,6 @@ from jobs.checks.stores import Stores
 from jobs.errors import EnvironmentFault, Problem, ShoalError, SpecError
 from jobs.record import Manifest, Result, RunPaths
 from jobs.spec import JobSpec, StoreAccess
-from trainers.layout import LAYOUT_NAME, WEIGHTS
 
 PART = "model"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -132,9 +131,7 @@ def _in_run(runs: Store, run_id: str) -> tuple[list[Finding], ModelFolder | None
                 f"see what is left with: shoal checkpoints {uri}",
             )
         ) from error
-    if any(part.name == LAYOUT_NAME for part in manifest.parts) and not any(
-        part.name == WEIGHTS for part in manifest.parts
-    ):
+    if not manifest.has_model:
         return [
             not_checked(
                 PART,

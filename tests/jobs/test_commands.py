@@ -12,7 +12,7 @@ from synthetic import START, running, succeeded
 from test_cli import run_main
 
 from cluster.storage import Store
-from jobs.record import CheckpointName, Failure, RunPaths, State
+from jobs.record import CheckpointName, Failure, Manifest, RunPaths, State
 
 RUN = "sentiment-a1b2c3"
 
@@ -216,6 +216,24 @@ def test_checkpoints_marks_best_and_last(shell: Shell) -> None:
     assert len([c for c in found if c["is_best"]]) == 1
     assert {c["is_whole"] for c in found} == {None}
     assert "best" in shell.run("checkpoints", RUN)
+
+
+def test_a_checkpoint_in_parts_is_marked_and_the_report_says_how_to_make_its_model(
+    shell: Shell,
+) -> None:
+    made = succeeded(shell.store)
+    best = shell.json("status", RUN)["best"]["step"]
+    for head in list(shell.store.list(made.paths.checkpoints)):
+        if head.key.endswith("/manifest.json") and f"-{best:08d}-" in head.key:
+            held = Manifest.model_validate_json(shell.store.read(head.key))
+            cut = tuple(p for p in held.parts if p.name != "model/model.safetensors")
+            shell.store.write(head.key, held.model_copy(update={"parts": cut}).to_bytes())
+    found = shell.json("checkpoints", RUN)["checkpoints"]
+    assert [c["step"] for c in found if not c["has_model"]] == [best]
+    assert "best, in parts" in shell.run("checkpoints", RUN)
+    commands = shell.json("report", RUN)["commands"]
+    assert commands["download"] == f"shoal checkpoints {shell.store.uri}/{RUN} --consolidate {best}"
+    assert f"{shell.store.uri}/{RUN}/models/step-{best:08d}'" in commands["load"]
 
 
 def test_verify_finds_changed_short_and_missing_parts(shell: Shell) -> None:

@@ -75,6 +75,7 @@ def test_the_model_is_loaded_from_the_best_checkpoint(local_store: Store) -> Non
     step = report["best"]["step"]
     assert f"checkpoints/step-{step:08d}-attempt-0002/model'" in report["commands"]["load"]
     assert "AutoModelForSequenceClassification.from_pretrained(" in report["commands"]["load"]
+    assert report["commands"]["download"] is None
 
 
 def test_without_a_test_set_the_report_says_so(local_store: Store) -> None:

@@ -12,13 +12,13 @@ import pytest
 
 from cluster.folder import FolderStore
 from cluster.storage import StorageError, Store, open_store
-from jobs.errors import EnvironmentFault, Problem
+from jobs.errors import Problem
 from jobs.record import Outcome, State
-from tests.ranks import assignment_of, on_ranks, run_group
+from tests.ranks import assignment_of, run_group
 from tests.scene import Scene
 from trainers import preparation, worker
 from trainers.restore import newest_restorable, read_attempts, read_manifests
-from trainers.session import ProcessSession, Session
+from trainers.session import ProcessSession
 
 
 def same_on_all(outcomes: list[Outcome]) -> Outcome:
@@ -152,25 +152,14 @@ def test_an_attempt_that_follows_the_end_of_the_run_gives_that_end(scene: Scene)
     assert scene.train(scene.job(), generation=3).attempt == 2
 
 
-class Claims:
-    """Trains; gives the error that it raised."""
-
-    def __init__(self, assignment: Any) -> None:
-        self.assignment = assignment
-
-    def __call__(self, session: Session) -> str:
-        with pytest.raises(EnvironmentFault) as raised:
-            worker.train_worker(session, self.assignment)
-        return str(raised.value)
-
-
 def test_a_store_that_is_not_there_at_the_start_is_heard_of_by_all_ranks(scene: Scene) -> None:
     assignment = assignment_of(scene.job(workers={"count": 2}), "run")
     shutil.rmtree(scene.runs_folder)
     scene.runs_folder.touch()
-    first, second = on_ranks(Claims(assignment), world_size=2)
-    assert first == second
-    assert str(scene.runs_folder) in first
+    outcome = same_on_all(run_group(assignment, world_size=2))
+    assert outcome.state is State.FAILED_INFRA
+    assert outcome.failure is not None
+    assert str(scene.runs_folder) in outcome.failure.problems[0][0]
 
 
 def test_no_thread_of_a_failed_run_stays(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
