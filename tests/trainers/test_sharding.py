@@ -153,6 +153,21 @@ class Measures:
         return agreement.sum(task.total).tolist(), gathered, model.training
 
 
+@dataclass(frozen=True)
+class InHalf:
+    """Types of what a pass in bfloat16 gives, and of what it leaves."""
+
+    folder: Path
+
+    def __call__(self, session: Session) -> tuple[str, set[str]]:
+        model = shard(encoder(self.folder, frozen=False), device=CPU, dtype=torch.bfloat16)
+        logits = model(input_ids=torch.full((1, 3), 5)).logits
+        logits.float().sum().backward()
+        kept = [p.dtype for p in model.parameters()]
+        kept += [p.grad.dtype for p in model.parameters() if p.grad is not None]
+        return str(logits.dtype), set(map(str, kept))
+
+
 class RowsAsBatches:
     """Task, items and metrics in one: row n is the tokens [5 + n, 6]; adds up the logits."""
 
@@ -215,6 +230,7 @@ def works(folder: Path) -> list[Any]:
         ),
         Measures(folder, sharded=True),
         Measures(folder, sharded=True, fails=1),
+        InHalf(folder),
     ]
 
 
@@ -267,6 +283,12 @@ def test_an_evaluation_counts_each_row_once_and_leaves_nothing_gathered(
         assert total[2] == 4
         assert gathered == []
         assert training
+
+
+def test_passes_in_bfloat16_leave_weights_and_gradients_in_float32(
+    folder: Path, given: Given
+) -> None:
+    assert given(InHalf(folder)) == [("torch.bfloat16", {"torch.float32"})] * 3
 
 
 def test_a_rank_that_cannot_read_ends_the_evaluation_of_all(folder: Path, given: Given) -> None:

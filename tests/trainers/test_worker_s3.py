@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load
 
 from cluster.embedded import EmbeddedStore
 from cluster.storage import Store
 from jobs.record import RunPaths, State
 from jobs.spec import JobSpec
+from tests.evidence import final_weights
 from tests.faulty_proxy import proxy_to
 from tests.ranks import Kill, assignment_of, run_ranks
 from tests.scene import Scene
@@ -18,19 +18,9 @@ from tests.tiny import tiny_job, tiny_model, tiny_reviews
 from trainers.restore import read_attempts, read_manifests
 
 
-def weights(store: Store, run_id: str) -> dict[str, bytes]:
-    last = read_manifests(store, RunPaths(run_id))[-1]
-    assert last.is_last_step
-    folder = RunPaths(run_id).checkpoint(last.name)
-    return {
-        f"{name}/{key}": value.tobytes()
-        for name in ("model/model.safetensors", "optimizer.safetensors")
-        for key, value in load(store.read(folder + name)).items()
-    }
-
-
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_run_in_an_object_store_is_killed_and_resumed_to_the_same_bits(
-    s3_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     model = s3_store.within("model")
     for path in tiny_model(tmp_path / "model", hidden=64).iterdir():
@@ -41,8 +31,8 @@ def test_a_run_in_an_object_store_is_killed_and_resumed_to_the_same_bits(
         model.uri,
         {**data, "lanes": 2},
         runs.uri,
-        workers={"count": 2},
-        checkpoint={"every_steps": 2},
+        workers={"count": 2, "strategy": strategy},
+        checkpoint={"every_steps": 3},
         tracking=["tensorboard"],
     )
     for run_id in ("calm", "killed"):
@@ -57,7 +47,7 @@ def test_a_run_in_an_object_store_is_killed_and_resumed_to_the_same_bits(
     restored = read_attempts(runs, RunPaths("killed"))[-1].restored_step
     assert restored is not None
     assert 0 < restored < 7
-    assert weights(runs, "killed") == weights(runs, "calm")
+    assert final_weights(runs, "killed") == final_weights(runs, "calm")
     assert list(runs.list("killed/tensorboard/"))
 
 
