@@ -80,9 +80,9 @@ def main() -> None:
                 "share": arguments.share,
                 "outages_seconds": outages,
                 "run": sick_run(arena, proxy, share=arguments.share, outages=outages),
-                "bodies": flip_bodies(arena, proxy, flips=9 if arguments.small else 300),
+                "bodies": flip_bodies(arena, proxy, flips=9 if arguments.small else 120),
             }
-        result["stored"] = flip_stored(arena, flips=24 if arguments.small else 400)
+        result["stored"] = flip_stored(arena, flips=24 if arguments.small else 200)
     result["is_right"] = is_right(result)
     lab.tell("faults", result, tables=tables(result), json_file=arguments.json)
     sys.exit(0 if result["is_right"] else 1)
