@@ -40,7 +40,8 @@ INSIDE = ("step", "evaluation", "upload", "parts")
 LEAST_OF_EACH = 5
 LEAST_DRIVERS, LEAST_NODES = 2, 1
 MOST_STEPS_BEFORE = 30
-PATIENCE_SECONDS = 180
+PATIENCE_SECONDS = 600
+LOOK_SECONDS = 0.5
 WORKERS = 2
 BATCH = 8
 
@@ -377,16 +378,11 @@ class RayRun:
         found = 0
 
         def has_progress() -> bool:
+            # The first of these lines is written after some steps.
             nonlocal found
-            attempts = self._reader.attempts()
-            found = attempts[-1].attempt if attempts else 0
-            if found <= after or not found:
-                return False
-            begun = attempts[-1].restored_step or 0
-            return any(
-                line["attempt"] == found and line["step"] > begun
-                for line in self._reader.metrics_lines()
-            )
+            folders = list(self._runs.list_folders(f"{self._run_id}/metrics/"))
+            found = max((int(name.rpartition("-")[2]) for name in folders), default=0)
+            return found > after
 
         self._wait(has_progress, f"no attempt after {after} gets on")
         return found
@@ -398,7 +394,7 @@ class RayRun:
                 raise SystemExit(f"{self._run_id}: {otherwise}")
             if self._reader.result() is not None:
                 raise SystemExit(f"{self._run_id} has ended before: {self._reader.result()}")
-            time.sleep(0.2)
+            time.sleep(LOOK_SECONDS)
 
     def _shoal(self, *arguments: str) -> None:
         subprocess.run(
