@@ -8,6 +8,8 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	command -v $$name >/dev/null && $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	2>/dev/null && echo $$name && break; done)
 ARGS ?=
+# Files of tests go on side by side; four processes of them at most, each with a store of its own.
+PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # Settings of the caller's shell that would change what the targets do. Without byte code every
 # process of Ray compiles torch anew (twice the time to start); optimized Python drops the tests'
@@ -37,12 +39,12 @@ demo: $(INSTALLED)
 	@$(PY) examples/demo.py $(ARGS)
 
 test: $(INSTALLED)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 # One after the other: each takes all cores. All of them run, and their exit codes are joined.
 chaos: $(INSTALLED)
 	@mkdir -p build/bench; failed=; \
-	for name in chaos faults checkpoint; do \
+	for name in chaos faults elastic resume checkpoint; do \
 		$(PY) bench/$$name.py --json build/bench/$$name.json $(ARGS) || failed="$$failed $$name"; \
 	done; \
 	[ -z "$$failed" ] || { echo "error: failed:$$failed" >&2; exit 1; }
