@@ -274,8 +274,8 @@ def undisturbed(arena: Arena) -> Iterator[subprocess.Popen[bytes]]:
     """The same job by torchrun, which takes no orders; ended with the block."""
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(WORKERS), "-m", "trainers", "job.yaml", "--run-id", "calm",
+            "nice", sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(WORKERS), "-m", "trainers", "job.yaml", "--run-id", "calm",
         ],
         cwd=arena.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip

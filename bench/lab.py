@@ -65,6 +65,8 @@ def place() -> Iterator[Path]:
         "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent/credentials",
         "AWS_EC2_METADATA_DISABLED": "true",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's workers are as important as all else here, and not nice to it (their default: 15).
+        "RAY_worker_niceness": "0",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     os.environ.pop("RAY_ADDRESS", None)

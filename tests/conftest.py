@@ -28,6 +28,8 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS
         patch.setenv("AWS_CONFIG_FILE", "/nonexistent/config")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent/credentials")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        # Ray's workers must not wait until nothing else is to be done (their default: 15).
+        patch.setenv("RAY_worker_niceness", "0")
         yield store
 
 
