@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lab
 import yaml
@@ -111,7 +111,7 @@ def main() -> None:
     began = time.monotonic()
     with lab.place() as place, lab.object_store(place) as bucket:
         # Long enough to be there for all kills.
-        rows, epochs = (200, 3) if arguments.small else (2000, 4 + kills // 2)
+        rows, epochs = (200, 3) if arguments.small else (2000, 4 + kills // 3)
         arena = Arena(place, f"{bucket}/chaos", rows, epochs, seed)
         verdicts = (on_ranks if arguments.small else on_ray)(arena, kills)
     result = {
@@ -244,11 +244,10 @@ def on_ray(arena: Arena, kills: int) -> list[Verdict]:
         cluster.add(cpus=3)
         for run_id in ("steady", "changing"):
             number = kills - for_changing if run_id == "steady" else for_changing
-            run = RayRun(arena, run_id, cluster, orders, draw)
-            run.start()
-            for left in range(number, 0, -1):
-                run.kill(next_moment(run.met, left, draw, run_id=run_id))
-            run.finish()
+            with RayRun(arena, run_id, cluster, orders, draw) as run:
+                for left in range(number, 0, -1):
+                    run.kill(next_moment(run.met, left, draw, run_id=run_id))
+                run.finish()
         if calm.wait(PATIENCE_SECONDS * 3):
             raise SystemExit("the calm run failed")
         for run_id in ("steady", "changing"):
@@ -307,8 +306,17 @@ class RayRun:
         self._reader = RunReader(self._runs, run_id)
         self._uri = f"{self._runs.uri}/{run_id}"
 
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         self._shoal("submit", "job.yaml", "--run-id", self._run_id, "--skip-check")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the driver, if it has not ended by itself."""
+        from jobs.runs import driver_has_ended
+
+        lease = self._reader.lease()
+        if lease is not None and driver_has_ended(lease) is False:
+            os.kill(lease.pid, signal.SIGKILL)
 
     def kill(self, moment: str) -> None:
         """Kills, and returns when training has got further than it was."""
