@@ -86,6 +86,7 @@ def test_nothing_set_means_aws_itself() -> None:
         ca_bundle=None,
         server_side_encryption=None,
         kms_key_id=None,
+        conditional_writes=True,
         transfer=Transfer(),
     )
 

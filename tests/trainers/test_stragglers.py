@@ -161,4 +161,5 @@ def test_a_slow_rank_is_named_in_the_metrics_in_a_warning_and_in_the_status(scen
     live = replace(status, train=slowed, situation=replace(status.situation, is_over=False))
     assert live.to_json()["straggler"] == told[-1]
     assert told[-1]["message"] in shown(status_renderable(live))
-    assert "keeps the others waiting" not in shown(status_renderable(status))
+    over = replace(live, situation=replace(status.situation, is_over=True))
+    assert "keeps the others waiting" not in shown(status_renderable(over))
