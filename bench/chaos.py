@@ -102,11 +102,11 @@ class Arena:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, help="how many; 50, or 8 with --small")
+    parser.add_argument("--kills", type=int, help="how many; 50, or 4 with --small")
     parser.add_argument("--seed", type=int, help="of the moments; default: another each time")
     arguments = lab.arguments_of(parser)
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(32)
-    kills = arguments.kills or (8 if arguments.small else 50)
+    kills = arguments.kills or (4 if arguments.small else 50)
     print(f"seed {seed}", file=sys.stderr)
     began = time.monotonic()
     with lab.place() as place, lab.object_store(place) as bucket:
