@@ -197,14 +197,13 @@ def on_ranks(arena: Arena, kills: int) -> list[Verdict]:
     from tests.ranks import assignment_of, run_ranks
 
     tree = prepare(arena, evaluate_every=20, checkpoint_every=7)
+    spec = parse_spec(tree, where="chaos")
+    run_ranks(assignment_of(spec, "calm"), world_size=WORKERS)
     draw = random.Random(arena.seed)
     moments = [moment for moment in INSIDE for _ in range(-(-kills // len(INSIDE)))][:kills]
     draw.shuffle(moments)
     verdicts = []
     for run_id, counts in (("steady", [WORKERS]), ("changing", [1, 3, 2])):
-        spec = parse_spec(tree, where="chaos")
-        calm = f"calm-{run_id}"
-        run_ranks(assignment_of(spec, calm), world_size=WORKERS)
         own = moments[kills // 4 :] if run_id == "steady" else moments[: kills // 4]
         generation = 0
         for generation, moment in enumerate(own, start=1):
@@ -215,7 +214,7 @@ def on_ranks(arena: Arena, kills: int) -> list[Verdict]:
             run_ranks(assignment, world_size=count, kill=order)
             arena.kills.append(Kill(run_id, f"{moment} {at}", moment, generation))
         run_ranks(assignment_of(spec, run_id, generation=generation + 1), world_size=WORKERS)
-        verdicts.append(judge(arena, run_id, calm=calm, same_workers=run_id == "steady"))
+        verdicts.append(judge(arena, run_id, calm="calm", same_workers=run_id == "steady"))
     return verdicts
 
 
