@@ -24,9 +24,9 @@ from types import TracebackType
 import tenacity
 
 from cluster.process import ProcessIdentity, identify
-from cluster.storage import PreconditionFailed, StorageError, Store
+from cluster.storage import PreconditionFailed, StorageError, Store, read_whole
 from jobs.errors import ClusterError, Problem
-from jobs.record import Lease
+from jobs.record import DAMAGED_RECORD_HINT, Lease
 
 _RENEWALS_PER_TTL = 3
 _LOOKS_PER_TTL = 20
@@ -99,12 +99,16 @@ class Found:
 
 
 def read_lease(store: Store, key: str) -> Found | None:
-    """The lease at `key`, whoever holds it; None where none was ever taken."""
+    """The lease at `key`, whoever holds it; None where none was ever taken.
+
+    Raises DamagedObject where it cannot be told who holds it.
+    """
     head = store.head(key)
     if head is None:
         return None
     # If it is replaced in between, the ETag is the older one: a write by it fails.
-    return Found(Lease.model_validate_json(store.read(key)), head.etag)
+    lease = read_whole(store, key, Lease.model_validate_json, hint=DAMAGED_RECORD_HINT)
+    return Found(lease, head.etag)
 
 
 def _is_free(lease: Lease) -> bool:

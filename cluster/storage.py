@@ -8,6 +8,7 @@ failure that outlives the retries is a StorageError with a hint.
       StorageError            the store cannot do it: refused, full, damaged
         StoreAway             it does not answer, or not rightly: later it may
         ObjectMissing         there is no such object
+        DamagedObject         the object's bytes are not those that were written
         PreconditionFailed    the object is not what a conditional write expected
           ObjectExists        it should have been absent
 """
@@ -19,13 +20,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+import tenacity
 
 from jobs.errors import EnvironmentFault, Problem, SpecError
 from jobs.spec import StoreAccess
 
 if TYPE_CHECKING:
     import pyarrow.fs
+
+Parsed = TypeVar("Parsed")
 
 OWN_FILE_PREFIX = ".shoal-"
 """File names of a folder store's unfinished writes and locks; no part of a key begins so."""
@@ -34,6 +39,8 @@ _S3_URI = re.compile(
     r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9])(?:/(?P<key>.*))?"
 )
 _MOST_NUMBERS_TRIED = 100
+_MOST_READS = 3
+"""Reads of an object before it is taken for damaged in the store."""
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -57,6 +64,10 @@ class ObjectMissing(StorageError):  # noqa: N818
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.key, *self.problems)
+
+
+class DamagedObject(StorageError):  # noqa: N818
+    """The object is there, but its content is not what was once written."""
 
 
 class PreconditionFailed(StorageError):  # noqa: N818
@@ -263,6 +274,23 @@ def write_numbered(store: Store, key_of: Callable[[int], str], data: bytes, *, a
         return
     folder = key_of(after + 1).rpartition("/")[0]
     raise EnvironmentFault(f"{folder} is being written to by too many others at once")
+
+
+def read_whole(store: Store, key: str, parse: Callable[[bytes], Parsed], *, hint: str) -> Parsed:
+    """What `parse` makes of the object; read anew where it raises ValueError, as for damage.
+
+    The way here may have spoilt what is whole in the store. Raises DamagedObject with `hint` where
+    it stays damaged, and ObjectMissing.
+    """
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(ValueError),
+        stop=tenacity.stop_after_attempt(_MOST_READS),
+        reraise=True,
+    )
+    try:
+        return retrying(lambda: parse(store.read(key)))
+    except ValueError as error:
+        raise DamagedObject(Problem(f"{join_uri(store.uri, key)} is damaged", hint)) from error
 
 
 def split_uri(uri: str) -> tuple[str, str]:

@@ -120,6 +120,35 @@ class Record(BaseModel):
         return self.model_dump_json(indent=1).encode()
 
 
+class SealedRecord(Record):
+    """A record that is stored with a digest of itself, which is compared when it is read."""
+
+    def to_bytes(self) -> bytes:
+        tree = json.loads(super().to_bytes())
+        return json.dumps(tree | {_DIGEST: _digest(tree)}, indent=1).encode()
+
+    @classmethod
+    def require_as_written(cls, tree: object) -> None:
+        """Raises ValueError where the record's JSON is not the one of its digest."""
+        if isinstance(tree, dict) and _DIGEST in tree:
+            rest = {key: value for key, value in tree.items() if key != _DIGEST}
+            if tree[_DIGEST] != _digest(rest):
+                raise ValueError("it is damaged: its digest is another")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_as_written(cls, tree: object) -> object:
+        cls.require_as_written(tree)
+        return tree
+
+
+DAMAGED_RECORD_HINT = (
+    "put an older version of it back, where the bucket keeps versions; else start a new run whose "
+    "model.source is the folder model/ of a checkpoint of this one"
+)
+"""For a record without which nobody can tell what a run has done."""
+
+
 class Failure(Record):
     """Why something ended: the problems, as the user is to read them."""
 
@@ -160,7 +189,7 @@ def _state_of(error: ShoalError) -> State:
     return State.FAILED_USER
 
 
-class Attempt(Record):
+class Attempt(SealedRecord):
     """One start of the worker group; written by rank 0 before the first step."""
 
     attempt: int
@@ -187,7 +216,7 @@ class Attempt(Record):
     """From the start of the worker function to the first step."""
 
 
-class Outcome(Record):
+class Outcome(SealedRecord):
     """How an attempt ended by itself; absent where it was killed."""
 
     attempt: int
@@ -213,7 +242,7 @@ class Microbatch(Record):
     """Rows times the longest of them: padding included."""
 
 
-class Crash(Record):
+class Crash(SealedRecord):
     """Why an attempt broke off, told by a rank before its process ended.
 
     The ranks could not agree on an outcome: the others were waiting for this one. The first rank
@@ -253,7 +282,7 @@ class StreamPosition(Record):
     """First position of `epoch` that no step has used."""
 
 
-class Manifest(Record):
+class Manifest(SealedRecord):
     """The commit object of a checkpoint: written last, names every part with bytes and sha256."""
 
     version: int = MANIFEST_VERSION
@@ -272,25 +301,6 @@ class Manifest(Record):
     """Step of the best evaluation so far, this one included."""
     is_last_step: bool = False
 
-    def to_bytes(self) -> bytes:
-        """The manifest with a digest of itself, which is compared when it is read."""
-        tree = json.loads(super().to_bytes())
-        return json.dumps(tree | {_DIGEST: _digest(tree)}, indent=1).encode()
-
-    @classmethod
-    def require_as_written(cls, tree: object) -> None:
-        """Raises ValueError where a manifest's JSON is not the one of its digest."""
-        if isinstance(tree, dict) and _DIGEST in tree:
-            rest = {key: value for key, value in tree.items() if key != _DIGEST}
-            if tree[_DIGEST] != _digest(rest):
-                raise ValueError("the manifest is damaged: its digest is another")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_as_written(cls, tree: object) -> object:
-        cls.require_as_written(tree)
-        return tree
-
     @property
     def name(self) -> CheckpointName:
         return CheckpointName(self.step, self.attempt)
@@ -305,7 +315,7 @@ class Manifest(Record):
         return any(part.name == MODEL_WEIGHTS for part in self.parts)
 
 
-class Lease(Record):
+class Lease(SealedRecord):
     """Who drives the run. Replaced by compare-and-swap only."""
 
     generation: int

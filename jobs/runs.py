@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pydantic import ValidationError
-
 from cluster.process import ProcessIdentity
-from cluster.storage import Head, ObjectMissing, Store, join_uri
+from cluster.storage import DamagedObject, Head, ObjectMissing, Store, join_uri, read_whole
 from jobs.errors import Problem, SpecError
 from jobs.lines import Line, LineReader
 from jobs.parse import apply_overrides, parse_spec
@@ -251,12 +249,10 @@ class RunReader:
 
     def _read_now(self, key: str, kind: type[R]) -> R | None:
         try:
-            data = self.store.read(key)
+            return read_whole(self.store, key, kind.model_validate_json, hint="")
         except ObjectMissing:
             return None
-        try:
-            return kind.model_validate_json(data)
-        except ValidationError:
+        except DamagedObject:
             self._complain(f"{join_uri(self.store.uri, key)} is not a readable {kind.__name__}")
             return None
 

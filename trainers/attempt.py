@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from cluster.storage import ObjectExists, ObjectMissing, Store
+from cluster.storage import ObjectExists, ObjectMissing, Store, read_whole
 from jobs.errors import EnvironmentFault, Problem, ShoalError
 from jobs.record import Attempt, Crash, Failure, Manifest, Outcome, RunPaths, rightful
 from jobs.spec import JobSpec
@@ -187,9 +187,17 @@ def _read_crash(store: Store, paths: RunPaths, attempt: int) -> Crash | None:
 
 
 def outcome_of(store: Store, paths: RunPaths, attempt: int) -> Outcome | None:
-    """How the attempt ended by itself; None where it goes on or was killed."""
+    """How the attempt ended by itself; None where it goes on or was killed.
+
+    Raises DamagedObject where it cannot be told.
+    """
     try:
-        return Outcome.model_validate_json(store.read(paths.outcome(attempt)))
+        return read_whole(
+            store,
+            paths.outcome(attempt),
+            Outcome.model_validate_json,
+            hint="let another driver take the run over: shoal resume RUN",
+        )
     except ObjectMissing:
         return None
 

@@ -9,9 +9,9 @@ objects, and the lineage leaves it out.
 
 from __future__ import annotations
 
-from cluster.storage import ObjectMissing, Store
+from cluster.storage import ObjectMissing, Store, read_whole
 from jobs.errors import EnvironmentFault, Problem
-from jobs.record import Lease, RunPaths
+from jobs.record import DAMAGED_RECORD_HINT, Lease, RunPaths
 
 
 class Superseded(EnvironmentFault):
@@ -29,7 +29,12 @@ class Fence:
     def check(self) -> None:
         """Raises Superseded once a newer generation has the lease; StorageError as reads do."""
         try:
-            lease = Lease.model_validate_json(self._store.read(self._paths.lease))
+            lease = read_whole(
+                self._store,
+                self._paths.lease,
+                Lease.model_validate_json,
+                hint=DAMAGED_RECORD_HINT,
+            )
         except ObjectMissing:
             return  # ranks that were started without a driver, or a run that holds no lease
         if lease.generation > self._generation:

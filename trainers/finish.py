@@ -6,7 +6,7 @@ import time
 
 import tenacity
 
-from cluster.storage import PreconditionFailed, Store
+from cluster.storage import DamagedObject, PreconditionFailed, Store
 from jobs.errors import Problem
 from jobs.record import (
     Failure,
@@ -26,8 +26,16 @@ _WRITE_ATTEMPTS = 5
 def build_result(
     store: Store, paths: RunPaths, *, generation: int, ended: Outcome | Failure
 ) -> Result:
-    """The result of a run that has just ended. Reads manifests and attempts."""
-    live = live_manifests(read_manifests(store, paths), read_attempts(store, paths))
+    """The result of a run that has just ended. Reads manifests and attempts.
+
+    Where an attempt's record is damaged, nobody can tell which checkpoints count: none is named.
+    """
+    try:
+        live = live_manifests(read_manifests(store, paths), read_attempts(store, paths))
+    except DamagedObject as damaged:
+        live = []
+        if isinstance(ended, Outcome) and ended.failure is None:
+            ended = Failure.of(damaged, where="driver")
     outcome = ended if isinstance(ended, Outcome) else None
     tested_step = outcome.test["step"] if outcome is not None and outcome.test else None
     best = next((m for m in live if m.step == tested_step), None) or best_manifest(live)

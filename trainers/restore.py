@@ -13,9 +13,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cluster.storage import ObjectMissing, Store
+from cluster.storage import ObjectMissing, Store, read_whole
 from jobs.errors import EnvironmentFault, Problem
-from jobs.record import MANIFEST_VERSION, Attempt, Manifest, RunPaths, live_manifests
+from jobs.record import (
+    DAMAGED_RECORD_HINT,
+    MANIFEST_VERSION,
+    Attempt,
+    Manifest,
+    RunPaths,
+    live_manifests,
+)
 from trainers.consolidation import complete_weights
 from trainers.local_copy import DamagedPart, drop_copy, local_copy
 from trainers.loop import Progress
@@ -64,9 +71,12 @@ def _parse_manifest(key: str, text: bytes) -> Manifest | str:
 
 
 def read_attempts(store: Store, paths: RunPaths) -> list[Attempt]:
-    """All attempts of a run, by number."""
+    """All attempts of a run, by number.
+
+    Raises DamagedObject where one cannot be read: it may decide which checkpoints count.
+    """
     return [
-        Attempt.model_validate_json(store.read(head.key))
+        read_whole(store, head.key, Attempt.model_validate_json, hint=DAMAGED_RECORD_HINT)
         for head in store.list(paths.attempts)
         if paths.is_attempt(head.key)
     ]
