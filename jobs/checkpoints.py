@@ -16,7 +16,7 @@ from jobs.record import Manifest, Part
 from jobs.runs import RunReader
 from trainers.consolidation import store_model
 from trainers.data.cache import cache_folder
-from trainers.local_copy import DamagedPart
+from trainers.local_copy import DamagedPart, reads_again
 
 _NUM_THREADS = 8
 _RANGE_BYTES = 8 * 2**20
@@ -82,14 +82,24 @@ def _fault(store: Store, folder: str, part: Part) -> str | None:
         return f"{part.name} is missing"
     if head.num_bytes != part.bytes:
         return f"{part.name} has {head.num_bytes} bytes, not {part.bytes}"
-    digest = hashlib.sha256()
     try:
-        for start in range(0, part.bytes, _RANGE_BYTES):
-            end = min(start + _RANGE_BYTES, part.bytes)
-            digest.update(store.read_range(folder + part.name, start=start, end=end))
+        _verify(store, folder, part)
+    except DamagedPart as error:
+        return str(error)
     except StorageError as error:
         return f"{part.name} cannot be read: {error}"
-    return None if digest.hexdigest() == part.sha256 else f"{part.name} has another sha256"
+    return None
+
+
+@reads_again
+def _verify(store: Store, folder: str, part: Part) -> None:
+    """Reads a part; raises DamagedPart where its sha256 is not that of its record."""
+    digest = hashlib.sha256()
+    for start in range(0, part.bytes, _RANGE_BYTES):
+        end = min(start + _RANGE_BYTES, part.bytes)
+        digest.update(store.read_range(folder + part.name, start=start, end=end))
+    if digest.hexdigest() != part.sha256:
+        raise DamagedPart(f"{part.name} has another sha256")
 
 
 def consolidate(reader: RunReader, step: int, *, to: str | None) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Overview:
     value: float | None
     submitted_at: float
     workers: int | None
+    problems: tuple[str, ...] = ()
+    """What of the run's folder could not be read, as far as it was looked at."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -46,6 +48,7 @@ class Overview:
             "value": self.value,
             "submitted_at": self.submitted_at,
             "workers": self.workers,
+            "problems": list(self.problems),
         }
 
 
@@ -95,6 +98,7 @@ def read_overview(reader: RunReader) -> Overview:
         value=value,
         submitted_at=submitted_at,
         workers=spec.workers.count,
+        problems=tuple(reader.problems),
     )
 
 
@@ -116,10 +120,10 @@ def _metric(result: Result | None, lines: Sequence[Line]) -> tuple[str | None, f
 
 
 def show_overviews(overviews: Sequence[Overview]) -> None:
-    """The table of `shoal list`, on stdout."""
+    """The table of `shoal list`, on stdout; what could not be read, on stderr."""
     from rich.text import Text
 
-    from jobs.terminal import format_number, print_table, state_text
+    from jobs.terminal import format_number, print_table, show_warnings, state_text
 
     rows: list[list[str | Text]] = []
     for o in overviews:
@@ -139,3 +143,4 @@ def show_overviews(overviews: Sequence[Overview]) -> None:
         rows,
         right={"step", "workers", "age"},
     )
+    show_warnings(problem for o in overviews for problem in o.problems)

@@ -14,7 +14,7 @@ from rich.text import Text
 from jobs.lines import Line
 from jobs.record import Attempt, Outcome
 from jobs.status import RunStatus, format_seconds
-from jobs.terminal import format_number, format_percent, print_to, state_text
+from jobs.terminal import format_number, format_percent, print_to, show_warnings, state_text
 
 TIME_NAMES = {
     "compute": "compute",
@@ -33,13 +33,7 @@ _SKIPPED_SHOWN = 10
 def show_status(status: RunStatus) -> None:
     """Print it all on stdout."""
     print_to(sys.stdout, status_renderable(status))
-    for problem in status.problems:
-        show_warning(problem)
-
-
-def show_warning(problem: str) -> None:
-    """A warning on stderr, beside the data on stdout."""
-    print_to(sys.stderr, Text(f"warning: {problem}", style="yellow"))
+    show_warnings(status.problems)
 
 
 def status_renderable(status: RunStatus) -> RenderableType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from typing import IO
 
 from rich.console import Console, RenderableType
@@ -47,6 +48,12 @@ def print_to(stream: IO[str], *renderables: RenderableType) -> None:
         console.print(*renderables, sep="\n")
     text = capture.get()
     stream.write("".join(line.rstrip() + "\n" for line in text.splitlines()))
+
+
+def show_warnings(problems: Iterable[str]) -> None:
+    """Warnings on stderr, beside the data on stdout."""
+    for problem in problems:
+        print_to(sys.stderr, Text(f"warning: {problem}", style="yellow"))
 
 
 def print_table(columns: list[str], rows: list[list[str | Text]], *, right: set[str]) -> None:

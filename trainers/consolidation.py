@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import tenacity
 from filelock import FileLock
 
 from cluster.storage import Store, open_store
@@ -28,23 +27,14 @@ from jobs.errors import EnvironmentFault, Problem
 from jobs.record import Part
 from trainers import watchdog
 from trainers.layout import LAYOUT_NAME, WEIGHTS, Layout, parse_layout
-from trainers.local_copy import DamagedPart
+from trainers.local_copy import DamagedPart, reads_again
 from trainers.tensor_file import Place, header_of, parse_header
 
 _BLOCK_BYTES = 8 * 2**20
 _THREADS = 4
-_READS = 3
-"""Times that a part is read before it is taken for damaged in the store."""
 _MODEL = "model/"
 _CONFIG = "config.json"
 _OTHER_BYTES = "its bytes are not those of its record"
-
-_reads_again = tenacity.retry(
-    # The way here may have spoilt what is whole in the store.
-    retry=tenacity.retry_if_exception_type(DamagedPart),
-    stop=tenacity.stop_after_attempt(_READS),
-    reraise=True,
-)
 
 
 def read_layout(checkpoint: Store, parts: Iterable[Part]) -> Layout | None:
@@ -176,7 +166,7 @@ class _Segment:
     target: int
 
 
-@_reads_again
+@reads_again
 def _pour(
     checkpoint: Store, descriptor: int, part: Part, wanted: Mapping[str, Place] | None
 ) -> None:
@@ -233,7 +223,7 @@ def _no_room(folder: Path, error: OSError) -> EnvironmentFault:
     )
 
 
-@_reads_again
+@reads_again
 def _verified(checkpoint: Store, part: Part) -> bytes:
     """A small part."""
     data = checkpoint.read(part.name)

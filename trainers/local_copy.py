@@ -20,12 +20,21 @@ from trainers import watchdog
 _THREADS = 4
 TICKING = Transfer(on_part=watchdog.tick)
 """How stores move large files where a watchdog may look on."""
-_FETCHES = 3
-"""Fetches of a part before it is taken for damaged in the store."""
+_READS = 3
+"""Of a file, before it is taken for damaged in the store."""
 
 
 class DamagedPart(StorageError):  # noqa: N818 - named for what it says
-    """A stored file is not what its record says: bytes or sha256 differ."""
+    """A stored file is not what its record, or its own digest, says."""
+
+
+reads_again = tenacity.retry(
+    # The way here may have spoilt what is whole in the store.
+    retry=tenacity.retry_if_exception_type(DamagedPart),
+    stop=tenacity.stop_after_attempt(_READS),
+    reraise=True,
+)
+"""Decorates what reads a stored file and raises DamagedPart: the last of three times counts."""
 
 
 def local_copy(store: Store, parts: Sequence[Part], folder: Path) -> Path:
@@ -123,12 +132,7 @@ def _has_sizes(folder: Path, parts: Sequence[Part]) -> bool:
     return folder.is_dir() and all(f.is_file() and f.stat().st_size == size for f, size in files)
 
 
-@tenacity.retry(
-    # The way here may have spoilt what is whole in the store.
-    retry=tenacity.retry_if_exception_type(DamagedPart),
-    stop=tenacity.stop_after_attempt(_FETCHES),
-    reraise=True,
-)
+@reads_again
 def _fetch(store: Store, part: Part, folder: Path) -> None:
     """Fetches a part and verifies it; one whose bytes are wrong is fetched anew."""
     path = folder / part.name

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.storage import ObjectMissing, Store, read_whole
+from cluster.storage import DamagedObject, ObjectMissing, Store, read_whole
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import (
     DAMAGED_RECORD_HINT,
@@ -42,18 +43,16 @@ def _read_manifests(store: Store, paths: RunPaths) -> tuple[list[Manifest], list
     for folder in store.list_folders(paths.checkpoints):
         key = f"{paths.checkpoints}{folder}/manifest.json"
         try:
-            found = _parse_manifest(key, store.read(key))
+            manifests.append(read_whole(store, key, partial(_parse_manifest, key), hint=""))
         except ObjectMissing:
             continue  # parts without a manifest are no checkpoint
-        if isinstance(found, Manifest):
-            manifests.append(found)
-        else:
-            damaged.append(found)
+        except DamagedObject as error:
+            damaged.append(str(error))
     return sorted(manifests, key=lambda m: m.name), damaged
 
 
-def _parse_manifest(key: str, text: bytes) -> Manifest | str:
-    """The manifest, or why it is none; EnvironmentFault where it is of another version."""
+def _parse_manifest(key: str, text: bytes) -> Manifest:
+    """Raises ValueError where it is damaged, EnvironmentFault where it is of another version."""
     try:
         tree = json.loads(text)
         Manifest.require_as_written(tree)
@@ -66,8 +65,8 @@ def _parse_manifest(key: str, text: bytes) -> Manifest | str:
                 )
             )
         return Manifest.model_validate_json(text)
-    except (ValueError, KeyError, TypeError):
-        return f"{key} is damaged"
+    except (KeyError, TypeError) as error:
+        raise ValueError("it is no manifest") from error
 
 
 def read_attempts(store: Store, paths: RunPaths) -> list[Attempt]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from cluster.storage import StorageError, Store
+from cluster.storage import Store
+from jobs.errors import EnvironmentFault
 from jobs.record import (
     Attempt,
     CheckpointName,
@@ -31,8 +32,10 @@ def apply_retention(
     """Deletes what retention gives up: the manifest first, so that nothing half looks whole.
 
     `attempt` is the caller's own, whose newest manifest is durable. One that a newer attempt has
-    superseded (its driver was frozen, say) deletes nothing: the newer one may need it. What cannot
-    be deleted now is named again after the next checkpoint.
+    superseded (its driver was frozen, say) deletes nothing: the newer one may need it. Nor is
+    anything deleted while one of the records that decide cannot be read; a manifest that is damaged
+    each time it is read is none. What cannot be deleted now is named again after the next
+    checkpoint.
     """
     metric, mode, _ = spec.best
     try:
@@ -59,7 +62,7 @@ def apply_retention(
                 store.delete([paths.manifest(name)])
                 store.delete(keys)
                 telemetry.event("retention", f"deleted step {name.step}", step=name.step)
-    except StorageError as error:
+    except EnvironmentFault as error:
         telemetry.event("warning", f"old checkpoints could not be deleted: {error}")
 
 

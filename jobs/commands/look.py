@@ -12,7 +12,7 @@ from jobs.commands.target import (
     run_argument,
     store_option,
 )
-from jobs.errors import Problem, SpecError
+from jobs.errors import Problem, ShoalError, SpecError, render_error
 
 
 @click.command("list")
@@ -95,12 +95,14 @@ def checkpoints(
 ) -> None:
     """The checkpoints of a run: step, size, metrics; with --verify, whether they are whole."""
     from jobs.checkpoints import consolidate, read_checkpoints, show_checkpoints
+    from jobs.terminal import show_warnings
 
     reader = open_run(run, store)
     reader.spec_head()
     if step is not None:
         _refuse(verify, "--verify", "--consolidate verifies what it reads: remove --verify")
         made = consolidate(reader, step, to=to)
+        show_warnings(reader.problems)
         if as_json:
             print_json(made)
         else:
@@ -108,11 +110,17 @@ def checkpoints(
         return
     _refuse(to is not None, f"--to {to}", "add --consolidate STEP, or remove --to")
     found = read_checkpoints(reader, verify=verify)
+    problems = reader.problems
     if as_json:
-        print_json({"checkpoints": [checkpoint.to_json() for checkpoint in found]})
+        states = [checkpoint.to_json() for checkpoint in found]
+        print_json({"checkpoints": states, "problems": problems})
     else:
         show_checkpoints(found)
-    if any(checkpoint.faults for checkpoint in found):
+    if verify and problems:
+        click.echo(render_error(ShoalError(*problems)), err=True)
+    else:
+        show_warnings(problems)
+    if verify and (problems or any(checkpoint.faults for checkpoint in found)):
         ctx.exit(1)
 
 

@@ -11,8 +11,10 @@ import pytest
 from synthetic import START, running, succeeded
 from test_cli import run_main
 
+from cluster.embedded import EmbeddedStore
 from cluster.storage import Store
 from jobs.record import CheckpointName, Failure, Manifest, RunPaths, State
+from tests.faulty_proxy import proxy_to
 
 RUN = "sentiment-a1b2c3"
 
@@ -249,6 +251,67 @@ def test_verify_finds_changed_short_and_missing_parts(shell: Shell) -> None:
         100: [f"{part} has 511 bytes, not 512"],
         150: [f"{part} is missing"],
     }
+
+
+def damage(store: Store, key: str) -> None:
+    """Flips one bit in the middle of an object."""
+    data = bytearray(store.read(key))
+    data[len(data) // 2] ^= 4
+    store.write(key, bytes(data))
+
+
+def test_a_damaged_manifest_is_told_and_fails_verify(shell: Shell) -> None:
+    made = succeeded(shell.store)
+    key = made.paths.manifest(CheckpointName(300, 2))
+    damage(shell.store, key)
+    told = f"{shell.store.uri}/{key} is not a readable Manifest"
+    shown = shell.json("checkpoints", RUN, "--verify", code=1)
+    assert shown["problems"] == [told]
+    assert [c["step"] for c in shown["checkpoints"]] == [50, 100, 150, 200, 250]
+    shell.run("checkpoints", RUN, "--verify", code=1)
+    assert shell.error == f"error: {told}\n"
+    shell.run("checkpoints", RUN)
+    assert shell.error == f"warning: {told}\n"
+    assert shell.json("checkpoints", RUN)["problems"] == [told]
+    shell.run("checkpoints", RUN, "--consolidate", "50")
+    assert shell.error == f"warning: {told}\n"
+    shell.run("status", RUN)
+    assert shell.error == f"warning: {told}\n"
+    assert shell.json("report", RUN)["problems"] == [told]
+
+
+def test_a_damaged_record_of_an_attempt_is_told_wherever_it_matters(shell: Shell) -> None:
+    made = succeeded(shell.store)
+    key = made.paths.attempt(2)
+    shell.store.write(key, b"garbage")
+    told = f"{shell.store.uri}/{key} is not a readable Attempt"
+    assert shell.json("list")["runs"][0]["problems"] == [told]
+    shell.run("list")
+    assert shell.error == f"warning: {told}\n"
+    assert shell.json("status", RUN)["problems"] == [told]
+    assert shell.json("checkpoints", RUN, "--verify", code=1)["problems"] == [told]
+
+
+@pytest.mark.parametrize(("times", "is_whole"), [(2, True), (3, False)])
+def test_verify_reads_three_times_what_comes_changed(
+    s3_store: Store,
+    object_store: EmbeddedStore,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    is_whole: bool,
+) -> None:
+    made = succeeded(s3_store)
+    with proxy_to(object_store.endpoint_url) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        monkeypatch.setenv("SHOAL_STORE", s3_store.uri)
+        shell = Shell(s3_store, capsys)
+        part = made.paths.checkpoint(CheckpointName(50, 1)) + "model/model.safetensors"
+        proxy.fail("corrupt answer", "GET", part, times=times)
+        code = 0 if is_whole else 1
+        found = shell.json("checkpoints", RUN, "--verify", code=code)["checkpoints"]
+        assert proxy.injected["corrupt answer"] == times
+    assert [c["is_whole"] for c in found] == [is_whole, *[True] * 5]
 
 
 def test_consolidate_makes_the_plain_model_folder_of_any_checkpoint(

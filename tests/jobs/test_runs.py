@@ -13,6 +13,7 @@ from jobs.lines import LineReader
 from jobs.record import Amendment, CheckpointName, RunPaths, Source, State
 from jobs.runs import RunReader, list_run_ids
 from jobs.status import read_status
+from tests.spoiling import SpoilingStore
 
 
 class CountingStore:
@@ -153,3 +154,12 @@ def test_an_overview_takes_the_newest_object_of_driver_and_first_rank(local_stor
     lines = RunReader(local_store, made.run_id).newest_lines("logs")
     assert [line["message"] for line in lines] == ["bucket layout fixed", "rank 1 died"]
     assert open_store(local_store.uri).head(made.paths.spec) is not None
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_record_that_was_spoilt_on_its_way_is_read_anew(local_store: Store, times: int) -> None:
+    made = succeeded(local_store)
+    key = made.paths.manifest(CheckpointName(300, 2))
+    reader = RunReader(SpoilingStore(local_store, key, times=times), made.run_id)  # type: ignore[arg-type]
+    assert [m.step for m in reader.live_manifests()] == [50, 100, 150, 200, 250, 300]
+    assert reader.problems == []
