@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from cluster.storage import (
     PreconditionFailed,
     StorageError,
     StoreAway,
+    Transfer,
     check_key,
     check_prefix,
 )
@@ -40,6 +40,9 @@ _LOCK_NAME = OWN_FILE_PREFIX + "lock"
 _LOCK_SECONDS = 45.0
 """A lock is held for one small write; whoever holds it longer is stuck."""
 _COPY_BYTES = 2**20
+_SYNC_BYTES = 2**30
+"""Written bytes that wait for the disk at most: the system takes many gigabytes into its memory,
+and the flush at the end would be silent until the disk has them."""
 _OPEN_ATTEMPTS = 5
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _AWAY = (
@@ -63,8 +66,10 @@ class FolderStore:
     were replaced conditionally.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, transfer: Transfer | None = None) -> None:
+        """Of `transfer`, only `on_part` and `part_bytes` have a meaning here."""
         self._path = path
+        self._transfer = transfer or Transfer()
 
     def __repr__(self) -> str:
         return f"FolderStore({self.uri!r})"
@@ -79,7 +84,8 @@ class FolderStore:
 
     def within(self, prefix: str) -> FolderStore:
         folder = check_prefix(prefix).rstrip("/")
-        return FolderStore(self._path / folder if folder else self._path)
+        path = self._path / folder if folder else self._path
+        return FolderStore(path, transfer=self._transfer)
 
     def filesystem(self) -> pyarrow.fs.LocalFileSystem:
         import pyarrow.fs
@@ -168,7 +174,7 @@ class FolderStore:
         digest = hashlib.sha256() if hashed else None
 
         def fill(file: IO[bytes]) -> None:
-            while block := source.read(_COPY_BYTES):
+            for block in self._told(_blocks_of_file(source)):
                 file.write(block)
                 if digest is not None:
                     digest.update(block)
@@ -177,21 +183,43 @@ class FolderStore:
             write_whole(path, fill, flush=False)
         return digest.hexdigest() if digest is not None else ""
 
+    def _told(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        """The blocks; calls `on_part` whenever those of a part have been dealt with."""
+        num_bytes = 0
+        for block in blocks:
+            yield block
+            num_bytes += len(block)
+            if num_bytes >= self._transfer.part_bytes:
+                num_bytes = 0
+                if self._transfer.on_part is not None:
+                    self._transfer.on_part()
+
     # ------------------------------------------------------------------------------- writing
 
     def write(self, key: str, data: bytes | memoryview) -> str:
-        return write_whole(self._file(key), lambda file: file.write(data))
+        return self._write(key, _blocks_of(data))
 
     def upload(self, key: str, path: Path) -> str:
         with path.open("rb") as source:
-            return write_whole(
-                self._file(key), lambda file: shutil.copyfileobj(source, file, _COPY_BYTES)
-            )
+            return self._write(key, _blocks_of_file(source))
+
+    def _write(self, key: str, blocks: Iterable[bytes], *, replace: bool = True) -> str:
+        def fill(file: IO[bytes]) -> None:
+            unsynced_bytes = 0
+            for block in self._told(blocks):
+                file.write(block)
+                unsynced_bytes += len(block)
+                if unsynced_bytes >= _SYNC_BYTES:
+                    unsynced_bytes = 0
+                    file.flush()
+                    os.fsync(file.fileno())
+
+        return write_whole(self._file(key), fill, replace=replace)
 
     def write_if_absent(self, key: str, data: bytes | memoryview) -> str:
         path = self._file(key)
         try:
-            return write_whole(path, lambda file: file.write(data), replace=False)
+            return self._write(key, _blocks_of(data), replace=False)
         except FileExistsError as error:
             raise ObjectExists(key, f"{path} exists already") from error
 
@@ -240,6 +268,17 @@ class FolderStore:
                 yield
         except _ABSENT as error:
             raise ObjectMissing(key, f"there is no {path}") from error
+
+
+def _blocks_of(data: bytes | memoryview) -> Iterator[bytes]:
+    for start in range(0, len(data), _COPY_BYTES):
+        # A view of it would outlive an error, in its traceback, and a map of memory that has views
+        # cannot be closed.
+        yield bytes(data[start : start + _COPY_BYTES])
+
+
+def _blocks_of_file(file: IO[bytes]) -> Iterator[bytes]:
+    return iter(lambda: file.read(_COPY_BYTES), b"")
 
 
 def write_whole(

@@ -106,7 +106,8 @@ class Transfer:
 
     part_bytes: int = 16 * 2**20
     """Larger objects are written in parts of this size; S3 takes no part below 5 MiB but the last.
-    Downloads read ranges of the same size."""
+    Downloads read ranges of the same size. In a folder it is how much moves between two calls of
+    `on_part`."""
     num_threads: int = 8
     """Parts of one object that move at a time."""
     retry_seconds: float = 45.0
@@ -229,7 +230,7 @@ def open_store(
         return S3Store.open(bucket=bucket, prefix=prefix, settings=settings)
     from cluster.folder import FolderStore
 
-    return FolderStore(local_path(text))
+    return FolderStore(local_path(text), transfer=transfer or Transfer())
 
 
 def is_s3(uri: str) -> bool:

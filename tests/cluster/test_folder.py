@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 import subprocess
@@ -94,6 +95,41 @@ def test_a_fault_of_the_system_is_told_and_leaves_nothing(
         assert str(tmp_path / "a/k") in str(caught.value)
         assert caught.value.exit_code == 3
     assert files(tmp_path) == []
+
+
+def test_mapped_bytes_that_cannot_be_written_are_given_back(
+    local_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(folder, "_SYNC_BYTES", 2**20)
+    (tmp_path / "file").write_bytes(bytes(3 * 2**20))
+    with (
+        pytest.raises(StorageError, match="disk or the quota is full"),
+        (tmp_path / "file").open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held,
+        memoryview(held) as view,
+    ):
+        local_store.write("k", view)
+    assert files(Path(local_store.uri)) == []
+
+
+def test_a_large_write_does_not_leave_all_of_its_bytes_to_the_end(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last flush would be silent for as long as the disk needs for all of them."""
+    sync, sizes = os.fsync, list[int]()
+
+    def look(descriptor: int) -> None:
+        sizes.append(os.fstat(descriptor).st_size)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    monkeypatch.setattr(folder, "_SYNC_BYTES", 2 * 2**20)
+    local_store.write("k", bytes(5 * 2**20))
+    assert sizes[:3] == [2 * 2**20, 4 * 2**20, 5 * 2**20]
 
 
 def test_a_disk_that_is_full_during_a_download_leaves_no_file(

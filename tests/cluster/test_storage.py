@@ -20,6 +20,7 @@ from cluster.storage import (
     PreconditionFailed,
     StorageError,
     Store,
+    Transfer,
     check_key,
     join_uri,
     local_path,
@@ -270,6 +271,25 @@ def test_files_go_up_and_come_down_whole(store: Store, tmp_path: Path) -> None:
     assert target.read_bytes() == source.read_bytes()
     assert digest == hashlib.sha256(source.read_bytes()).hexdigest()
     assert os.listdir(target.parent) == ["target"]
+
+
+def test_each_part_of_a_large_object_that_moves_is_told(store: Store, tmp_path: Path) -> None:
+    parts: list[str] = []
+    transfer = Transfer(part_bytes=5 * 2**20, on_part=lambda: parts.append(doing))
+    telling = open_store(store.uri, transfer=transfer).within("runs")
+    data = os.urandom(11 * 2**20)
+    (tmp_path / "source").write_bytes(data)
+    doing = "write"
+    telling.write("a", memoryview(data))
+    doing = "upload"
+    telling.upload("b", tmp_path / "source")
+    doing = "download"
+    telling.download("b", tmp_path / "target")
+    assert all(2 <= parts.count(each) <= 3 for each in ("write", "upload", "download")), parts
+    assert (tmp_path / "target").read_bytes() == telling.read("a") == data
+    parts.clear()
+    telling.write("c", data[: 2**20])  # as telemetry does, whatever training does
+    assert parts == []
 
 
 def test_a_store_pickles_without_connections_or_secrets(store: Store) -> None:
