@@ -39,6 +39,7 @@ from cluster.s3_errors import (
 )
 from cluster.s3_transfer import (
     WRITE_TOKEN,
+    Outgoing,
     PartReader,
     ReadSpan,
     checksum,
@@ -127,8 +128,15 @@ class S3Connection:
 
         Credentials that have expired are looked up anew, once: a file or a service may hold newer.
         """
+        limit_seconds = self.settings.transfer.retry_seconds
+
+        def is_over(state: tenacity.RetryCallState) -> bool:
+            # A first try that took long, of a large object, say, does not forbid a second one.
+            took = (state.seconds_since_start or 0.0) if state.attempt_number > 1 else 0.0
+            return took + state.upcoming_sleep >= limit_seconds
+
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_before_delay(self.settings.transfer.retry_seconds),
+            stop=is_over,
             wait=_pause,
             retry=tenacity.retry_if_exception(is_transient),
             reraise=True,
@@ -395,10 +403,11 @@ class S3Store:
     ) -> str:
         arguments |= self._writing_arguments(key)
         arguments["ChecksumCRC32"] = checksum(data)
+        transfer = self._connection.settings.transfer
 
         def put(client: S3Client) -> str:
             try:
-                return client.put_object(Body=data, **arguments)["ETag"]
+                return client.put_object(Body=Outgoing(data, transfer), **arguments)["ETag"]
             except ClientError as error:
                 # AWS answers 404 where an object to be replaced is absent.
                 if error_code(error) in ("PreconditionFailed", "412", "NoSuchKey") and lost:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
+import io
 import logging
 import os
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -19,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 from botocore.exceptions import ClientError, ReadTimeoutError
 
 from cluster.folder import write_whole
-from cluster.s3_errors import S3_ERRORS, error_code
+from cluster.s3_errors import error_code
 from cluster.storage import StorageError, Transfer
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ Attempt = Callable[[Callable[["S3Client"], Any]], Any]
 
 _MAX_PARTS = 10_000
 _BLOCK_BYTES = 2**20
+_SENT_BYTES = 2**15
 WRITE_TOKEN = "shoal-write"  # noqa: S105 - the name of a metadata entry
 """Metadata entry with a random value for each write. A write whose answer was lost is sent again
 and meets its own object: by this entry it is told from another writer's."""
@@ -76,7 +80,11 @@ def write_parts(
         crc = checksum(data)
         etag = attempt(
             lambda client: client.upload_part(
-                UploadId=upload_id, PartNumber=number, Body=data, ChecksumCRC32=crc, **place
+                UploadId=upload_id,
+                PartNumber=number,
+                Body=Outgoing(data, transfer),
+                ChecksumCRC32=crc,
+                **place,
             )["ETag"]
         )
         if transfer.on_part is not None:
@@ -127,28 +135,73 @@ def read_in_time(answer: GetObjectOutputTypeDef, *, transfer: Transfer) -> bytes
     The socket's own timeout starts again with each byte: a body may trickle for ever under it.
     """
     body = answer["Body"]
-    num_bytes = answer.get("ContentLength", 0)
-    seconds = transfer.body_timeout_seconds + num_bytes / transfer.slow_bytes_per_second
-    is_late = threading.Event()
-
-    def give_up() -> None:
-        is_late.set()
-        # Reads then end at once. A connection that is given back already has brought it all.
-        with contextlib.suppress(RuntimeError, OSError):
-            body._raw_stream.shutdown()  # type: ignore[attr-defined]
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
+    # Its own reads tell nothing before all they were asked for is there.
+    body._raw_stream = _Watched(body._raw_stream, Pace(transfer))  # type: ignore[attr-defined]
+    with contextlib.closing(body):
         return body.read()
-    except S3_ERRORS as error:
-        if is_late.is_set():
-            raise ReadTimeoutError(endpoint_url="", error=error) from error
-        raise
-    finally:
-        timer.cancel()
-        body.close()
+
+
+class Pace:
+    """Whether the bytes of one object move fast enough, judged by stretches of time."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        self._began_at = time.monotonic()
+        self._num_bytes = 0
+
+    def moved(self, num_bytes: int) -> None:
+        """So many more; ReadTimeoutError at the end of a stretch in which too few have moved."""
+        self._num_bytes += num_bytes
+        now = time.monotonic()
+        seconds = now - self._began_at
+        if seconds < self._transfer.slow_window_seconds:
+            return
+        if self._num_bytes < seconds * self._transfer.slow_bytes_per_second:
+            trickle = TimeoutError(f"{self._num_bytes} bytes in {seconds:.0f} s")
+            raise ReadTimeoutError(endpoint_url="", error=trickle)
+        if self._transfer.on_part is not None:
+            self._transfer.on_part()
+        self._began_at, self._num_bytes = now, 0
+
+
+class _Watched:
+    """A body as it arrives, whose pace is watched."""
+
+    def __init__(self, raw: Any, pace: Pace) -> None:
+        self._raw = raw
+        self._pace = pace
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
+
+    def read(self, amt: int | None = None) -> bytes:
+        """All that is left."""
+        assert amt is None
+        whole = io.BytesIO()
+        while piece := self._raw.read1(_BLOCK_BYTES):
+            whole.write(piece)
+            self._pace.moved(len(piece))
+        return whole.getvalue()
+
+
+class Outgoing(io.BytesIO):
+    """The body of a request that writes, sent in small blocks.
+
+    The socket's timeout (`connect_timeout_seconds`) is that of one block, whatever its size: small
+    ones let a slow line pass, and end where nobody takes any.
+    """
+
+    def __init__(self, data: bytes, transfer: Transfer) -> None:
+        super().__init__(data)
+        # A block is asked for once the one before was taken. What does not move is no block.
+        self._pace = Pace(dataclasses.replace(transfer, slow_bytes_per_second=0))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            return super().read()
+        block = super().read(min(size, _SENT_BYTES))
+        self._pace.moved(len(block))
+        return block
 
 
 def download(

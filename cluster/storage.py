@@ -111,19 +111,22 @@ class Transfer:
     num_threads: int = 8
     """Parts of one object that move at a time."""
     retry_seconds: float = 45.0
-    """Time after which a transient fault is no longer retried. A request that hangs is given up
-    after `read_timeout_seconds`, twice, so that a dead store shows after about a minute."""
+    """Time after which a transient fault is no longer retried; a second try there is in any case,
+    unless the store asks for a longer pause. A request that hangs is given up after
+    `read_timeout_seconds`, twice, so that a dead store shows after about a minute."""
     connect_timeout_seconds: float = 5.0
     read_timeout_seconds: float = 30.0
     """Longest silence of the server in the middle of an answer."""
-    body_timeout_seconds: float = 60.0
-    """Longest time for an object's bytes, with a second more for each `slow_bytes_per_second`."""
-    slow_bytes_per_second: int = 32 * 2**10
-    """A connection that brings less is given up, as one that is silent is."""
+    slow_window_seconds: float = 20.0
+    """An object's bytes are judged by how many came in each stretch of this length."""
+    slow_bytes_per_second: int = 2 * 2**10
+    """A connection that brings less is given up, as one that is silent is. Not more: dozens of
+    them may share a slow line."""
     max_connections: int = 32
     """Connections kept open by one store; more requests at a time wait for one."""
     on_part: Callable[[], None] | None = None
-    """Called after each part of a large object that has moved, from the thread that moved it."""
+    """Called from the thread that moves an object: after each part of a large one, and after each
+    stretch of `slow_window_seconds` in which enough bytes have moved."""
 
 
 @runtime_checkable

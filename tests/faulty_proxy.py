@@ -45,6 +45,9 @@ Kind = Literal[
     "reset",  # half of the answer's body, then the connection is reset
     "late",  # the answer comes after LATE_SECONDS
     "trickle",  # the answer's body comes byte by byte, four in a second
+    "slow",  # the answer's body comes steadily, SLOW_BYTES each _SLOW_SECONDS
+    "slow request",  # the request's body is taken so for some seconds, then the rest of it at once
+    "stuck request",  # nothing of the request's body is taken before the proxy ends
     "corrupt answer",  # one bit of the answer's body differs
     "corrupt request",  # one bit of the request's body differs
     "hang",  # no answer before the proxy ends
@@ -56,6 +59,9 @@ SICK: tuple[Kind, ...] = (
 """What a store in trouble does, from which its clients can recover in a few seconds."""
 LATE_SECONDS = 0.5
 _TRICKLE_SECONDS = 0.25
+SLOW_BYTES = 2**14
+_SLOW_SECONDS = 0.25
+_SLOW_TURNS = 16
 _RETRY_AFTER_SECONDS = "1"
 
 _XML = [("Content-Type", "application/xml")]
@@ -75,7 +81,7 @@ _REFUSALS: dict[str, tuple[int, list[tuple[str, str]], bytes]] = {
     ),
 }
 _INTERNAL_ERROR = b"<Error><Code>InternalError</Code><Message>try again</Message></Error>"
-_BODY_KINDS = ("cut body", "reset", "corrupt answer", "trickle")
+_BODY_KINDS = ("cut body", "reset", "corrupt answer", "trickle", "slow")
 """Kinds that do nothing to an answer without a body."""
 _OWN_HEADERS = ("expect", "connection")
 """Headers of one connection alone."""
@@ -123,6 +129,12 @@ class FaultyProxy:
             daemon_threads = True
             block_on_close = False
             request_queue_size = 128
+
+            def server_bind(self) -> None:
+                # Small segments, as a network has: with those of loopback a slow reader's window
+                # opens in jumps.
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+                super().server_bind()
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
@@ -219,7 +231,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         owner = self.owner
         names = [name.lower() for name in self.headers]
         fault = owner.take_fault(self.command, self.path, names)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._take(int(self.headers.get("Content-Length", 0)), fault)
         if fault == "corrupt request" and not body:
             fault = None
         if fault is not None and fault not in _BODY_KINDS:
@@ -228,7 +240,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             owner.wait()
         if fault == "late":
             owner.wait(LATE_SECONDS)
-        if fault in ("drop", "away", "hang"):
+        if fault in ("drop", "away", "hang", "stuck request"):
             self._close()
         elif fault in _REFUSALS:
             self._answer(*_REFUSALS[fault])
@@ -236,6 +248,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._forward(owner.flip(body) if fault == "corrupt request" else body, fault)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_one  # noqa: N815
+
+    def _take(self, num_bytes: int, fault: Kind | None) -> bytes:
+        """The body of the request."""
+        if fault == "stuck request":
+            self.owner.wait()
+            return b""
+        taken = b""
+        if fault == "slow request":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BYTES)
+            for _ in range(_SLOW_TURNS):
+                taken += self.rfile.read(min(SLOW_BYTES, num_bytes - len(taken)))
+                self.owner.wait(_SLOW_SECONDS)
+        return taken + self.rfile.read(num_bytes - len(taken))
 
     def _forward(self, body: bytes, fault: Kind | None) -> None:
         connection = http.client.HTTPConnection(self.owner.target, timeout=30)
@@ -293,10 +318,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if spoilt == "trickle":
-            for place in range(len(data)):
-                self.wfile.write(data[place : place + 1])
-                if self.owner.wait(_TRICKLE_SECONDS):
+        if spoilt in ("trickle", "slow"):
+            size, pause = (
+                (1, _TRICKLE_SECONDS) if spoilt == "trickle" else (SLOW_BYTES, _SLOW_SECONDS)
+            )
+            for place in range(0, len(data), size):
+                self.wfile.write(data[place : place + size])
+                if self.owner.wait(pause):
                     break
             return
         self.wfile.write(data[: len(data) // 2] if spoilt else data)

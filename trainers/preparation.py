@@ -20,6 +20,7 @@ from trainers.data.cache import cache_folder
 from trainers.data.index import Index, open_index
 from trainers.data.partition import ORDER_VERSION, fit_window, refuse_small_memory
 from trainers.freezing import freeze
+from trainers.local_copy import TICKING
 from trainers.loop import Plan, Progress, Trainee
 from trainers.optim import build_optimizer
 from trainers.parallel import compute_type, is_sharded, replicate, shard
@@ -58,7 +59,7 @@ class Prepared:
 
 def open_data(spec: JobSpec, uri: str, patience: Patience | None = None) -> DataSet:
     """A data set of the job; with `patience` its index is waited for while the store is away."""
-    store = open_store(uri, spec.data.access)
+    store = open_store(uri, spec.data.access, transfer=TICKING)
     index = open_index(store if patience is None else patience.store(store))
     if index.num_rows == 0:
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -29,7 +30,7 @@ from cluster.storage import (
 )
 from jobs.errors import render_error
 from jobs.spec import StoreAccess
-from tests.faulty_proxy import SICK, FaultyProxy, Kind, proxy_to
+from tests.faulty_proxy import SICK, SLOW_BYTES, FaultyProxy, Kind, proxy_to
 
 MIB = 2**20
 PARTS = Transfer(part_bytes=5 * MIB, num_threads=3, retry_seconds=20)
@@ -230,27 +231,69 @@ def test_a_pause_that_is_too_long_is_told_to_who_can_wait(
     assert proxy.count("GET") == 1
 
 
+WINDOWS = Transfer(slow_window_seconds=0.5, slow_bytes_per_second=2**14, retry_seconds=0.3)
+"""Stretches, and what is to come in them, as long to each other as they are by default. A try that
+trickles lasts longer than transient faults are retried."""
+
+
+@pytest.mark.parametrize("num_bytes", [5_000, 20 * MIB])
 def test_a_body_that_trickles_is_given_up_and_read_again(
+    proxy: FaultyProxy, s3_store: Store, num_bytes: int
+) -> None:
+    data = os.urandom(num_bytes)
+    s3_store.write("k", data)
+    store = through(proxy, s3_store, WINDOWS)
+    proxy.fail("trickle", "GET")  # a byte comes each 0.25 s: the socket never times out
+    assert store.read("k") == data
+    proxy.fail("trickle", "GET")
+    assert store.read_range("k", start=7, end=num_bytes - 5) == data[7:-5]
+    assert proxy.injected["trickle"] == 2
+    assert proxy.count("GET") == 4
+
+
+def test_a_body_that_comes_slowly_but_steadily_is_no_trickle(
     proxy: FaultyProxy, s3_store: Store
 ) -> None:
-    data = os.urandom(5_000)
+    data = os.urandom(8 * SLOW_BYTES)  # for two seconds
     s3_store.write("k", data)
-    brisk = Transfer(
-        body_timeout_seconds=0.7
-    )  # a byte comes each 0.25 s: the socket never times out
-    proxy.fail("trickle", "GET")
-    assert through(proxy, s3_store, brisk).read("k") == data
-    proxy.fail("trickle", "GET")
-    assert through(proxy, s3_store, brisk).read_range("k", start=7, end=3_000) == data[7:3_000]
-    assert proxy.injected["trickle"] == 2
+    gets_on: list[None] = []
+    transfer = dataclasses.replace(WINDOWS, on_part=lambda: gets_on.append(None))
+    proxy.fail("slow", "GET")
+    assert through(proxy, s3_store, transfer).read("k") == data
+    assert (proxy.injected["slow"], proxy.count("GET")) == (1, 1)
+    assert len(gets_on) >= 2
 
 
 def test_a_store_that_always_trickles_is_away(proxy: FaultyProxy, s3_store: Store) -> None:
     s3_store.write("k", bytes(5_000))
     proxy.fail("trickle", "GET", times=1_000)
-    slow = Transfer(retry_seconds=0.3, body_timeout_seconds=0.5)
     with pytest.raises(StoreAway, match=r"does not answer \(ReadTimeoutError\)"):
-        through(proxy, s3_store, slow).read("k")
+        through(proxy, s3_store, WINDOWS).read("k")
+    assert proxy.injected["trickle"] == 2
+
+
+def test_a_slow_line_takes_what_is_written(proxy: FaultyProxy, s3_store: Store) -> None:
+    data = os.urandom(4 * MIB)  # more than the system's buffers take at once
+    gets_on: list[None] = []
+    transfer = Transfer(
+        connect_timeout_seconds=1.0, slow_window_seconds=0.5, on_part=lambda: gets_on.append(None)
+    )
+    proxy.fail("slow request", "PUT")
+    through(proxy, s3_store, transfer).write_if_absent("k", data)
+    assert s3_store.read("k") == data
+    assert (proxy.injected["slow request"], proxy.count("PUT")) == (1, 1)
+    assert gets_on
+
+
+def test_a_write_that_nobody_takes_is_given_up_and_sent_again(
+    proxy: FaultyProxy, s3_store: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "large").write_bytes(os.urandom(11 * MIB))
+    transfer = Transfer(part_bytes=5 * MIB, connect_timeout_seconds=0.5, retry_seconds=0.3)
+    proxy.fail("stuck request", "PUT", "partNumber=2")
+    through(proxy, s3_store, transfer).upload("large", tmp_path / "large")
+    assert s3_store.read("large") == (tmp_path / "large").read_bytes()
+    assert sum("partNumber=2" in request for request in proxy.requests) == 2
 
 
 @pytest.mark.parametrize("times", [1, 2])
