@@ -357,12 +357,19 @@ class Control(Record):
     attempt: int | None = None
     """The only attempt that is meant; None: every one. A yield names its attempt, or each of those
     that follow would give way as well."""
+    generation: int | None = None
+    """The only driver whose attempts are meant; None: every one. A yield names its driver: the
+    attempt that it was to begin next may become its successor's first."""
 
     @model_validator(mode="after")
-    def _yield_names_its_attempt(self) -> Control:
-        if self.kind == "yield" and self.attempt is None:
-            raise ValueError("a request to yield names its attempt")
+    def _yield_names_who_is_meant(self) -> Control:
+        if self.kind == "yield" and (self.attempt is None or self.generation is None):
+            raise ValueError("a request to yield names its attempt and its generation")
         return self
+
+    def is_for(self, *, attempt: int, generation: int) -> bool:
+        """Whether an attempt of a driver is meant."""
+        return self.attempt in (None, attempt) and self.generation in (None, generation)
 
 
 class Amendment(Record):

@@ -249,14 +249,20 @@ def _ask_to_stop(store: Store, run_id: str, by: str) -> None:
 
 
 def _ask_to_give_way(assignment: Assignment, store: Store, ended: threading.Event) -> None:
-    """Asks the attempt that goes on, and the one after it, which may be waiting for nodes or about
-    to begin, to save its state and end."""
+    """Asks this driver's attempt that goes on, and the one after it, which may be waiting for nodes
+    or about to begin, to save its state and end."""
     paths, asked = RunPaths(assignment.run_id), 0
     while not ended.wait(_WATCH_SECONDS):
         try:
             newest = last_attempt(store, paths)
             for attempt in range(max(asked + 1, newest), newest + 2):
-                ask_to_yield(store, paths, attempt=attempt, by="the driver, whose machine is taken")
+                ask_to_yield(
+                    store,
+                    paths,
+                    attempt=attempt,
+                    generation=assignment.generation,
+                    by="the driver, whose machine is taken",
+                )
                 asked = attempt
         except StorageError as error:
             sys.stderr.write(f"shoal: the request to give way cannot be written: {error}\n")

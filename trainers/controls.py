@@ -45,23 +45,28 @@ def last_attempt(store: Store, paths: RunPaths) -> int:
     return max((int(name.partition(".")[0].partition("-")[0]) for name in names), default=0)
 
 
-def ask_to_yield(store: Store, paths: RunPaths, *, attempt: int, by: str) -> None:
-    """Asks an attempt to save its state and give way to the next one."""
-    control = Control(kind="yield", requested_at=time.time(), by=by, attempt=attempt)
+def ask_to_yield(store: Store, paths: RunPaths, *, attempt: int, generation: int, by: str) -> None:
+    """Asks an attempt of a driver to save its state and give way to the next one."""
+    control = Control(
+        kind="yield", requested_at=time.time(), by=by, attempt=attempt, generation=generation
+    )
     write_numbered(
         store, paths.control_request, control.to_bytes(), after=last_request(store, paths)
     )
 
 
-def requests_to(store: Store, paths: RunPaths, *, after: int, attempt: int) -> Requests:
-    """What requests later than number `after` ask of an attempt; for where no worker hears them."""
+def requests_to(
+    store: Store, paths: RunPaths, *, after: int, attempt: int, generation: int
+) -> Requests:
+    """What requests later than number `after` ask of an attempt of a driver; for where no worker
+    hears them."""
     asked = Requests()
     for head in store.list(paths.control, after=paths.control_request(after)):
         try:
             request = Control.model_validate_json(store.read(head.key))
         except ValidationError:
             continue  # no request that is known; the workers will say so
-        if request.attempt in (None, attempt):
+        if request.is_for(attempt=attempt, generation=generation):
             asked = _with(asked, request)
     return asked
 
@@ -130,7 +135,7 @@ class ControlPoller:
             except ValidationError:
                 sys.stderr.write(f"shoal: {head.key} is no request that is known\n")
             else:
-                if request.attempt in (None, self._attempt):
+                if request.is_for(attempt=self._attempt, generation=self._fence.generation):
                     self._take(request)
             self._last_key = head.key
 

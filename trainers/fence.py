@@ -24,7 +24,7 @@ class Fence:
     def __init__(self, store: Store, paths: RunPaths, *, generation: int) -> None:
         self._store = store
         self._paths = paths
-        self._generation = generation
+        self.generation = generation
 
     def check(self) -> None:
         """Raises Superseded once a newer generation has the lease; StorageError as reads do."""
@@ -37,10 +37,10 @@ class Fence:
             )
         except ObjectMissing:
             return  # ranks that were started without a driver, or a run that holds no lease
-        if lease.generation > self._generation:
+        if lease.generation > self.generation:
             raise Superseded(
                 Problem(
-                    f"generation {self._generation} of the run was superseded: it is driven by "
+                    f"generation {self.generation} of the run was superseded: it is driven by "
                     f"{lease.driver}",
                     f"look at it with: shoal status {self._paths.run_id}",
                 )

@@ -79,6 +79,7 @@ def _fit_once(assignment: Assignment, notices: NoticeReader, *, start: int) -> O
     controller = RunController(
         spec,
         assignment.run_id,
+        generation=assignment.generation,
         controls_seen=assignment.controls_seen,
         notices=notices.path,
     )

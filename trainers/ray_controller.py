@@ -47,9 +47,12 @@ class EndedWhileWaiting(Exception):  # noqa: N818 - not an error: it was asked f
 class RunController(ControllerCallback, WorkerGroupCallback):
     """What a run does in the controller of one start of `TorchTrainer.fit`; pickles until then."""
 
-    def __init__(self, spec: JobSpec, run_id: str, *, controls_seen: int, notices: Path) -> None:
+    def __init__(
+        self, spec: JobSpec, run_id: str, *, generation: int, controls_seen: int, notices: Path
+    ) -> None:
         self._spec = spec
         self._paths = RunPaths(run_id)
+        self._generation = generation
         self._controls_seen = controls_seen
         self._notices = notices
         self._said = ""
@@ -126,7 +129,11 @@ class RunController(ControllerCallback, WorkerGroupCallback):
         try:
             attempt = last_attempt(self._store, self._paths) + 1
             asked = requests_to(
-                self._store, self._paths, after=self._controls_seen, attempt=attempt
+                self._store,
+                self._paths,
+                after=self._controls_seen,
+                attempt=attempt,
+                generation=self._generation,
             )
         except StorageError as error:
             self._tell_once("warning", f"requests are not heard at present: {error}")
@@ -152,7 +159,13 @@ class RunController(ControllerCallback, WorkerGroupCallback):
                     asked = last_attempt(self._store, self._paths)
                     if asked == self._attempt_before:
                         return  # These workers have not begun: there is nothing to save.
-                    ask_to_yield(self._store, self._paths, attempt=asked, by="elastic workers")
+                    ask_to_yield(
+                        self._store,
+                        self._paths,
+                        attempt=asked,
+                        generation=self._generation,
+                        by="elastic workers",
+                    )
                 if self._store.head(self._paths.outcome(asked)) is not None:
                     return
             except StorageError as error:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,11 +41,12 @@ NOT_TAKEN = run._Taken(lambda: None)
 KUBERAY = {"kind": "kuberay", "image": "registry.example.com/shoal:1"}
 
 
+def controls(store: Store) -> list[Control]:
+    return [Control.model_validate_json(store.read(head.key)) for head in store.list(PATHS.control)]
+
+
 def requests(store: Store) -> list[tuple[str, int | None]]:
-    controls = [
-        Control.model_validate_json(store.read(head.key)) for head in store.list(PATHS.control)
-    ]
-    return [(control.kind, control.attempt) for control in controls]
+    return [(control.kind, control.attempt) for control in controls(store)]
 
 
 def wait_until(store: Store, wanted: list[tuple[str, int | None]]) -> None:
@@ -58,7 +59,7 @@ def wait_until(store: Store, wanted: list[tuple[str, int | None]]) -> None:
 @pytest.mark.usefixtures("looks")
 def test_on_kubernetes_a_sigterm_makes_every_attempt_give_way(local_store: Store) -> None:
     local_store.write(PATHS.attempt(3), b"{}")
-    job = assignment(local_store, cluster=KUBERAY)
+    job = replace(assignment(local_store, cluster=KUBERAY), generation=6)
     with run._watched(job, local_store, HeldLease(), attended_by=None) as taken:  # type: ignore[arg-type]
         assert not taken.is_announced()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -69,6 +70,8 @@ def test_on_kubernetes_a_sigterm_makes_every_attempt_give_way(local_store: Store
         wait_until(local_store, [("yield", 3), ("yield", 4), ("yield", 5)])
         os.kill(os.getpid(), signal.SIGTERM)
     assert requests(local_store) == [("yield", 3), ("yield", 4), ("yield", 5)]
+    # The driver after this one numbers on from its attempts, and must not obey.
+    assert {control.generation for control in controls(local_store)} == {6}
 
 
 @pytest.mark.usefixtures("looks")
@@ -118,6 +121,7 @@ def never() -> Outcome:
     raise AssertionError
 
 
-def test_a_request_to_yield_names_its_attempt(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="names its attempt"):
-        Control(kind="yield", requested_at=0.0)
+@pytest.mark.parametrize("named", [{}, {"attempt": 1}, {"generation": 1}])
+def test_a_request_to_yield_names_its_attempt_and_its_driver(named: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="names its attempt and its generation"):
+        Control(kind="yield", requested_at=0.0, **named)

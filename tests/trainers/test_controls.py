@@ -61,9 +61,14 @@ def store(local_store: Store, monkeypatch: pytest.MonkeyPatch) -> Rounds:
 
 
 def ask(
-    store: Rounds, number: int, kind: Literal["stop", "save", "yield"], attempt: int | None = None
+    store: Rounds,
+    number: int,
+    kind: Literal["stop", "save", "yield"],
+    *,
+    attempt: int | None = None,
+    generation: int | None = None,
 ) -> None:
-    request = Control(kind=kind, requested_at=time.time(), attempt=attempt)
+    request = Control(kind=kind, requested_at=time.time(), attempt=attempt, generation=generation)
     store.write(PATHS.control_request(number), request.to_bytes())
 
 
@@ -163,31 +168,49 @@ def test_the_thread_ends_with_the_block(store: Rounds) -> None:
 
 
 def test_a_request_to_give_way_is_heard_by_its_attempt_alone(store: Rounds) -> None:
-    ask(store, 1, "yield", attempt=1)
+    ask(store, 1, "yield", attempt=1, generation=3)
     for attempt in (1, 2):
         with poller_of(store, after=0, attempt=attempt) as poller:
             store.wait()
             assert poller.take() == Requests(yields=attempt == 1)
 
 
+def test_a_request_to_give_way_is_not_heard_by_the_next_drivers_attempt_of_that_number(
+    store: Rounds,
+) -> None:
+    # As a driver asks whose machine is taken: its next attempt as well, which never began.
+    ask(store, 1, "yield", attempt=5, generation=2)
+    with poller_of(store, after=0, attempt=5) as poller:
+        store.wait()
+        assert poller.take() == Requests()
+        ask(store, 2, "yield", attempt=5, generation=3)
+        store.wait()
+        assert poller.take() == Requests(yields=True)
+
+
 def test_requests_are_found_where_no_worker_hears_them(local_store: Store) -> None:
     def ask_for(
-        number: int, kind: Literal["stop", "save", "yield"], attempt: int | None = None
+        number: int,
+        kind: Literal["stop", "save", "yield"],
+        *,
+        attempt: int | None = None,
+        generation: int | None = None,
     ) -> None:
-        request = Control(kind=kind, requested_at=0.0, attempt=attempt)
+        request = Control(kind=kind, requested_at=0.0, attempt=attempt, generation=generation)
         local_store.write(PATHS.control_request(number), request.to_bytes())
 
-    def found(*, after: int, attempt: int = 3) -> Requests:
-        return requests_to(local_store, PATHS, after=after, attempt=attempt)
+    def found(*, after: int, attempt: int = 3, generation: int = 2) -> Requests:
+        return requests_to(local_store, PATHS, after=after, attempt=attempt, generation=generation)
 
     ask_for(1, "stop")
     local_store.write(PATHS.control_request(2), b"no request")
     ask_for(3, "save")
     assert found(after=0) == Requests(stop=True, save=True)
     assert found(after=1) == Requests(save=True)
-    ask_for(4, "yield", attempt=3)
+    ask_for(4, "yield", attempt=3, generation=2)
     assert found(after=3) == Requests(yields=True)
     assert found(after=3, attempt=4) == Requests()
+    assert found(after=3, generation=3) == Requests()
 
 
 def test_the_newest_attempt_is_asked_to_give_way_by_a_request_of_its_own(
@@ -198,9 +221,10 @@ def test_the_newest_attempt_is_asked_to_give_way_by_a_request_of_its_own(
         local_store.write(PATHS.attempt(number), b"{}")
     local_store.write(PATHS.outcome(1), b"{}")
     assert last_attempt(local_store, PATHS) == 2
-    ask_to_yield(local_store, PATHS, attempt=2, by="a test")
-    ask_to_yield(local_store, PATHS, attempt=2, by="a test")
+    for _ in range(2):
+        ask_to_yield(local_store, PATHS, attempt=2, generation=4, by="a test")
     keys = [head.key for head in local_store.list(PATHS.control)]
     assert keys == [PATHS.control_request(1), PATHS.control_request(2)]
     found = Control.model_validate_json(local_store.read(keys[0]))
     assert (found.kind, found.attempt, found.by) == ("yield", 2, "a test")
+    assert found.generation == 4

@@ -99,7 +99,9 @@ def test_nothing_is_started_again_on_a_machine_that_is_taken(
 
 def test_what_earlier_controllers_have_used_up_is_not_given_to_the_next(tmp_path: Path) -> None:
     job = assignment(tmp_path, retries={"worker_failures": 3, "preemptions": 5})
-    controller = RunController(job.spec, "run", controls_seen=0, notices=tmp_path / "notices")
+    controller = RunController(
+        job.spec, "run", generation=1, controls_seen=0, notices=tmp_path / "notices"
+    )
 
     def failures(counts: Counter[str], *, start: int) -> tuple[int, int]:
         config = module._run_config(job, controller, counts, start=start).failure_config
@@ -116,7 +118,9 @@ def test_each_start_has_a_name_of_its_own_since_ray_resumes_names_that_it_knows(
     tmp_path: Path,
 ) -> None:
     job = assignment(tmp_path)
-    controller = RunController(job.spec, "run", controls_seen=0, notices=tmp_path / "notices")
+    controller = RunController(
+        job.spec, "run", generation=1, controls_seen=0, notices=tmp_path / "notices"
+    )
     names = [
         module._run_config(job, controller, Counter(), start=start).name for start in range(1, 4)
     ]

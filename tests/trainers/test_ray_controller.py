@@ -21,6 +21,7 @@ from trainers.controls import ask_to_yield
 from trainers.ray_controller import EndedWhileWaiting, RunController, restart_notice
 
 PATHS = RunPaths("run")
+GENERATION = 7
 
 
 def lost(*, taken: bool) -> ray.exceptions.RayActorError:
@@ -61,8 +62,8 @@ def test_workers_that_could_not_be_started_are_a_failure_with_its_name() -> None
 
 
 @pytest.mark.parametrize(
-    ("kind", "attempt", "state"),
-    [("stop", None, State.STOPPED), ("yield", 3, State.RECOVERING)],
+    ("kind", "attempt", "generation", "state"),
+    [("stop", None, None, State.STOPPED), ("yield", 3, GENERATION, State.RECOVERING)],
     ids=["a stop", "the driver's machine is taken as well"],
 )
 def test_a_run_that_waits_for_nodes_ends_when_it_is_asked_to(
@@ -70,11 +71,12 @@ def test_a_run_that_waits_for_nodes_ends_when_it_is_asked_to(
     monkeypatch: pytest.MonkeyPatch,
     kind: Literal["stop", "yield"],
     attempt: int | None,
+    generation: int | None,
     state: State,
 ) -> None:
     controller, store = waiting(tmp_path, monkeypatch)
     store.write(PATHS.attempt(2), b"{}")
-    request = Control(kind=kind, requested_at=0.0, attempt=attempt)
+    request = Control(kind=kind, requested_at=0.0, attempt=attempt, generation=generation)
     store.write(PATHS.control_request(1), request.to_bytes())
     with pytest.raises(EndedWhileWaiting) as ended:
         controller._await_room()
@@ -82,12 +84,17 @@ def test_a_run_that_waits_for_nodes_ends_when_it_is_asked_to(
     assert pickle.loads(pickle.dumps(ended.value)).state is state
 
 
-def test_requests_to_attempts_that_have_ended_do_not_end_a_wait_for_nodes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("attempt", "generation"),
+    [(2, GENERATION), (3, GENERATION - 1)],
+    ids=["to an attempt that has ended", "to the attempt that the driver before never began"],
+)
+def test_requests_that_are_old_do_not_end_a_wait_for_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempt: int, generation: int
 ) -> None:
     controller, store = waiting(tmp_path, monkeypatch, minutes=0.002)
     store.write(PATHS.attempt(2), b"{}")
-    ask_to_yield(store, PATHS, attempt=2, by="elastic workers")
+    ask_to_yield(store, PATHS, attempt=attempt, generation=generation, by="a test")
     with pytest.raises(ClusterError, match="no workers could be started"):
         controller._await_room()
 
@@ -100,7 +107,9 @@ def waiting(
     spec = tiny_job(
         tmp_path / "model", data, str(tmp_path / "runs"), retries={"wait_minutes": minutes}
     )
-    controller = RunController(spec, "run", controls_seen=0, notices=tmp_path / "notices")
+    controller = RunController(
+        spec, "run", generation=GENERATION, controls_seen=0, notices=tmp_path / "notices"
+    )
     controller._idle_since = time.monotonic()
     monkeypatch.setattr(module, "staying_nodes", list)
     monkeypatch.setattr(module, "_LOOK_SECONDS", 0.01)
