@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from jobs.errors import ClusterError, Problem
 from jobs.spec import Workers, format_bytes
@@ -38,10 +39,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def ray_cluster(workers: Workers) -> Iterator[None]:
-    """A Ray cluster that can hold the workers, inside the block.
+    """A Ray cluster for the workers, inside the block.
 
-    Attaches where RAY_ADDRESS is set, and leaves that cluster running. Raises ClusterError where
-    it is not reached, does not start, or is too small.
+    Attaches where RAY_ADDRESS is set, and leaves that cluster running: nodes may still come to it.
+    Raises ClusterError where it is not reached or does not start, or where this machine, which can
+    never grow, is too small.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -79,7 +81,8 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
             )
         ) from error
     try:
-        refuse_too_small(workers, ray.cluster_resources())  # type: ignore[no-untyped-call]
+        if not address:
+            refuse_too_small(workers, ray.cluster_resources())  # type: ignore[no-untyped-call]
         yield
     finally:
         ray.shutdown()
@@ -97,7 +100,7 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def refuse_too_small(workers: Workers, resources: dict[str, float]) -> None:
-    """Raises ClusterError where the whole cluster, were it idle, could not hold the workers."""
+    """Raises ClusterError where this machine, were it idle, could not hold the workers."""
     problems = []
     number = workers.fewest
     key = "workers.count" if workers.min is None else "workers.min"
@@ -113,7 +116,7 @@ def refuse_too_small(workers: Workers, resources: dict[str, float]) -> None:
             )
             problems.append(
                 Problem(
-                    f"{number} workers need {shown[0]} {text}, but the cluster has {shown[1]}",
+                    f"{number} workers need {shown[0]} {text}, but this machine has {shown[1]}",
                     f"lower {key}"
                     + {
                         "CPU": " or workers.cpus",
@@ -184,11 +187,23 @@ def staying_nodes() -> list[dict[str, float]]:
     Ray's own count of what elastic workers may have includes nodes that are being drained, on which
     nothing is placed any more, and for up to 20 s nodes that have died.
     """
+    return [node["Resources"] for node in _staying()]
+
+
+def free_on_nodes() -> list[dict[str, float]]:
+    """What nobody holds of the resources of each of `staying_nodes`."""
+    import ray
+
+    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [free.get(node["NodeID"], {}) for node in _staying()]
+
+
+def _staying() -> list[dict[str, Any]]:
     import ray
 
     draining = ray._private.state.state.get_draining_nodes()
     return [
-        node["Resources"]
+        node
         for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"] and node["NodeID"] not in draining
     ]
@@ -202,8 +217,16 @@ def room_for(workers: Workers, nodes: Iterable[Mapping[str, float]]) -> int:
     )
 
 
-def describe_shortage(workers: Workers, nodes: Sequence[Mapping[str, float]]) -> str:
-    """`2 workers need 2 x 4 CPUs, and the 3 nodes have room for 1 (6 CPUs)`. Pure."""
+def describe_shortage(
+    workers: Workers,
+    nodes: Sequence[Mapping[str, float]],
+    *,
+    free: Sequence[Mapping[str, float]] | None = None,
+) -> str:
+    """`2 workers need 2 x 4 CPUs, and the 3 nodes have room for 1 (6 CPUs)`. Pure.
+
+    `free` is what nobody holds of the nodes, where there would be room if they were idle.
+    """
     asked = resources_of(workers)
 
     def shown(name: str, amount: float) -> str:
@@ -214,8 +237,15 @@ def describe_shortage(workers: Workers, nodes: Sequence[Mapping[str, float]]) ->
     number = workers.fewest
     each = " and ".join(shown(name, amount) for name, amount in asked.items())
     held = ", ".join(shown(name, sum(node.get(name, 0.0) for node in nodes)) for name in asked)
+    now = None if free is None else room_for(workers, free)
+    taken = (
+        f", but something else holds part of it: there is room for {now} now"
+        if now is not None and now < number
+        else ""
+    )
     return (
         f"{number} worker{'' if number == 1 else 's'} need{'s' if number == 1 else ''} "
         f"{number} x {each}, and the cluster's {len(nodes)} node{'' if len(nodes) == 1 else 's'} "
         f"ha{'s' if len(nodes) == 1 else 've'} room for {room_for(workers, nodes)} ({held})"
+        f"{taken}"
     )

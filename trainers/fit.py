@@ -3,7 +3,8 @@
 fit -> [Ray] _train_on_ray -> worker.train_worker
 
 Who starts workers again: Ray's controller where one of them died, or where the cluster has room for
-another number of them; `fit` where an attempt has saved its state and given way to the next.
+another number of them; `fit` where an attempt has saved its state and given way to the next, and
+where the group was not set up yet when a worker died.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -27,18 +30,27 @@ from cluster.ray_runtime import resources_of
 from cluster.storage import is_s3, open_store
 from jobs.errors import ShoalError
 from jobs.record import Failure, Outcome, RunPaths, State
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, Retries
 from trainers.attempt import Assignment, last_crash
 from trainers.controls import last_attempt
-from trainers.notices import NoticeReader
-from trainers.ray_controller import EndedWhileWaiting, RunController
+from trainers.notices import Kind, NoticeReader, write_notice
+from trainers.ray_controller import EndedWhileWaiting, RunController, restart_notice
 from trainers.restore import read_live_manifests
 from trainers.session import JOIN_TIMEOUT
 from trainers.telemetry import Telemetry
 from trainers.worker import train_worker
 
-_MOST_FAILED_STARTS = 100
-"""Of workers that Ray could not start at all, in a row or not, for one controller."""
+
+@dataclass(frozen=True)
+class BrokenStart:
+    """Workers that were not set up as a group: one died, or did not reach the others."""
+
+    kind: Kind
+    """failure, or preemption: which budget it counts for."""
+    notice: str
+    """For people, where the workers are started again."""
+    failure: Failure
+    """For people, where they are not."""
 
 
 def fit(
@@ -46,24 +58,33 @@ def fit(
 ) -> Outcome | Failure:
     """Trains on the Ray cluster to which this process is attached, to the end of the run.
 
-    Workers that die are started again by Ray, `retries.worker_failures` times; a Failure says what
-    ended the last try. Where an attempt has saved its state and given way, as its node is taken,
-    the workers are started again here, `retries.preemptions` times; unless this process's own
-    machine is taken (`is_taken`). What the run's own decisions end is an Outcome, and is not tried
-    again.
+    Workers that die are started again, `retries.worker_failures` times: by Ray, or here where they
+    were not set up yet, which Ray takes for the end; a Failure says what ended the last try. Where
+    an attempt has saved its state and given way, as its node is taken, the workers are started
+    again here, `retries.preemptions` times; unless this process's own machine is taken
+    (`is_taken`). What the run's own decisions end is an Outcome, and is not tried again.
     """
-    limit = assignment.spec.retries.preemptions
+    given_way = 0
     with NoticeReader(telemetry) as notices:
         for start in itertools.count(1):
-            ended = _fit_once(assignment, notices, start=start)
+            ended = _fit_once(assignment, notices, start=start, given_way=given_way)
             notices.look()
+            left = partial(_has_left, assignment.spec.retries, notices.counts, given_way=given_way)
+            if isinstance(ended, BrokenStart):
+                if is_taken():
+                    return _driver_taken(_ended(assignment, State.RECOVERING))
+                if not left(ended.kind):
+                    return ended.failure
+                write_notice(notices.path, ended.kind, ended.notice)
+                notices.look()
+                continue
             if not isinstance(ended, Outcome) or ended.state is not State.RECOVERING:
                 return ended
             if is_taken():
                 return _driver_taken(ended)
-            taken = start + notices.counts["preemption"]
-            if limit != "unlimited" and taken > limit:
-                return _too_often_taken(ended, limit)
+            if not left("preemption"):
+                return _too_often_taken(ended, assignment.spec.retries.preemptions)
+            given_way += 1
             telemetry.state(
                 State.RECOVERING,
                 f"attempt {ended.attempt} has saved step {ended.step} and given way; the workers "
@@ -73,7 +94,17 @@ def fit(
     raise AssertionError("unreachable")
 
 
-def _fit_once(assignment: Assignment, notices: NoticeReader, *, start: int) -> Outcome | Failure:
+def _has_left(retries: Retries, counts: Mapping[str, int], kind: Kind, *, given_way: int) -> bool:
+    """Whether the workers may be started once more after a failure, or a preemption. Pure."""
+    if kind == "failure":
+        return counts["failure"] < retries.worker_failures
+    limit = retries.preemptions
+    return limit == "unlimited" or counts["preemption"] + given_way < limit
+
+
+def _fit_once(
+    assignment: Assignment, notices: NoticeReader, *, start: int, given_way: int
+) -> Outcome | Failure | BrokenStart:
     """One start of Ray Train's controller; within it Ray starts the workers as often as it must."""
     spec = assignment.spec
     controller = RunController(
@@ -83,7 +114,9 @@ def _fit_once(assignment: Assignment, notices: NoticeReader, *, start: int) -> O
         controls_seen=assignment.controls_seen,
         notices=notices.path,
     )
-    run_config = _run_config(assignment, controller, notices.counts, start=start)
+    run_config = _run_config(
+        assignment, controller, notices.counts, start=start, given_way=given_way
+    )
     trainer = TorchTrainer(
         _train_on_ray,  # type: ignore[arg-type]  # Ray types it as returning nothing
         train_loop_config={"assignment": assignment},
@@ -100,6 +133,8 @@ def _fit_once(assignment: Assignment, notices: NoticeReader, *, start: int) -> O
         cause = error.controller_failure if isinstance(error, ControllerError) else error
         if isinstance(cause, EndedWhileWaiting):
             return _ended(assignment, cause.state)
+        if isinstance(error, ControllerError) and isinstance(cause, ray.exceptions.RayError):
+            return BrokenStart(*restart_notice(error), _failure(error))
         told = _told_before(assignment) if isinstance(error, WorkerGroupError) else None
         return told or _failure(error)
     return Outcome.model_validate_json(getattr(result, "return_value"))  # noqa: B009 - untyped
@@ -121,17 +156,18 @@ def _run_config(
     counts: Mapping[str, int],
     *,
     start: int,
+    given_way: int,
 ) -> RunConfig:
     """Ray keeps its own notes in the run folder, apart for each start: they are never read.
 
-    A folder that Ray has seen before would make it resume what it holds. `counts` are the restarts
-    for which earlier controllers have used up the budgets.
+    A folder that Ray has seen before would make it resume what it holds. `counts` and `given_way`
+    are the restarts for which earlier controllers have used up the budgets.
     """
     spec, retries = assignment.spec, assignment.spec.retries
     runs = open_store(spec.store.uri, spec.store.access)
     root = f"{runs.filesystem_root}/{RunPaths(assignment.run_id).ray}"
     unlimited = retries.preemptions == "unlimited"
-    taken = counts["preemption"] + start - 1
+    taken = counts["preemption"] + given_way
     return RunConfig(
         name=f"generation-{assignment.generation:04d}-start-{start:04d}",
         storage_path=root,
@@ -139,8 +175,8 @@ def _run_config(
         failure_config=FailureConfig(
             max_failures=max(0, retries.worker_failures - counts["failure"]),
             max_preemption_failures=-1 if unlimited else max(0, int(retries.preemptions) - taken),
-            # RunController ends a wait for workers by its time; Ray's own default has no end.
-            controller_failure_limit=_MOST_FAILED_STARTS,
+            # No limit: RunController ends a wait for workers by its time.
+            controller_failure_limit=-1,
         ),
         callbacks=[controller],  # type: ignore[list-item]  # internal ones are taken as well
     )
@@ -211,7 +247,7 @@ def _driver_taken(ended: Outcome) -> Failure:
     )
 
 
-def _too_often_taken(ended: Outcome, limit: int) -> Failure:
+def _too_often_taken(ended: Outcome, limit: int | str) -> Failure:
     return Failure(
         state=State.FAILED_INFRA,
         problems=(
@@ -245,7 +281,7 @@ def _failure(error: Exception) -> Failure:
             return Failure.of(base, where=where)
         return Failure(
             state=_state_of_crash(base),
-            problems=((_first_line(base), f"read the log with: shoal logs RUN --rank {rank}"),),
+            problems=((_last_line(base), f"read the log with: shoal logs RUN --rank {rank}"),),
             where=where,
             exit_code=1 if _state_of_crash(base) is State.FAILED_USER else 3,
             traceback=str(cause),
@@ -253,9 +289,11 @@ def _failure(error: Exception) -> Failure:
     cause = error.controller_failure if isinstance(error, ControllerError) else error
     if isinstance(cause, ShoalError):
         return Failure.of(cause, where="driver")
+    is_start = isinstance(error, ControllerError) and isinstance(cause, ray.exceptions.RayError)
+    what = "the workers could not be set up" if is_start else "Ray Train gave up"
     return Failure(
         state=State.FAILED_INFRA,
-        problems=((f"Ray Train gave up: {_first_line(cause)}", None),),
+        problems=((f"{what}: {_last_line(cause)}", None),),
         where="driver",
         exit_code=3,
         traceback=str(error),
@@ -268,6 +306,6 @@ def _state_of_crash(error: BaseException) -> State:
     return State.FAILED_INFRA if is_rays else State.FAILED_USER
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1] if lines else ''}".rstrip(": ")

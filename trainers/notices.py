@@ -50,6 +50,7 @@ class NoticeReader:
         self.counts: Counter[str] = Counter()
         """By kind; of all starts of the controller."""
         self._read_bytes = 0
+        self._reading = threading.Lock()
         self._has_run = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shoal-notices", daemon=True)
@@ -70,13 +71,14 @@ class NoticeReader:
         self._folder.cleanup()
 
     def look(self) -> None:
-        """Reads what has come; the controller has ended, or the thread calls."""
-        with self.path.open("rb") as file:
-            file.seek(self._read_bytes)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._read_bytes += len(whole) + len(newline)
-        for line in whole.splitlines():
-            self._pass_on(Notice(**json.loads(line)))
+        """Reads what has come; it is counted when this returns."""
+        with self._reading:
+            with self.path.open("rb") as file:
+                file.seek(self._read_bytes)
+                whole, newline, _ = file.read().rpartition(b"\n")
+            self._read_bytes += len(whole) + len(newline)
+            for line in whole.splitlines():
+                self._pass_on(Notice(**json.loads(line)))
 
     def _pass_on(self, notice: Notice) -> None:
         self.counts[notice.kind] += 1

@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
     InitializingState,
@@ -20,9 +22,14 @@ from ray.train.v2._internal.execution.controller.state import (
     RunningState,
     TrainControllerState,
 )
-from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import (
+    ControllerError,
+    PreemptionError,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 
-from cluster.ray_runtime import describe_shortage, room_for, staying_nodes
+from cluster.ray_runtime import describe_shortage, free_on_nodes, room_for, staying_nodes
 from cluster.storage import StorageError, Store, open_store
 from jobs.errors import ClusterError, Problem
 from jobs.record import RunPaths, State
@@ -56,6 +63,8 @@ class RunController(ControllerCallback, WorkerGroupCallback):
         self._controls_seen = controls_seen
         self._notices = notices
         self._said = ""
+        self._failed_start = ""
+        """Why the workers could not be started at the last try; empty once they are."""
         self._group: Any = None
         self._attempt_before = 0
         """The newest attempt when the present workers were started: theirs has a later number."""
@@ -77,6 +86,7 @@ class RunController(ControllerCallback, WorkerGroupCallback):
     ) -> None:
         """Called after every round of the controller, also where the state stays the same."""
         if isinstance(current_state, RunningState):
+            self._failed_start = ""
             if not isinstance(previous_state, RunningState):
                 self._tell("running", "the workers are started")
         elif isinstance(current_state, ResizingState):
@@ -90,6 +100,8 @@ class RunController(ControllerCallback, WorkerGroupCallback):
         elif isinstance(current_state, RestartingState):
             self._idle_since = time.monotonic()
             self._tell(*restart_notice(current_state.training_failed_error))
+        elif isinstance(current_state, ReschedulingState):
+            self._start_failed(current_state.training_failed_error)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Before workers are started, for the first time or again; takes their number down to what
@@ -99,6 +111,19 @@ class RunController(ControllerCallback, WorkerGroupCallback):
         self._attempt_before = last_attempt(patience.store(self._store), self._paths)
 
     # ---- room
+
+    def _start_failed(self, error: TrainingFailedError) -> None:
+        """Tells why Ray could not start the workers, and tries again.
+
+        Where one of them died meanwhile, its error is raised, which ends this controller: Ray gives
+        back the room of a group that was half set up only then, and would wait for it in vain.
+        """
+        failure = error.controller_failure if isinstance(error, ControllerError) else error
+        if isinstance(failure.__cause__, RayActorError):
+            raise failure.__cause__
+        self._failed_start = failed_start(failure)
+        shortage = self._shortage(staying_nodes())
+        self._tell("waiting", f"{self._failed_start}, and it is tried again: {shortage}")
 
     def _await_room(self) -> int:
         """How many workers there is room for: the fewest at least, after a wait.
@@ -111,19 +136,25 @@ class RunController(ControllerCallback, WorkerGroupCallback):
             room = room_for(workers, nodes)
             idle_minutes = (time.monotonic() - self._idle_since) / 60
             if idle_minutes > self._spec.retries.wait_minutes:
+                last = f" (the last try: {self._failed_start})" if self._failed_start else ""
                 raise ClusterError(
                     Problem(
                         f"no workers could be started for {idle_minutes:.3g} minutes: "
-                        f"{describe_shortage(workers, nodes)}",
+                        f"{self._shortage(nodes)}{last}",
                         "add nodes, or lower workers.min (or workers.count, without it); "
                         "retries.wait_minutes is how long this is waited for",
                     )
                 )
             if room >= workers.fewest:
                 return room
-            self._tell_once("waiting", f"waits for nodes: {describe_shortage(workers, nodes)}")
+            self._tell_once("waiting", f"waits for nodes: {self._shortage(nodes)}")
             self._heed_requests()
             time.sleep(_LOOK_SECONDS)
+
+    def _shortage(self, nodes: list[dict[str, float]]) -> str:
+        workers = self._spec.workers
+        has_room = room_for(workers, nodes) >= workers.fewest
+        return describe_shortage(workers, nodes, free=free_on_nodes() if has_room else None)
 
     def _heed_requests(self) -> None:
         try:
@@ -205,7 +236,19 @@ def restart_notice(error: TrainingFailedError) -> tuple[Kind, str]:
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     if any(getattr(cause, "preempted", False) for cause in failures.values()):
         return "preemption", f"a node was taken; {again}"
+    if isinstance(error, ControllerError):
+        cause = error.controller_failure
+        kind: Kind = "preemption" if getattr(cause, "preempted", False) else "failure"
+        return kind, f"the workers could not be set up ({type(cause).__name__}); {again}"
     if not failures:
         return "failure", f"{type(error).__name__}; {again}"
-    rank, cause = min(failures.items())
-    return "failure", f"rank {rank} failed ({type(cause).__name__}); {again}"
+    rank, failed = min(failures.items())
+    return "failure", f"rank {rank} failed ({type(failed).__name__}); {again}"
+
+
+def failed_start(error: Exception) -> str:
+    """Why workers could not be started, as a part of a sentence."""
+    if isinstance(error, WorkerGroupStartupTimeoutError):
+        return f"{error.num_workers} workers were given no place in the time that Ray waits for it"
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"the workers could not be started ({type(error).__name__}: {first_line})"

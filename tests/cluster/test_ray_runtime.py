@@ -58,6 +58,16 @@ def test_a_shortage_is_a_sum_that_people_can_check() -> None:
     )
 
 
+def test_room_that_something_else_holds_is_told_apart_from_room_that_is_not_there() -> None:
+    workers, nodes = Workers(count=2), [node(2), node(0)]
+    held = describe_shortage(workers, nodes, free=[node(1), node(0)])
+    assert held == (
+        "2 workers need 2 x 1 CPU, and the cluster's 2 nodes have room for 2 (2 CPUs), but "
+        "something else holds part of it: there is room for 1 now"
+    )
+    assert describe_shortage(workers, nodes, free=nodes).endswith("have room for 2 (2 CPUs)")
+
+
 DRIVER = """
 import os, signal, sys
 from cluster.ray_runtime import ray_cluster
@@ -106,11 +116,11 @@ def test_a_driver_hears_once_that_its_own_node_is_taken(monkeypatch: pytest.Monk
     assert next(looks, None) is None
 
 
-def test_a_cluster_must_hold_the_fewest_workers_only() -> None:
+def test_this_machine_must_hold_the_fewest_workers_only() -> None:
     has = {"CPU": 4.0, "memory": 8.0 * GIB}
     refuse_too_small(Workers(count=8, min=2, cpus=2), has)
     with pytest.raises(ClusterError) as refused:
         refuse_too_small(Workers(count=8, min=3, cpus=2), has)
     (problem,) = refused.value.problems
-    assert problem.message == "3 workers need 6 CPUs, but the cluster has 4"
+    assert problem.message == "3 workers need 6 CPUs, but this machine has 4"
     assert (problem.hint or "").startswith("lower workers.min or workers.cpus")

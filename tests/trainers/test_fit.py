@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import cloudpickle
 import pytest
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train.v2.api.exceptions import ControllerError
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from jobs.errors import ClusterError, Problem
 from jobs.record import Failure, Outcome, State
 from tests.ranks import assignment_of
 from tests.tiny import tiny_job
@@ -36,8 +41,11 @@ class Starts:
         self._ends = ends
         self._taken = taken
 
-    def __call__(self, _: Assignment, notices: NoticeReader, *, start: int) -> Outcome:
+    def __call__(
+        self, _: Assignment, notices: NoticeReader, *, start: int, given_way: int
+    ) -> Outcome:
         self.number = start
+        assert given_way == start - 1
         if start in self._taken:
             write_notice(notices.path, "preemption", "a node was taken")
         return Outcome(attempt=start, state=self._ends.get(start, State.RECOVERING), step=start)
@@ -85,6 +93,90 @@ def test_preemptions_have_a_budget_of_their_own(
     assert (hint or "").endswith("--set retries.preemptions=unlimited")
 
 
+# ------------------------------------------------------- workers that die while they are set up
+
+
+RESET = RayTaskError(
+    "ray::RayTrainWorker.execute", "Traceback ...\nConnectionError: reset", ConnectionError("reset")
+).as_instanceof_cause()
+"""What Ray raises where a worker's part of the set-up fails, as that of a peer of a dead one."""
+DIED = RayActorError()
+TAKEN = RayActorError(preempted=True)
+
+
+class TrainerStub:
+    """Instead of Ray's trainer: each start breaks as the next of `errors` says, the last trains."""
+
+    errors: ClassVar[list[Exception]] = []
+    budgets: ClassVar[list[tuple[int, int]]] = []
+
+    def __init__(self, _: Any, *, run_config: Any, **__: Any) -> None:
+        failure = run_config.failure_config
+        self.budgets.append((failure.max_failures, failure.max_preemption_failures))
+
+    def fit(self) -> Any:
+        if self.errors:
+            # As Ray hands it on from the process of its controller.
+            raise cloudpickle.loads(cloudpickle.dumps(ControllerError(self.errors.pop(0))))
+        outcome = Outcome(attempt=1, state=State.SUCCEEDED, step=5)
+        return SimpleNamespace(return_value=outcome.model_dump_json())
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> type[TrainerStub]:
+    monkeypatch.setattr(module, "TorchTrainer", TrainerStub)
+    TrainerStub.errors, TrainerStub.budgets = [], []
+    return TrainerStub
+
+
+@pytest.mark.parametrize("error", [RESET, DIED], ids=["a peer's error", "the death itself"])
+def test_a_worker_that_dies_while_the_group_is_set_up_is_a_failure_with_a_budget(
+    tmp_path: Path, broken: type[TrainerStub], error: Exception
+) -> None:
+    job, told = assignment(tmp_path, retries={"worker_failures": 2}), Told()
+    broken.errors = [error, error]
+    ended = fit(job, told)  # type: ignore[arg-type]
+    assert ended.state is State.SUCCEEDED
+    assert [failures for failures, _ in broken.budgets] == [2, 1, 0]
+    name = type(error).__name__
+    again = "the workers are started again from the last checkpoint"
+    assert told.lines == [("STARTING", f"the workers could not be set up ({name}); {again}")] * 2
+
+
+def test_a_group_that_is_never_set_up_ends_the_run_with_the_reason(
+    tmp_path: Path, broken: type[TrainerStub]
+) -> None:
+    job = assignment(tmp_path, retries={"worker_failures": 1})
+    broken.errors = [RESET, RESET]
+    ended = fit(job, Told())  # type: ignore[arg-type]
+    assert isinstance(ended, Failure)
+    assert len(broken.budgets) == 2
+    assert (ended.state, ended.exit_code) == (State.FAILED_INFRA, 3)
+    assert ended.problems[0][0] == (
+        "the workers could not be set up: RayTaskError(ConnectionError): ConnectionError: reset"
+    )
+
+
+def test_a_node_that_is_taken_while_the_group_is_set_up_is_no_failure(
+    tmp_path: Path, broken: type[TrainerStub]
+) -> None:
+    job = assignment(tmp_path, retries={"worker_failures": 0, "preemptions": 1})
+    broken.errors = [TAKEN, TAKEN]
+    ended = fit(job, Told())  # type: ignore[arg-type]
+    assert isinstance(ended, Failure)
+    assert broken.budgets == [(0, 1), (0, 0)]
+
+
+def test_what_our_own_part_of_the_controller_says_is_not_tried_again(
+    tmp_path: Path, broken: type[TrainerStub]
+) -> None:
+    broken.errors = [ClusterError(Problem("no workers could be started for 30 minutes"))]
+    ended = fit(assignment(tmp_path), Told())  # type: ignore[arg-type]
+    assert isinstance(ended, Failure)
+    assert len(broken.budgets) == 1
+    assert ended.problems[0][0] == "no workers could be started for 30 minutes"
+
+
 def test_nothing_is_started_again_on_a_machine_that_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,15 +195,17 @@ def test_what_earlier_controllers_have_used_up_is_not_given_to_the_next(tmp_path
         job.spec, "run", generation=1, controls_seen=0, notices=tmp_path / "notices"
     )
 
-    def failures(counts: Counter[str], *, start: int) -> tuple[int, int]:
-        config = module._run_config(job, controller, counts, start=start).failure_config
+    def failures(counts: Counter[str], *, given_way: int) -> tuple[int, int]:
+        config = module._run_config(
+            job, controller, counts, start=9, given_way=given_way
+        ).failure_config
         assert config is not None
         return config.max_failures, config.max_preemption_failures
 
-    assert failures(Counter(), start=1) == (3, 5)
-    # Two starts came after attempts that gave way, and Ray has answered one pre-emption.
-    assert failures(Counter(failure=1, preemption=1), start=3) == (2, 2)
-    assert failures(Counter(failure=9, preemption=9), start=3) == (0, 0)
+    assert failures(Counter(), given_way=0) == (3, 5)
+    # Two attempts gave way, and Ray has answered one pre-emption.
+    assert failures(Counter(failure=1, preemption=1), given_way=2) == (2, 2)
+    assert failures(Counter(failure=9, preemption=9), given_way=2) == (0, 0)
 
 
 def test_each_start_has_a_name_of_its_own_since_ray_resumes_names_that_it_knows(
@@ -122,7 +216,8 @@ def test_each_start_has_a_name_of_its_own_since_ray_resumes_names_that_it_knows(
         job.spec, "run", generation=1, controls_seen=0, notices=tmp_path / "notices"
     )
     names = [
-        module._run_config(job, controller, Counter(), start=start).name for start in range(1, 4)
+        module._run_config(job, controller, Counter(), start=start, given_way=0).name
+        for start in range(1, 4)
     ]
     assert names == [f"generation-0001-start-000{n}" for n in range(1, 4)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import time
 from pathlib import Path
@@ -9,6 +10,11 @@ from typing import Literal
 
 import pytest
 import ray
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, SchedulingState
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
@@ -52,10 +58,15 @@ def test_a_grace_that_was_too_short_is_a_preemption() -> None:
     assert message.startswith("a node was taken before the state was saved; ")
 
 
-def test_workers_that_could_not_be_started_are_a_failure_with_its_name() -> None:
-    kind, message = restart_notice(ControllerError(TimeoutError("no room")))
-    assert kind == "failure"
-    assert message.startswith("ControllerError; ")
+@pytest.mark.parametrize(
+    ("taken", "kind"), [(False, "failure"), (True, "preemption")], ids=["died", "taken"]
+)
+def test_workers_that_could_not_be_set_up_are_a_failure_unless_their_node_was_taken(
+    taken: bool, kind: str
+) -> None:
+    found, message = restart_notice(ControllerError(lost(taken=taken)))
+    assert found == kind
+    assert message.startswith("the workers could not be set up (RayActorError); ")
 
 
 # -------------------------------------------------------------------- while there are no workers
@@ -99,13 +110,63 @@ def test_requests_that_are_old_do_not_end_a_wait_for_nodes(
         controller._await_room()
 
 
+# -------------------------------------------------------------- workers that are not started
+
+
+def scheduling() -> SchedulingState:
+    return SchedulingState(scaling_decision=None)  # type: ignore[arg-type]
+
+
+def test_a_start_that_found_no_place_is_told_and_is_in_the_error_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, _ = waiting(tmp_path, monkeypatch, minutes=0.002)
+    monkeypatch.setattr(module, "staying_nodes", lambda: [{"CPU": 1.0}, {"CPU": 1.0}])
+    monkeypatch.setattr(module, "free_on_nodes", lambda: [{}, {"CPU": 1.0}])
+    timeout = ControllerError(WorkerGroupStartupTimeoutError(num_workers=2))
+    controller.after_controller_state_update(scheduling(), ReschedulingState(timeout))
+    why = "2 workers were given no place in the time that Ray waits for it"
+    shortage = (
+        "2 workers need 2 x 1 CPU, and the cluster's 2 nodes have room for 2 (2 CPUs), but "
+        "something else holds part of it: there is room for 1 now"
+    )
+    (line,) = (tmp_path / "notices").read_text().splitlines()
+    assert json.loads(line) == {
+        "kind": "waiting",
+        "message": f"{why}, and it is tried again: {shortage}",
+    }
+    time.sleep(0.15)
+    with pytest.raises(ClusterError) as ended:
+        controller._await_room()
+    message = ended.value.problems[0].message
+    assert message.startswith("no workers could be started for ")
+    assert message.endswith(f" minutes: {shortage} (the last try: {why})")
+
+
+def test_a_worker_that_dies_while_it_is_set_up_ends_the_controller_that_would_keep_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, _ = waiting(tmp_path, monkeypatch)
+    failed = WorkerGroupStartupFailedError("At least one of the worker actors failed")
+    failed.__cause__ = death = lost(taken=False)
+    with pytest.raises(ray.exceptions.RayActorError) as raised:
+        controller.after_controller_state_update(
+            scheduling(), ReschedulingState(ControllerError(failed))
+        )
+    assert raised.value is death
+
+
 def waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, minutes: float = 5
 ) -> tuple[RunController, FolderStore]:
     """The controller of a cluster without nodes, for which it waits so long."""
     data = {"train": str(tmp_path / "train")}
     spec = tiny_job(
-        tmp_path / "model", data, str(tmp_path / "runs"), retries={"wait_minutes": minutes}
+        tmp_path / "model",
+        data,
+        str(tmp_path / "runs"),
+        retries={"wait_minutes": minutes},
+        workers={"count": 2},
     )
     controller = RunController(
         spec, "run", generation=GENERATION, controls_seen=0, notices=tmp_path / "notices"
