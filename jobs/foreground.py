@@ -29,6 +29,7 @@ from cluster.local import driver_log
 from cluster.storage import join_uri
 from jobs.commands.logs import format_log_line
 from jobs.errors import ShoalError, render_error
+from jobs.lines import Line
 from jobs.record import State
 from jobs.runs import RunReader
 from jobs.status import RunStatus
@@ -74,7 +75,7 @@ def attend(
         return EXIT_CODE_OF_A_STOP
     situation = status.situation
     if not situation.is_over or situation.generation <= after_generation or status.result is None:
-        _say_how_it_died(process, reader)
+        _say_how_it_died(process, reader, after_generation=after_generation)
         return EXIT_CODE_OF_A_DEAD_DRIVER
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=30)  # The result is there; the rest is tidying up.
@@ -196,7 +197,11 @@ def _say_what_is_durable(reader: RunReader) -> None:
     print_to(sys.stderr, f"\nkilled; {kept}\n\ngo on with: shoal resume {reader.uri}")
 
 
-def _say_how_it_died(process: subprocess.Popen[bytes], reader: RunReader) -> None:
+def _say_how_it_died(
+    process: subprocess.Popen[bytes], reader: RunReader, *, after_generation: int
+) -> None:
+    """Why there is no result, from the run's log, or from this machine where it is not there: a
+    driver that another one keeps from the run writes nothing into its folder."""
     code = process.poll()
     how = (
         "has not ended, but has lost the run"
@@ -205,20 +210,43 @@ def _say_how_it_died(process: subprocess.Popen[bytes], reader: RunReader) -> Non
         if code < 0
         else f"ended with exit code {code}"
     )
-    lines = reader.log_lines().new()[-_LOG_LINES_SHOWN:]
     printed = driver_log(reader.uri)
-    shown = "\n".join(format_log_line(line) for line in lines) or _tail(printed)
+    lines = _lines_of(process, reader, after_generation=after_generation)
+    if lines:
+        shown = "\n".join(format_log_line(line) for line in lines[-_LOG_LINES_SHOWN:])
+        told = "without a result; the last lines of its log are above"
+        hint = f"go on from the last checkpoint with: shoal resume {reader.uri}"
+    else:
+        shown = _tail(printed)
+        told = "and did not drive the run; the last lines that it printed are above"
+        hint = f"once what they say is settled: shoal resume {reader.uri}"
     print_to(
         sys.stderr,
         Text.assemble(
             f"\n{shown}\n\n",
             ("error:", "bold red"),
-            f" the driver of {reader.uri} (process {process.pid}) {how} without a result; the last "
-            f"lines of its log are above, all that it printed is in {printed}\n\n",
+            f" the driver of {reader.uri} (process {process.pid}) {how} {told}, all that it "
+            f"printed is in {printed}\n\n",
             ("hint:", "bold cyan"),
-            f" go on from the last checkpoint with: shoal resume {reader.uri}",
+            f" {hint}",
         ),
     )
+
+
+def _lines_of(
+    process: subprocess.Popen[bytes], reader: RunReader, *, after_generation: int
+) -> list[Line]:
+    """Log lines of the driver that this process is and of its workers; none where it is not the
+    last that has driven the run."""
+    lease = reader.lease()
+    if lease is None or lease.pid != process.pid or lease.generation <= after_generation:
+        return []
+    generation = {attempt.attempt: attempt.generation for attempt in reader.attempts()}
+    return [
+        line
+        for line in reader.log_lines().new()
+        if line.get("generation", generation.get(line["attempt"])) == lease.generation
+    ]
 
 
 def _tail(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The start of a run on a Ray cluster that is there: nodes that come late, workers that die at once."""
+"""A run starts on a Ray cluster that is there: nodes come late, workers die while set up."""
 
 from __future__ import annotations
 

@@ -16,16 +16,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-from synthetic import SyntheticRun, succeeded
+from synthetic import SyntheticRun, running, succeeded
 
+from cluster.local import driver_log
 from cluster.storage import Store
 from jobs import watch
 from jobs.foreground import attend
+from jobs.record import Source
 from jobs.runs import RunReader
 from jobs.submit import SubmittedRun
 
 DRIVER = """
-import sys, time
+import os, sys, time
 sys.path.insert(0, {tests!r})
 from synthetic import SyntheticRun, State, Source
 from cluster.storage import open_store
@@ -35,7 +37,7 @@ made.lines("logs", Source({generation}, None), {{"time": now, "message": "about 
 made.state(State.RUNNING, "training", time=now, generation={generation})
 made.start_attempt(9, time=now, generation={generation})
 made.train(9, after=0, until=100, time=now)
-made.lease(renewed_at=time.time(), generation={generation})
+made.lease(renewed_at=time.time(), generation={generation}, pid=os.getpid())
 {then}
 """
 FINISH = "made.finish(State.{state}, attempt=9, step=100, time=now, generation={generation})"
@@ -173,6 +175,36 @@ def test_a_driver_that_dies_without_a_result_is_told_with_its_last_lines(
     assert "about to train" in shown
     assert "was killed by SIGKILL without a result" in shown
     assert f"shoal resume {run.uri}" in shown
+
+
+def test_a_driver_that_is_refused_is_told_with_what_it_printed_not_with_the_holders_lines(
+    local_store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    now = time.time()
+    made = running(local_store, now=now)
+    made.lease(renewed_at=now, generation=2, pid=4242)
+    run = SubmittedRun(made.run_id, f"{local_store.uri}/{made.run_id}", refused(made))
+    # The holder goes on meanwhile, and writes its log.
+    made.lines("logs", Source(2, None), {"time": now + 60, "message": "the holder trains"})
+    code = attend(run, reader_of(local_store, run), show_progress=True, after_generation=2)
+    assert code == 3
+    shown = " ".join(capfd.readouterr().err.split())
+    assert "is driven by process 4242 on node-7" in shown
+    assert "ended with exit code 3 and did not drive the run" in shown
+    assert f"once what they say is settled: shoal resume {run.uri}" in shown
+    assert "the holder trains" not in shown
+
+
+def refused(made: SyntheticRun) -> subprocess.Popen[bytes]:
+    """A real driver that may not wait for the lease."""
+    program = (
+        "import sys; from jobs import run; from cluster.lease import acquire; "
+        "run.acquire = lambda store, key, **_: acquire(store, key, ttl_seconds=60); "
+        "run.main([sys.argv[1]])"
+    )
+    uri = f"{made.store.uri}/{made.run_id}"
+    with driver_log(uri).open("ab") as log:
+        return subprocess.Popen([sys.executable, "-c", program, uri], stdout=log, stderr=log)
 
 
 def test_the_end_of_an_older_driver_is_not_taken_for_this_ones(
