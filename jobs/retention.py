@@ -7,7 +7,8 @@ is left always bears the mark, and no new run takes the name while old objects a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,21 +17,25 @@ from cluster.storage import Head, Store
 from jobs.errors import Problem, SpecError
 from jobs.record import CheckpointName, RunPaths, State
 from jobs.runs import RunReader
-from jobs.status import read_situation
+from jobs.status import await_certainty, read_situation
 
 PENDING_GRACE_SECONDS = 120.0
 """A run that has no driver yet may get one for so long after its submission."""
 
 
-def refuse_running(reader: RunReader, *, now: float) -> None:
-    """Raises SpecError if a driver works on the run, or is about to."""
+def refuse_running(reader: RunReader, *, wait: Callable[[str], None]) -> None:
+    """Raises SpecError if a driver works on the run, or is about to.
+
+    `wait` is told of a wait for the lease of a driver that has long been silent.
+    """
     head = reader.store.head(reader.paths.spec)
     if head is None:
         return
-    situation = read_situation(reader, now=now)
+    situation = await_certainty(reader, wait=wait)
     if situation.is_over:
         return
-    if situation.state is State.PENDING and now - head.modified_at > PENDING_GRACE_SECONDS:
+    age_seconds = time.time() - head.modified_at
+    if situation.state is State.PENDING and age_seconds > PENDING_GRACE_SECONDS:
         return
     raise SpecError(
         Problem(

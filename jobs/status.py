@@ -7,19 +7,21 @@ read_status(reader)                       ->  RunStatus, all that `shoal status`
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jobs import runs
 from jobs.lines import Line
+from jobs.onlooker import Onlooker
 from jobs.record import Attempt, Crash, Lease, Manifest, Outcome, Result, State
 from jobs.runs import RunReader
 
 LOST_AFTER_TTLS = 3.0
 """A lease that was not renewed for so many of its times to live is taken for a dead driver's,
-unless its process is known to exist. Only people are told so: a new driver measures the expiry
-itself, by its own clock."""
+unless its process is known to exist. Only people are told so: whoever acts on it measures the
+expiry itself, by its own clock."""
+LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Situation:
     """Whether no driver works on it any more."""
     exit_code: int = 0
     """For a command that waited for the end."""
+    is_doubtful: bool = False
+    """Whether the driver may be gone: an `Onlooker` knows after its lease's time to live."""
 
 
 def derive_state(
@@ -46,12 +50,15 @@ def derive_state(
     result: Result | None,
     now: float,
     driver_has_ended: bool | None = None,
+    unchanged_seconds: float | None = None,
     run: str = "RUN",
 ) -> Situation:
     """The state of a run, from what its folder says at `now` (Unix seconds).
 
-    `driver_has_ended`: whether the driver's process is gone, where this machine knows. `run` is the
-    name that hints use. A result counts only if no newer driver has taken the run since.
+    `driver_has_ended`: whether the driver's process is gone, where this machine knows.
+    `unchanged_seconds`: for how long the lease was seen to stay as it is, where somebody looks on;
+    else a driver that has long been silent is taken for gone. `run` is the name that hints use. A
+    result counts only if no newer driver has taken the run since.
     """
     resume = f"shoal resume {run}"
     if result is not None and (lease is None or result.generation >= lease.generation):
@@ -61,11 +68,27 @@ def derive_state(
     silence_seconds = now - lease.renewed_at
     given_back = lease.released and silence_seconds > lease.ttl_seconds
     is_silent = silence_seconds > LOST_AFTER_TTLS * lease.ttl_seconds
+    heard = f"last heard of {format_seconds(silence_seconds)} ago"
+    if (
+        is_silent
+        and driver_has_ended is None
+        and not lease.released
+        and unchanged_seconds is not None
+        and unchanged_seconds < lease.ttl_seconds
+    ):
+        return Situation(
+            State.RECOVERING,
+            f"its driver (process {lease.pid} on {lease.host}, {heard}) is gone, or the store was "
+            f"away: it is looked at for {format_seconds(lease.ttl_seconds)}",
+            None,
+            lease.generation,
+            is_over=False,
+            is_doubtful=True,
+        )
     if driver_has_ended or given_back or (is_silent and driver_has_ended is None):
         return Situation(
             State.FAILED_INFRA,
-            f"its driver is gone (process {lease.pid} on {lease.host}, last heard of "
-            f"{format_seconds(silence_seconds)} ago)",
+            f"its driver is gone (process {lease.pid} on {lease.host}, {heard})",
             resume,
             lease.generation,
             is_over=True,
@@ -74,8 +97,8 @@ def derive_state(
     if is_silent:
         return Situation(
             State.RECOVERING,
-            f"its driver (process {lease.pid} on {lease.host}) is there, but was last heard of "
-            f"{format_seconds(silence_seconds)} ago: the store was away, or it is frozen",
+            f"its driver (process {lease.pid} on {lease.host}) is there, but was {heard}: "
+            "the store was away, or it is frozen",
             f"if it does not go on: kill -9 {lease.pid}; then: {resume}",
             lease.generation,
             is_over=False,
@@ -230,15 +253,20 @@ _TRAIN_KEYS = (
 
 
 def read_status(
-    reader: RunReader, *, now: float | None = None, result: Result | None = None
+    reader: RunReader,
+    *,
+    now: float | None = None,
+    result: Result | None = None,
+    onlooker: Onlooker | None = None,
 ) -> RunStatus:
     """The status of a run at this moment. Raises SpecError if there is no such run.
 
-    `result` is what the driver is about to write; None: what the folder holds.
+    `result` is what the driver is about to write; None: what the folder holds. Without an
+    `onlooker` a driver that has long been silent is taken for gone.
     """
     spec = reader.spec()
     submitted_at = reader.spec_head().modified_at
-    situation, lease, result = _situation(reader, now=now, result=result)
+    situation, lease, result = _situation(reader, now=now, result=result, onlooker=onlooker)
     events = reader.events()
     metrics = reader.metrics()
     lines = reader.metrics_lines()
@@ -282,16 +310,32 @@ def read_status(
     )
 
 
-def read_situation(reader: RunReader, *, now: float | None = None) -> Situation:
+def read_situation(
+    reader: RunReader, *, now: float | None = None, onlooker: Onlooker | None = None
+) -> Situation:
     """The state of a run at this moment, without its metrics; cheap to ask again."""
-    return _situation(reader, now=now, result=None)[0]
+    return _situation(reader, now=now, result=None, onlooker=onlooker)[0]
+
+
+def await_certainty(reader: RunReader, *, wait: Callable[[str], None]) -> Situation:
+    """The state of a run once it is certain whether a driver that is silent is gone.
+
+    `wait` is told once of a wait, which lasts as long as a lease lives at most.
+    """
+    onlooker, is_told = Onlooker(), False
+    while (situation := read_situation(reader, onlooker=onlooker)).is_doubtful:
+        if not is_told:
+            wait(str(situation.cause))
+            is_told = True
+        time.sleep(LOOK_SECONDS)
+    return situation
 
 
 def _situation(
-    reader: RunReader, *, now: float | None, result: Result | None
+    reader: RunReader, *, now: float | None, result: Result | None, onlooker: Onlooker | None
 ) -> tuple[Situation, Lease | None, Result | None]:
     # In this order: a driver writes its result before it gives the lease back.
-    lease = reader.lease()
+    lease = reader.lease() if onlooker is None else onlooker.lease_of(reader)
     result = result or reader.result()
     situation = derive_state(
         events=reader.events(),
@@ -299,6 +343,7 @@ def _situation(
         result=result,
         now=time.time() if now is None else now,
         driver_has_ended=None if lease is None else runs.driver_has_ended(lease),
+        unchanged_seconds=None if onlooker is None else onlooker.unchanged_seconds,
         run=reader.uri,
     )
     return situation, lease, result

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from cluster.storage import StorageError
 from jobs.lines import Line
+from jobs.onlooker import Onlooker
 from jobs.runs import RunReader
 from jobs.status import RunStatus, format_seconds, read_status
 from jobs.status_view import evaluation_text, headline, train_text
@@ -59,25 +60,27 @@ def watch_run(
 
     What drivers up to `after_generation` left is not the end that is waited for, nor shown.
     `give_up` is asked after each look, and ends the watching after one more. `wake` ends the
-    pause between two looks. Raises SpecError if there is no such run, and StorageError if the
+    pause between two looks. A driver that is silent is gone once its lease was seen to stay as it
+    is for its time to live. Raises SpecError if there is no such run, and StorageError if the
     first or the last look fails; in between, a store that is away for a while is borne.
     """
-    pause = wake or threading.Event()
+    pause, onlooker = wake or threading.Event(), Onlooker()
     has_looked = last_look = False
     with view or make_view() as shown:
         while True:
             try:
-                status = read_status(reader)
+                status = read_status(reader, onlooker=onlooker)
             except StorageError as error:
                 if last_look or not has_looked:
                     raise
                 shown.say(f"warning: the run folder cannot be read at present: {error}")
             else:
                 has_looked = True
-                is_new = status.situation.generation > after_generation
-                if is_new or not status.situation.is_over:
+                situation = status.situation
+                is_new = situation.generation > after_generation
+                if is_new or not (situation.is_over or situation.is_doubtful):
                     shown.show(status)
-                if last_look or (is_new and status.situation.is_over):
+                if last_look or (is_new and situation.is_over):
                     return status
             last_look = give_up()
             if not last_look:

@@ -66,12 +66,13 @@ def _batches(
     reader: RunReader, *, follow: bool, rank: int | None, attempt: int | None
 ) -> Iterator[list[dict[str, Any]]]:
     """Lines as they come, until the run is over."""
+    from jobs.onlooker import Onlooker
     from jobs.status import read_situation
 
-    lines = reader.log_lines(rank=rank, attempt=attempt)
+    lines, onlooker = reader.log_lines(rank=rank, attempt=attempt), Onlooker()
     while True:
         # Before the lines: what is written before the run ends must not be missed.
-        over = not follow or read_situation(reader).is_over
+        over = not follow or read_situation(reader, onlooker=onlooker).is_over
         yield lines.new()
         if over:
             break

@@ -31,7 +31,7 @@ def delete(run: str, store: str | None, yes: bool) -> None:
     heads = list(reader.store.list(f"{reader.run_id}/"))
     if not heads:
         reader.spec_head()  # Says that there is no such run, and which are near.
-    refuse_running(reader, now=time.time())
+    refuse_running(reader, wait=lambda reason: click.echo(reason, err=True))
     num_bytes = sum(head.num_bytes for head in heads)
     if not yes:
         if not sys.stdin.isatty():

@@ -15,12 +15,13 @@ def stop(ctx: click.Context, run: str, store: str | None, wait: bool) -> None:
     """Ask a run to save what it has trained and end. `shoal resume RUN` goes on from there."""
     from jobs.errors import Problem, SpecError
     from jobs.foreground import requester
+    from jobs.onlooker import Onlooker
     from jobs.status import read_situation
     from jobs.submit import request_stop
 
     reader = open_run(run, store)
     reader.spec_head()
-    situation = read_situation(reader)
+    situation = read_situation(reader, onlooker=Onlooker())
     if situation.is_over:
         raise SpecError(
             Problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from test_cli import run_main
 
 from cluster.embedded import EmbeddedStore
 from cluster.storage import Store
+from jobs import status
 from jobs.record import CheckpointName, Failure, Manifest, RunPaths, State
 from tests.faulty_proxy import proxy_to
 
@@ -352,6 +354,30 @@ def test_delete_refuses_a_run_that_goes_on(shell: Shell) -> None:
     assert "goes on: RUNNING" in shell.error
     assert f"{RUN} --wait" in shell.error
     assert shell.json("list")["runs"]
+
+
+def test_delete_looks_on_before_it_takes_a_silent_driver_for_gone(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "LOOK_SECONDS", 0.05)
+    made = running(shell.store, now=time.time())
+    made.lease(renewed_at=time.time() - 600, ttl_seconds=20)
+    renewed = threading.Timer(0.5, made.lease, kwargs={"renewed_at": time.time(), "renewals": 10})
+    renewed.start()
+    shell.run("delete", RUN, "--yes", code=2)
+    renewed.join()
+    assert "is gone, or the store was away: it is looked at for 20s" in shell.error
+    assert f"{RUN} goes on: RUNNING" in shell.error
+
+    made.lease(renewed_at=time.time() - 600, ttl_seconds=0.2)
+    shell.run("delete", RUN, "--yes")
+    assert list(shell.store.list()) == []
+
+
+def test_stop_of_a_silent_run_is_not_refused(shell: Shell) -> None:
+    running(shell.store, now=time.time()).lease(renewed_at=time.time() - 600)
+    shell.run("stop", RUN)
+    assert len(list(shell.store.list(RunPaths(RUN).control))) == 1
 
 
 def test_delete_asks_and_does_nothing_where_nobody_can_answer(shell: Shell) -> None:

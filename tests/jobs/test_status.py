@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from synthetic import SyntheticRun
 
+from cluster.storage import Store
+from jobs.onlooker import LONGEST_LOOK_SECONDS, Onlooker
 from jobs.record import Attempt, Failure, Lease, Outcome, Result, State
+from jobs.runs import RunReader
 from jobs.status import derive_state, format_seconds, seconds_spent
 
 NOW = 1_790_000_000.0
@@ -83,6 +87,44 @@ def test_a_driver_silent_for_several_ttl_is_gone() -> None:
     assert (found.state, found.is_over, found.exit_code) == (State.FAILED_INFRA, True, 3)
     assert found.cause == "its driver is gone (process 42 on node-7, last heard of 31s ago)"
     assert found.hint == "shoal resume sentiment-1"
+
+
+@pytest.mark.parametrize(("unchanged_seconds", "is_over"), [(0.0, False), (9.9, False), (10, True)])
+def test_who_looks_on_gives_a_silent_driver_the_time_of_its_lease(
+    unchanged_seconds: float, is_over: bool
+) -> None:
+    held = lease(renewed_at=NOW - 600)
+    found = derive_state(
+        events=[], lease=held, result=None, now=NOW, unchanged_seconds=unchanged_seconds
+    )
+    assert (found.is_over, found.is_doubtful) == (is_over, not is_over)
+    assert found.state is (State.FAILED_INFRA if is_over else State.RECOVERING)
+
+
+def test_who_looks_on_knows_at_once_what_this_machine_knows() -> None:
+    held = lease(renewed_at=NOW - 600)
+    found = derive_state(
+        events=[], lease=held, result=None, now=NOW, driver_has_ended=True, unchanged_seconds=0.0
+    )
+    assert (found.is_over, found.is_doubtful) == (True, False)
+
+
+def test_time_in_which_the_store_may_have_been_away_is_not_that_of_a_silent_driver(
+    local_store: Store,
+) -> None:
+    made = SyntheticRun(local_store).submit()
+    reader, times = RunReader(local_store, made.run_id), iter([0, 0, 1, 31, 32, 32, 99, 99, 100])
+    onlooker = Onlooker(clock=lambda: float(next(times)))
+    made.lease(renewed_at=NOW)
+    seen = []
+    for _ in range(4):  # The second look takes 30 s to be answered, the fourth comes 67 s later.
+        onlooker.lease_of(reader)
+        seen.append(onlooker.unchanged_seconds)
+    assert seen == [0, 1, 2, 2 + LONGEST_LOOK_SECONDS]
+    made.lease(renewed_at=NOW, renewals=10)
+    onlooker.clock = lambda: 101.0
+    onlooker.lease_of(reader)
+    assert onlooker.unchanged_seconds == 0
 
 
 def test_a_silent_driver_whose_process_exists_is_not_given_up() -> None:

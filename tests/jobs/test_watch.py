@@ -14,8 +14,8 @@ from cluster.storage import StorageError, Store
 from jobs import watch
 from jobs.record import State
 from jobs.runs import RunReader
-from jobs.status import read_status
-from jobs.watch import LineView, live_renderable, sparkline, watch_run
+from jobs.status import RunStatus, read_status
+from jobs.watch import LineView, NoView, live_renderable, sparkline, watch_run
 
 
 def drawn(made: SyntheticRun, *, now: float = START) -> str:
@@ -86,6 +86,46 @@ def test_a_store_that_is_away_for_a_while_does_not_end_the_watching(
         status = watch_run(reader, view=LineView(console))
     assert status.situation.state is State.STOPPED
     assert capture.get().count("cannot be read at present: no answer") == 3
+
+
+def long_silent(store: Store, *, ttl_seconds: float) -> SyntheticRun:
+    """A run whose driver, elsewhere, was last heard of ten minutes ago."""
+    made = running(store, now=time.time())
+    made.lease(renewed_at=time.time() - 600, ttl_seconds=ttl_seconds)
+    return made
+
+
+def test_the_watching_goes_on_where_the_driver_renews_after_the_store_was_away(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
+    made = long_silent(local_store, ttl_seconds=60)
+    seen: list[tuple[State, bool]] = []
+
+    class Drives(NoView):
+        """Renews the lease once it was seen to be doubtful, and ends the run then."""
+
+        def show(self, status: RunStatus) -> None:
+            seen.append((status.situation.state, status.situation.is_doubtful))
+            if len(seen) == 2:
+                made.lease(renewed_at=time.time(), ttl_seconds=60, renewals=10)
+            if len(seen) == 3:
+                made.finish(State.STOPPED, attempt=1, step=120, time=START)
+
+    view = Drives(Console(file=io.StringIO()))
+    status = watch_run(RunReader(local_store, made.run_id), view=view)
+    assert status.situation.state is State.STOPPED
+    assert seen[:3] == [(State.RECOVERING, True)] * 2 + [(State.RUNNING, False)]
+
+
+def test_the_watching_ends_where_a_silent_driver_does_not_renew_while_it_is_looked_at(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.05)
+    made = long_silent(local_store, ttl_seconds=0.2)
+    view = NoView(Console(file=io.StringIO()))
+    status = watch_run(RunReader(local_store, made.run_id), view=view)
+    assert (status.situation.state, status.situation.exit_code) == (State.FAILED_INFRA, 3)
 
 
 @pytest.mark.parametrize(
