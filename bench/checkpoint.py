@@ -146,10 +146,12 @@ class Subject:
         from jobs.record import Attempt, RunPaths, Source
         from jobs.spec import Optimizer
         from tests.tiny import tiny_job, tiny_tokenizer
+        from trainers.agreement import Agreement
         from trainers.checkpoint import CheckpointWriter
         from trainers.fence import Fence
         from trainers.loop import Trainee
         from trainers.optim import build_optimizer
+        from trainers.saving import Saving
         from trainers.telemetry import Telemetry
 
         self.sizes, self.place = sizes, place
@@ -183,6 +185,13 @@ class Subject:
             rank=0,
             scratch=place,
             fence=Fence(self.runs, self.paths, generation=1),
+        )
+        self.saving = Saving(
+            spec,
+            self.writer,
+            Agreement(rank=0, world_size=1),
+            self.telemetry,
+            raise_any=raise_it,
         )
         self.saved = 0
         self.copies: dict[str, Any] | None = None
@@ -227,7 +236,7 @@ class Subject:
     def settle(self, name: str) -> None:
         """Returns when what was saved is durable."""
         if name == "shoal":
-            self.writer.wait()
+            self.saving.make_durable()
         if name == "ray async":
             import ray.train
 
@@ -244,8 +253,7 @@ class Subject:
             order_version=1, index_digest="", lanes=1, window=1, seed=0, global_batch_size=8,
             epoch=0, next_item=0,
         )  # fmt: skip
-        self.writer.wait()  # as training does: one state is under way at a time
-        self.writer.save(
+        self.saving.save(
             self.trainee, Moment(Progress(step=self.saved), None, stream=position, before=None)
         )
 
@@ -295,7 +303,7 @@ class Subject:
         def upload() -> None:
             began = time.perf_counter()
             self.save_with_shoal(0)
-            self.writer.wait()
+            self.saving.make_durable()
             seconds["shoal upload"] = time.perf_counter() - began - seconds["shoal copy"]
 
         def get(place: str) -> None:
@@ -333,6 +341,11 @@ class _TaskFiles:
     def save_extras(self, folder: Path) -> None:
         for path in self._tokenizer.iterdir():
             shutil.copy(path, folder / path.name)
+
+
+def raise_it(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def timed(action: Callable[[], object]) -> float:

@@ -324,8 +324,9 @@ class Checkpoint(SpecPart):
     keep_best: PositiveInt = 1
     """Best checkpoints that are kept besides."""
     max_failures_in_a_row: NonNegativeInt = 3
-    """Checkpoints in a row that may fail to be stored while training goes on. After that training
-    waits for each save, and while the store is away, for `retries.wait_minutes` at most."""
+    """Checkpoints in a row that may fail to be stored while training goes on. When one more has
+    failed, training waits for each save, while the store is away for `retries.wait_minutes` at
+    most."""
 
 
 class Workers(SpecPart):

@@ -40,7 +40,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-from cluster.storage import Store
+from cluster.storage import ObjectExists, Store
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import (
     Attempt,
@@ -307,7 +307,7 @@ class CheckpointWriter:
             generation=self._attempt.generation,
             parent_step=self._attempt.restored_step,
             created_at=time.time(),
-            parts=parts,
+            parts=tuple(sorted(parts, key=lambda part: part.name)),
             digests=self._spec.digests(),
             stream=moment.stream,
             evaluation={f"validation/{name}": value for name, value in evaluation.items()},
@@ -316,8 +316,17 @@ class CheckpointWriter:
         )
 
     def _commit(self, manifest: Manifest) -> None:
-        """Creates the manifest; its folder is this attempt's alone, so nobody else has."""
-        self._store.write_if_absent(self._paths.manifest(manifest.name), manifest.to_bytes())
+        """Creates the manifest; its folder is this attempt's alone, so nobody else has.
+
+        It may be there from a save whose answer was lost, and which is repeated.
+        """
+        key = self._paths.manifest(manifest.name)
+        try:
+            self._store.write_if_absent(key, manifest.to_bytes())
+        except ObjectExists:
+            found = Manifest.model_validate_json(self._store.read(key))
+            if found.model_copy(update={"created_at": manifest.created_at}) != manifest:
+                raise
 
 
 def small_files(model: nn.Module, task: Task) -> dict[str, bytes]:

@@ -3,9 +3,9 @@
     Saving.save            the save before this one has ended; copies the state and goes on
     Saving.make_durable    returns when the newest state is stored
 
-A save that fails is told, and training goes on with the checkpoint before it. After
-`checkpoint.max_failures_in_a_row` of them the next save is waited for, and so is the last one of an
-attempt: while the store is away it is repeated, for `retries.wait_minutes` at most.
+A save that fails is told, and training goes on with the checkpoint before it. Once more than
+`checkpoint.max_failures_in_a_row` have failed, the next save is waited for, and so is the last one
+of an attempt: while the store is away it is repeated, for `retries.wait_minutes` at most.
 """
 
 from __future__ import annotations

@@ -347,8 +347,10 @@ class _Rank:
 
     def commit(self, progress: Progress, evaluation: Evaluation | None) -> None:
         with self._account.spent("checkpoint"):
-            # What led to this state is durable before the state itself is.
-            self._telemetry.flush()
+            if self._spec.train.log_rows:
+                # What led to this state is durable before the state itself is. (The writer of rank
+                # 0 sees to its lines; the other ranks have none but these.)
+                self._telemetry.flush()
             self._saving.save(
                 self._prepared.trainee,
                 Moment(

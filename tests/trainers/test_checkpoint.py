@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, load_file
 from transformers import AutoModelForSequenceClassification, BartConfig, BartModel
 
-from cluster.storage import ObjectMissing, StorageError, Store, open_store
+from cluster.storage import ObjectExists, ObjectMissing, StorageError, Store, open_store
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import (
     Attempt,
@@ -392,6 +392,14 @@ def test_a_damaged_record_of_an_attempt_is_told_with_its_place(scene: Scene) -> 
     scene.runs.write(PATHS.attempt(1), b"{")
     with pytest.raises(EnvironmentFault, match=r"run/attempts/0001\.json is damaged"):
         restorable(scene)
+
+
+def test_a_manifest_of_somebody_else_is_not_taken_for_ones_own(scene: Scene) -> None:
+    with writing(scene) as run:
+        run.save(1)
+        step_once(run.trainee)
+        with pytest.raises(ObjectExists):
+            run.save(1)
 
 
 def test_no_flipped_bit_of_a_manifest_is_believed(scene: Scene) -> None:

@@ -40,6 +40,26 @@ class SavesFail:
         FolderStore.write = write  # type: ignore[method-assign]
 
 
+class AnswerIsLost:
+    """On rank 0 the manifest of a step is written, but its writer hears that the store is away."""
+
+    def __init__(self, step: int) -> None:
+        self.folder = f"/checkpoints/step-{step:08d}-"
+
+    def __call__(self) -> None:
+        saving._PAUSE_SECONDS = 0.01
+        whole, lost = FolderStore.write_if_absent, []
+
+        def write(store: Store, key: str, data: bytes | memoryview) -> str:
+            etag = whole(store, key, data)
+            if self.folder in key and not lost:
+                lost.append(key)
+                raise StoreAway(Problem(f"cannot write {key}: no answer"))
+            return etag
+
+        FolderStore.write_if_absent = write  # type: ignore[method-assign]
+
+
 def trained(scene: Scene, before: Any, run_id: str = "run", **parts: Any) -> Outcome:
     spec = scene.job(
         workers={"count": 2}, data={"lanes": 2}, train={"evaluate_every_steps": 100},
@@ -100,3 +120,10 @@ def test_a_last_state_that_cannot_be_stored_fails_all_ranks(
     assert saved_steps(scene) == [2, 4, 6, 8]
     waited = any("waits for the store" in text for text in events(scene, "state"))
     assert waited == (kind is StoreAway)
+
+
+def test_a_manifest_whose_answer_was_lost_counts_when_its_save_is_repeated(scene: Scene) -> None:
+    outcome = trained(scene, AnswerIsLost(10))
+    assert outcome.state is State.SUCCEEDED
+    assert any("waits for the store" in text for text in events(scene, "state"))
+    assert saved_steps(scene) == [2, 4, 6, 8, 10]
