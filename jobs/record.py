@@ -197,6 +197,8 @@ class Attempt(SealedRecord):
     world_size: int
     restored_step: int | None
     """Step of the checkpoint from which it went on; None: from the start."""
+    evaluates_first: bool = False
+    """Whether it begins with the evaluation at that step, which was broken off."""
     started_at: float
     """Unix seconds."""
     hosts: tuple[str, ...] = ()
@@ -299,6 +301,8 @@ class Manifest(SealedRecord):
     """Metrics of the evaluation at this step, such as validation/f1; empty without one."""
     best_step: int | None = None
     """Step of the best evaluation so far, this one included."""
+    evaluation_pending: bool = False
+    """Whether the evaluation at this step was broken off: whoever goes on begins with it."""
     is_last_step: bool = False
 
     @property
@@ -589,16 +593,19 @@ def lineage(attempts: Iterable[Attempt]) -> list[tuple[int, int, int | None]]:
     """Which attempt each step of the final weights came from: [(attempt, after, until)].
 
     The attempt's steps s with after < s <= until are in the lineage; `until` None means all.
-    An attempt that restored step 40 takes every later step away from the attempts before it.
+    An attempt that restored step 40 takes every later step away from the attempts before it; where
+    it evaluates step 40 first, that is in its span as well as in theirs.
     Attempts of which nothing is left are not listed.
     """
     spans: list[tuple[int, int, int | None]] = []
     until: int | None = None
     for attempt in reversed(rightful(attempts)):
-        after = attempt.restored_step or 0
+        restored = attempt.restored_step or 0
+        # The evaluation of the restored step may be its own.
+        after = restored - 1 if attempt.evaluates_first else restored
         if until is None or after < until:
             spans.append((attempt.attempt, after, until))
-            until = after
+            until = restored if until is None else min(restored, until)
     return spans[::-1]
 
 
@@ -611,10 +618,14 @@ def in_lineage(step: int, attempt: int, spans: Sequence[tuple[int, int, int | No
 
 
 def live_manifests(manifests: Iterable[Manifest], attempts: Iterable[Attempt]) -> list[Manifest]:
-    """Manifests that no later attempt has superseded, by step; step 0 belongs to every attempt."""
+    """Manifests that no later attempt has superseded, by step; step 0 belongs to every attempt.
+
+    One for each step: where two attempts saved one, that of the later, which has evaluated it.
+    """
     spans = lineage(attempts)
     live = [m for m in manifests if m.step == 0 or in_lineage(m.step, m.attempt, spans)]
-    return sorted(live, key=lambda m: m.step)
+    by_step = {m.step: m for m in sorted(live, key=lambda m: m.name)}
+    return list(by_step.values())
 
 
 def best_manifest(live: Sequence[Manifest]) -> Manifest | None:

@@ -127,6 +127,7 @@ def _claim(
         generation=assignment.generation,
         world_size=session.world_size,
         restored_step=restored.step if restored else None,
+        evaluates_first=restored is not None and restored.evaluation_pending,
         started_at=time.time(),
         hosts=tuple(hosts),
         versions=versions(),

@@ -312,6 +312,7 @@ class CheckpointWriter:
             stream=moment.stream,
             evaluation={f"validation/{name}": value for name, value in evaluation.items()},
             best_step=moment.progress.best_step,
+            evaluation_pending=moment.progress.evaluation_pending,
             is_last_step=moment.progress.finished,
         )
 

@@ -115,6 +115,11 @@ class ControlPoller:
             asked, self._asked = self._asked, replace(self._asked, save=False)
             return asked
 
+    def look(self) -> Requests:
+        """The same, which the next `take` gives again."""
+        with self._lock:
+            return self._asked
+
     def _run(self) -> None:
         while not self._closing.is_set():
             try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,11 +22,25 @@ from trainers.microbatch import IntArray, cut_microbatches
 from trainers.parallel import autocast
 from trainers.tasks.task import Batch, Metrics, Task
 
+if TYPE_CHECKING:
+    from trainers.controls import Requests
+
 OnOutput = Callable[[IntArray, torch.Tensor, Batch], None]
 """Called with row ids [n], the model's output [n, ...] and the batch."""
 
-_PASSES_BETWEEN_VOTES = 8
-"""Micro-batches that are collated at once before the ranks of a model that is cut agree on them."""
+_MOST_PASSES_BETWEEN_VOTES = 64
+"""Micro-batches that are collated at once before the ranks agree to go on."""
+_SECONDS_BETWEEN_VOTES = 1.0
+"""What these may take before there are fewer of them between two votes."""
+
+
+class BrokenOff(Exception):  # noqa: N818 - nothing is wrong
+    """Raised on all ranks at the same point: the attempt is to end before its evaluation does."""
+
+    def __init__(self, *, stops: bool) -> None:
+        super().__init__("the evaluation is broken off")
+        self.stops = stops
+        """Whether the run is to stop; else the attempt gives way to another."""
 
 
 def measure(
@@ -38,34 +54,41 @@ def measure(
     max_tokens: int,
     on_output: OnOutput | None = None,
     agreement: Agreement | None = None,
+    asked: Callable[[], Requests] | None = None,
 ) -> None:
     """Updates `metrics` with what `model` (without its replication) says of the rows of `batches`.
 
     Add the states of all ranks afterwards, so that the result does not depend on how rows are
-    shared out. A whole model talks to no other rank. Each pass of a model that is cut over the
-    ranks gathers its weights from all of them: it needs `agreement`, and is measured by all ranks
-    at the same time. Where one of them cannot go on, it raises its error, and the others return.
+    shared out. With an `agreement` it is called by all ranks at the same time: where one of them
+    cannot go on, it raises its error, and the others return; where one is `asked` to end, all raise
+    BrokenOff. A model that is cut over the ranks needs it, as each pass gathers weights from all.
 
     Raises MicrobatchTooLarge where memory runs out in a pass, on this rank alone.
     """
+    is_cut = isinstance(model, FSDPModule)
+
+    def run(own: _Pass) -> None:
+        watchdog.tick("evaluates")
+        batch = own.batch if own.batch is not None else task.empty_batch()
+        with passes_over(own.lengths, max_tokens=max_tokens):
+            on_device = move(batch, device)
+            output = task.forward(model, on_device)
+            if own.batch is not None:
+                metrics.update(output, on_device)
+                if on_output is not None:
+                    on_output(own.rows, output, on_device)
+
     passes = _passes(task, batches, max_tokens=max_tokens)
-    if isinstance(model, FSDPModule):
-        assert agreement is not None, "the ranks of a model that is cut run the same passes"
-        passes = _evened(passes, agreement)
     was_training = model.training
     model.eval()
     try:
         with _no_gradient(model), autocast(device, dtype):
-            for own in passes:
-                watchdog.tick("evaluates")
-                batch = own.batch if own.batch is not None else task.empty_batch()
-                with passes_over(own.lengths, max_tokens=max_tokens):
-                    on_device = move(batch, device)
-                    output = task.forward(model, on_device)
-                    if own.batch is not None:
-                        metrics.update(output, on_device)
-                        if on_output is not None:
-                            on_output(own.rows, output, on_device)
+            if agreement is not None:
+                _run_together(run, passes, agreement, is_cut=is_cut, asked=asked)
+            else:
+                assert not is_cut, "the ranks of a model that is cut run the same passes"
+                for own in passes:
+                    run(own)
     finally:
         model.train(was_training)
         if isinstance(model, FSDPModule):
@@ -95,28 +118,57 @@ def _passes(task: Task, batches: Iterable[RankBatch], *, max_tokens: int) -> Ite
             yield _Pass(batch.rows[cut], collated, lengths)
 
 
-def _evened(passes: Iterator[_Pass], agreement: Agreement) -> Iterator[_Pass]:
-    """The passes of this rank, as many on all ranks.
+def _run_together(
+    run: Callable[[_Pass], None],
+    passes: Iterator[_Pass],
+    agreement: Agreement,
+    *,
+    is_cut: bool,
+    asked: Callable[[], Requests] | None,
+) -> None:
+    """Runs the passes of this rank; of a model that is cut, as many on all ranks.
 
-    Before each some are made, the ranks tell whether they can go on: an error of one, such as rows
-    that cannot be read, ends the passes of all.
+    Before each some the ranks tell whether they can go on, and are to: an error of one, such as
+    rows that cannot be read, ends the passes of all.
     """
-    is_done = False
-    while not is_done:
-        own, error = list[_Pass](), None
+    at_once, seconds, error = 1, 0.0, None
+    while True:
+        own, stops, yields = list[_Pass](), False, False
         try:
-            own = list(itertools.islice(passes, _PASSES_BETWEEN_VOTES))
+            if error is None and asked is not None:
+                requests = asked()
+                if requests.superseded is not None:
+                    raise requests.superseded
+                stops, yields = requests.stop, requests.yields
+            if error is None:
+                own = list(itertools.islice(passes, at_once))
         except Exception as caught:
             error = caught
-        votes = agreement.gather([len(own), error is not None])
+        votes = agreement.gather([len(own), error is not None, stops, yields, seconds])
         if error is not None:
             raise error
-        if any(failed for _, failed in votes):
+        numbers, failed, stop, yielding, taken = zip(*votes, strict=True)
+        if any(failed) or not any(numbers):
             return
-        most = max(number for number, _ in votes)
-        is_done = most < _PASSES_BETWEEN_VOTES
-        yield from own
-        yield from (_PLACE for _ in range(most - len(own)))
+        if any(stop) or any(yielding):
+            raise BrokenOff(stops=any(stop))
+        began = time.monotonic()
+        try:
+            for place in range(max(numbers) if is_cut else len(own)):
+                run(own[place] if place < len(own) else _PLACE)
+        except Exception as caught:
+            if is_cut:
+                raise  # the others wait in the pass, not for a vote
+            error = caught
+        seconds = time.monotonic() - began
+        at_once = _next_number(at_once, seconds=max(taken))
+
+
+def _next_number(at_once: int, *, seconds: float) -> int:
+    """How many passes come before the next vote, by what those before the last took. Pure."""
+    if seconds > _SECONDS_BETWEEN_VOTES:
+        return max(1, at_once // 2)
+    return min(2 * at_once, _MOST_PASSES_BETWEEN_VOTES)
 
 
 def _no_gradient(model: nn.Module) -> AbstractContextManager[None]:

@@ -25,7 +25,7 @@ from trainers import watchdog
 from trainers.agreement import Agreement, Decision, PendingDecision, Vote
 from trainers.buffers import KeptBuffers
 from trainers.data.stream import RankBatch
-from trainers.evaluation import move
+from trainers.evaluation import BrokenOff, move
 from trainers.memory import passes_over
 from trainers.microbatch import cut_microbatches
 from trainers.optim import (
@@ -83,6 +83,8 @@ class Progress:
     """Evaluations in a row that brought no improvement."""
     skipped_in_a_row: int = 0
     """Last steps, one after the other, that were skipped: their gradient was not finite."""
+    evaluation_pending: bool = False
+    """Whether the evaluation after the last step is still to be made: it was broken off."""
     finished: bool = False
 
 
@@ -154,7 +156,10 @@ class Surroundings(Protocol):
         ...
 
     def evaluate(self, progress: Progress) -> Evaluation | None:
-        """The validation metrics of the model as it is; None without a validation set."""
+        """The validation metrics of the model as it is; None without a validation set.
+
+        Raises BrokenOff where the attempt is asked to end meanwhile.
+        """
         ...
 
     def commit(self, progress: Progress, evaluation: Evaluation | None) -> None:
@@ -192,7 +197,8 @@ def train(
 
     The order at a step: step, evaluation, early stopping, commit. All that a decision depends on
     is committed with it, so a run killed anywhere takes the same decisions when it is resumed.
-    Requests are heeded between two steps, at the same step on all ranks.
+    Requests are heeded between two steps, at the same step on all ranks, and in evaluations: one
+    that is broken off is the first thing that the next attempt does.
 
     A step whose gradient is not finite is skipped. Raises TrainingError, on all ranks at the same
     step, when too many in a row are, or when what was measured is not finite; the state is not
@@ -205,6 +211,12 @@ def train(
     stopwatch = Stopwatch(trainee.model, trainee.device)
     window = _Window(spec.train.max_skipped_in_a_row, stopwatch, time)
     committed_step = progress.step
+    if progress.evaluation_pending:
+        progress, evaluation, ending = _evaluate(spec, plan, progress, around)
+        if ending is not None:
+            return ending, progress, None
+        if commit_is_due(spec, progress):
+            around.commit(progress, evaluation)
     coming = None if progress.finished else feed.next_after(progress)
     while coming is not None:
         with time.spent("synchronisation"):
@@ -244,21 +256,37 @@ def train(
         if is_told:
             window.tell(around, agreement, time)
 
-        evaluation = None
+        evaluation, ending = None, None
         if evaluation_is_due(spec, plan, progress):
-            evaluation = around.evaluate(progress)
-            progress = judge(spec, progress, evaluation)
-        if progress.step == plan.total_steps:
-            progress = replace(progress, finished=True)
-        if commit_is_due(spec, progress):
+            progress, evaluation, ending = _evaluate(spec, plan, progress, around)
+        if ending is not None or commit_is_due(spec, progress):
             progress = window.look(progress, around)
             around.commit(progress, evaluation)
             committed_step = progress.step
-        if progress.finished and following is not None:  # early stopping
+        is_over = progress.finished or ending is not None
+        if is_over and following is not None:
             following.pending.wait()
             window.tell(around, agreement, time)
+        if ending is not None:
+            return ending, progress, None
         coming = None if progress.finished else following
     return Ending.FINISHED, progress, None
+
+
+def _evaluate(
+    spec: JobSpec, plan: Plan, progress: Progress, around: Surroundings
+) -> tuple[Progress, Evaluation | None, Ending | None]:
+    """The progress after the evaluation at its step, and why training ends where that was broken
+    off."""
+    try:
+        evaluation = around.evaluate(progress)
+    except BrokenOff as broken:
+        ending = Ending.STOPPED if broken.stops else Ending.YIELDED
+        return replace(progress, evaluation_pending=True), None, ending
+    progress = judge(spec, replace(progress, evaluation_pending=False), evaluation)
+    if progress.step == plan.total_steps:
+        progress = replace(progress, finished=True)
+    return progress, evaluation, None
 
 
 # ------------------------------------------------------------------------------ pure decisions

@@ -40,7 +40,7 @@ from trainers.checkpoint import CheckpointWriter, Moment
 from trainers.controls import ControlPoller, Requests
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
-from trainers.evaluation import measure
+from trainers.evaluation import BrokenOff, measure
 from trainers.fence import Fence
 from trainers.local_copy import TICKING, DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
@@ -267,7 +267,12 @@ class _Rank:
         if data is None:
             return None
         with self._account.spent("evaluation"):
-            evaluation = self._measure(plain(self._prepared.trainee.model), data)
+            try:
+                evaluation = self._measure(
+                    plain(self._prepared.trainee.model), data, asked=self._asked_meanwhile
+                )
+            except BrokenOff:
+                return None  # the loop hears of it before its first step
             self._tell_evaluation(evaluation, name, step=0)
         return evaluation.to_json()
 
@@ -340,7 +345,9 @@ class _Rank:
         if data is None:
             return None
         with self._account.spent("evaluation"):
-            evaluation = self._measure(plain(self._prepared.trainee.model), data)
+            evaluation = self._measure(
+                plain(self._prepared.trainee.model), data, asked=self._asked_meanwhile
+            )
             self._tell_evaluation(evaluation, "validation", step=progress.step)
             self._session.report({"step": progress.step} | evaluation.metrics)
         return evaluation
@@ -424,7 +431,14 @@ class _Rank:
             )
 
     def requests(self) -> Requests:
-        asked = self._poller.take() if self._poller is not None else Requests()
+        return self._requests(self._poller.take() if self._poller is not None else Requests())
+
+    def _asked_meanwhile(self) -> Requests:
+        """What was asked for, which `requests` tells again."""
+        return self._requests(self._poller.look() if self._poller is not None else Requests())
+
+    def _requests(self, asked: Requests) -> Requests:
+        """What the run was asked for, with what the platform asks of this rank."""
         stop = asked.stop or self._session.stop_requested()
         notice = self._session.yield_requested()
         if stop and not self._is_stopping and self._session.rank == 0:
@@ -522,8 +536,14 @@ class _Rank:
             self._stream.close()
             self._stream = None
 
-    def _measure(self, model: torch.nn.Module, data: DataSet) -> Evaluation:
-        """The evaluation of `model` on a data set, over all ranks."""
+    def _measure(
+        self,
+        model: torch.nn.Module,
+        data: DataSet,
+        *,
+        asked: Callable[[], Requests] | None = None,
+    ) -> Evaluation:
+        """The evaluation of `model` on a data set, over all ranks; BrokenOff if `asked` to end."""
         task = self._prepared.task
         metrics = task.metrics()
         stream = self._together(
@@ -540,6 +560,7 @@ class _Rank:
                     dtype=self._prepared.trainee.dtype,
                     max_tokens=self._spec.batching.max_tokens_per_microbatch,
                     agreement=self._agreement,
+                    asked=asked,
                 )
             )
         finally:
