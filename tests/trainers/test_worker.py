@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jobs.record import Outcome, State
 from tests.ranks import assignment_of, run_group
 from tests.scene import Scene
 from trainers import preparation, worker
+from trainers.data.stream import RankBatch, RankStream
 from trainers.restore import newest_restorable, read_attempts, read_manifests
 from trainers.session import ProcessSession
 
@@ -88,11 +90,15 @@ class Evaluates:
 
     def __call__(self) -> None:
         if os.environ["RANK"] == "1":
-            worker.measure = refuse
+            RankStream.sequential = refuse_rows  # type: ignore[method-assign]
 
 
 def refuse(*_: object, **__: object) -> Any:
     raise StorageError(Problem("the store is away"))
+
+
+def refuse_rows(*_: object, **__: object) -> Iterator[RankBatch]:
+    yield refuse()
 
 
 def failed(scene: Scene, before: Any, **parts: Any) -> Outcome:
