@@ -92,7 +92,8 @@ def newest_restorable(
     """The newest checkpoint of the lineage whose every part is what its manifest says.
 
     Also says of each newer one, damaged or incomplete, why it is skipped. The local copy is left
-    in `cache_folder` for `checkpoint_copy`.
+    in `cache_folder` for `checkpoint_copy`. An attempt before this one that was thought dead may
+    save and apply retention meanwhile: where that takes a checkpoint away, it is looked for anew.
     """
     manifests, damaged = _read_manifests(store, paths)
     skipped = [f"a checkpoint is skipped: {reason}" for reason in damaged]
@@ -101,6 +102,8 @@ def newest_restorable(
         try:
             checkpoint_copy(store, paths, manifest, cache_folder=cache_folder)
         except (DamagedPart, ObjectMissing) as error:
+            if store.head(paths.manifest(manifest.name)) is None:
+                return newest_restorable(store, paths, cache_folder=cache_folder)
             skipped.append(f"the checkpoint of step {manifest.step} is skipped: {error}")
             continue
         return manifest, tuple(skipped)

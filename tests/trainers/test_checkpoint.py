@@ -31,6 +31,7 @@ from jobs.record import (
 from tests.scene import Scene
 from tests.spoiling import SpoilingStore
 from tests.tiny import VOCABULARY, tiny_tokenizer
+from trainers import restore
 from trainers.checkpoint import CheckpointWriter, Moment
 from trainers.fence import Fence
 from trainers.layout import OPTIMIZER, WEIGHTS
@@ -384,6 +385,25 @@ def test_a_manifest_that_was_spoilt_on_its_way_is_read_anew(scene: Scene, times:
     found, skipped = newest_restorable(spoiling, PATHS, cache_folder=scene.folder / "cache")  # type: ignore[arg-type]
     assert found is not None
     assert (found.step, skipped, spoiling.times) == (2, (), 0)
+
+
+def test_a_checkpoint_that_retention_takes_away_meanwhile_is_looked_for_anew(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attempt before is not dead: it saves its next state while this one is restored."""
+    asked: list[int] = []
+    with writing(scene, checkpoint={"keep_last": 1}) as run:
+        run.save(1)
+
+        def copy(store: Store, paths: RunPaths, manifest: Manifest, **options: Any) -> Path:
+            if not asked:
+                run.save(2)
+            asked.append(manifest.step)
+            return checkpoint_copy(store, paths, manifest, **options)
+
+        monkeypatch.setattr(restore, "checkpoint_copy", copy)
+        assert restorable(scene) == (2, ())
+    assert asked == [1, 2]
 
 
 def test_a_damaged_record_of_an_attempt_is_told_with_its_place(scene: Scene) -> None:
