@@ -28,6 +28,7 @@ from cluster.storage import (
     StorageError,
     StoreAway,
     Transfer,
+    Unfinished,
     check_key,
     check_prefix,
 )
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import pyarrow.fs
 
 _LOCK_NAME = OWN_FILE_PREFIX + "lock"
+_PART_SUFFIX = ".part"
 _LOCK_SECONDS = 45.0
 """A lock is held for one small write; whoever holds it longer is stuck."""
 _COPY_BYTES = 2**20
@@ -236,13 +238,29 @@ class FolderStore:
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
-            path = self._file(key)
-            with (
-                contextlib.suppress(*_ABSENT),
-                _described(path, doing="delete", but=_ABSENT),
-            ):
-                path.unlink()
-            self._remove_empty_folders(path.parent)
+            self._unlink(self._file(key))
+
+    def list_unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        top = self._path / check_prefix(prefix)
+        for folder, _, names in os.walk(top):
+            for name in names:
+                if name.startswith(OWN_FILE_PREFIX) and name.endswith(_PART_SUFFIX):
+                    path = Path(folder, name)
+                    with contextlib.suppress(*_ABSENT), _described(path, doing="read", but=_ABSENT):
+                        changed_at = path.stat().st_mtime
+                        yield Unfinished(path.relative_to(self._path).as_posix(), "", changed_at)
+
+    def drop_unfinished(self, unfinished: Iterable[Unfinished]) -> None:
+        for each in unfinished:
+            path = self._path / each.key
+            if not path.name.startswith(OWN_FILE_PREFIX):
+                raise ValueError(f"{path} is an object")
+            self._unlink(path)
+
+    def _unlink(self, path: Path) -> None:
+        with contextlib.suppress(*_ABSENT), _described(path, doing="delete", but=_ABSENT):
+            path.unlink()
+        self._remove_empty_folders(path.parent)
 
     def _remove_empty_folders(self, folder: Path) -> None:
         """Folders exist in S3 by what is in them: an empty one goes, up to the store's own."""
@@ -323,7 +341,7 @@ def _open_part(folder: Path) -> tuple[Path, IO[bytes]]:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
-    part = folder / f"{OWN_FILE_PREFIX}{uuid.uuid4().hex}.part"
+    part = folder / f"{OWN_FILE_PREFIX}{uuid.uuid4().hex}{_PART_SUFFIX}"
     return part, part.open("x+b")
 
 

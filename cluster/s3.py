@@ -14,6 +14,8 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,7 +46,9 @@ from cluster.s3_transfer import (
     ReadSpan,
     checksum,
     download,
+    drop_upload,
     read_in_time,
+    unfinished_uploads,
     write_parts,
 )
 from cluster.storage import (
@@ -53,6 +57,7 @@ from cluster.storage import (
     ObjectMissing,
     PreconditionFailed,
     StorageError,
+    Unfinished,
     check_key,
     check_prefix,
 )
@@ -453,6 +458,24 @@ class S3Store:
                 raise ClientError({"Error": details}, "DeleteObjects")
 
         self._attempt(delete, doing="delete", key=full_keys[0].removeprefix(self._root))
+
+    def list_unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        folder = f"{check_prefix(prefix).rstrip('/')}/" if prefix else ""
+        found = unfinished_uploads(
+            lambda action: self._attempt(action, doing="list unfinished uploads of", key=prefix),
+            bucket=self._bucket,
+            prefix=self._root + folder,
+        )
+        return (replace(each, key=each.key.removeprefix(self._root)) for each in found)
+
+    def drop_unfinished(self, unfinished: Iterable[Unfinished]) -> None:
+        for each in unfinished:
+            drop_upload(
+                partial(self._attempt, doing="drop an unfinished upload of", key=each.key),
+                bucket=self._bucket,
+                key=self._root + each.key,
+                upload_id=each.upload_id,
+            )
 
     def create_bucket(self) -> None:
         """Create the store's bucket unless it is there."""

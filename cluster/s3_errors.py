@@ -228,6 +228,8 @@ def _explain_answer(
         return f"the store has no room for it ({code})", "free space in the store"
     if is_transient(error):
         return f"{endpoint} keeps failing ({code}, HTTP {status})", "try again later"
+    if code in ("NotImplemented", "501") and error.operation_name == "ListMultipartUploads":
+        return f"{endpoint} does not support {error.operation_name}", None
     if code in ("NotImplemented", "501"):
         return (
             f"{endpoint} does not support {error.operation_name} with these arguments",
@@ -245,6 +247,7 @@ def _action(operation: str) -> str:
         "GetObject": "s3:GetObject and s3:ListBucket",
         "HeadObject": "s3:GetObject and s3:ListBucket",
         "ListObjectsV2": "s3:ListBucket",
+        "ListMultipartUploads": "s3:ListBucketMultipartUploads",
         "HeadBucket": "s3:ListBucket",
         "DeleteObjects": "s3:DeleteObject",
         "CreateMultipartUpload": "s3:PutObject",

@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from botocore.exceptions import ClientError, ReadTimeoutError
 
 from cluster.folder import write_whole
 from cluster.s3_errors import error_code
-from cluster.storage import StorageError, Transfer
+from cluster.storage import StorageError, Transfer, Unfinished
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -38,6 +38,7 @@ Attempt = Callable[[Callable[["S3Client"], Any]], Any]
 """Runs an action on the client, with retries and described errors."""
 
 _MAX_PARTS = 10_000
+_PAGE_UPLOADS = 1_000
 _BLOCK_BYTES = 2**20
 _SENT_BYTES = 2**15
 WRITE_TOKEN = "shoal-write"  # noqa: S105 - the name of a metadata entry
@@ -127,6 +128,40 @@ def _abort(attempt: Attempt, *, place: dict[str, Any], upload_id: str) -> None:
         attempt(lambda client: client.abort_multipart_upload(UploadId=upload_id, **place))
     except StorageError as error:
         logger.warning("parts of %s are left in the store: %s", place["Key"], error)
+
+
+def unfinished_uploads(attempt: Attempt, *, bucket: str, prefix: str) -> Iterator[Unfinished]:
+    """Uploads in parts of keys that begin with `prefix`, by their whole keys, page by page."""
+    arguments: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": _PAGE_UPLOADS}
+    while True:
+        page = attempt(lambda client: dict(client.list_multipart_uploads(**arguments)))
+        for upload in page.get("Uploads", []):
+            # Some servers do not heed the prefix.
+            if upload["Key"].startswith(prefix):
+                began_at = upload["Initiated"].timestamp()
+                yield Unfinished(upload["Key"], upload["UploadId"], began_at)
+        # SeaweedFS sorts by upload id, and gives that marker alone.
+        markers = {
+            name: page[f"Next{name}"]
+            for name in ("KeyMarker", "UploadIdMarker")
+            if page.get(f"Next{name}")
+        }
+        if not page.get("IsTruncated") or not markers or markers.items() <= arguments.items():
+            return
+        arguments.update(markers)
+
+
+def drop_upload(attempt: Attempt, *, bucket: str, key: str, upload_id: str) -> None:
+    """Tell the store to drop the parts of an upload; one that is gone is no error."""
+
+    def drop(client: S3Client) -> None:
+        try:
+            client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+        except ClientError as error:
+            if error_code(error) not in ("NoSuchUpload", "404"):
+                raise
+
+    attempt(drop)
 
 
 def read_in_time(answer: GetObjectOutputTypeDef, *, transfer: Transfer) -> bytes:

@@ -101,6 +101,18 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """A write that goes on, or whose writer was killed: it takes room, and no list shows it."""
+
+    key: str
+    """Below which folder it was to come; on S3 the key of the object."""
+    upload_id: str
+    """What the store knows it by, besides the key."""
+    last_sign_at: float
+    """Unix seconds by the store's clock: when it began (S3), or when bytes last came (a folder)."""
+
+
+@dataclass(frozen=True)
 class Transfer:
     """How objects are moved: sizes, threads and the time that transient faults are borne."""
 
@@ -198,6 +210,17 @@ class Store(Protocol):
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove the objects, in batches; absent ones are no error."""
+        ...
+
+    def list_unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        """Large writes below the folder `prefix` that have not ended, in any order.
+
+        Not every store lists them: some refuse (StorageError), some name none.
+        """
+        ...
+
+    def drop_unfinished(self, unfinished: Iterable[Unfinished]) -> None:
+        """Give back their room; a writer that still goes on fails. Absent ones are no error."""
         ...
 
     def within(self, prefix: str) -> Store:

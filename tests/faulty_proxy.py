@@ -37,6 +37,7 @@ Kind = Literal[
     "fail after",  # the store does it, the answer is 500
     "error in 200",  # the store does it, the answer is 200 with an error for a body
     "expired",  # answers 400 ExpiredToken, without asking the store
+    "denied",  # answers 403 AccessDenied, without asking the store
     "not implemented",  # answers 501, without asking the store
     "drop",  # closes the connection, without asking the store
     "away",  # the same, to every request of an outage
@@ -74,6 +75,7 @@ _REFUSALS: dict[str, tuple[int, list[tuple[str, str]], bytes]] = {
     ),
     "html 500": (500, [("Content-Type", "text/html")], b"<html><body>Oops<br></html>"),
     "expired": (400, _XML, b"<Error><Code>ExpiredToken</Code><Message>old</Message></Error>"),
+    "denied": (403, _XML, b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"),
     "not implemented": (
         501,
         _XML,

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
-from cluster.storage import Head, PreconditionFailed, Store, StoreAway
+from cluster.storage import Head, PreconditionFailed, Store, StoreAway, Unfinished
 from jobs.errors import Problem
 from trainers import watchdog
 
@@ -241,6 +241,13 @@ class PatientStore:
                 return head.etag
 
         return self._wait(attempt)
+
+    def list_unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        return iter(self._wait(lambda: [*self._store.list_unfinished(prefix)]))
+
+    def drop_unfinished(self, unfinished: Iterable[Unfinished]) -> None:
+        doomed = [*unfinished]
+        self._wait(lambda: self._store.drop_unfinished(doomed))
 
     def delete(self, keys: Iterable[str]) -> None:
         doomed = [*keys]

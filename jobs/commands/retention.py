@@ -24,15 +24,18 @@ from jobs.commands.target import (
 def delete(run: str, store: str | None, yes: bool) -> None:
     """Delete a run with all of its checkpoints. A run that goes on is refused."""
     from jobs.errors import Problem, SpecError
-    from jobs.retention import delete_run, refuse_running
+    from jobs.retention import delete_run, describe_unfinished, find_unfinished, refuse_running
     from jobs.spec import format_bytes
 
     reader = open_run(run, store)
     heads = list(reader.store.list(f"{reader.run_id}/"))
-    if not heads:
+    unfinished = find_unfinished(reader.store, f"{reader.run_id}/", tell=_hush)
+    if not heads and not unfinished:
         reader.spec_head()  # Says that there is no such run, and which are near.
     refuse_running(reader, wait=lambda reason: click.echo(reason, err=True))
-    num_bytes = sum(head.num_bytes for head in heads)
+    what = f"{len(heads)} objects, {format_bytes(sum(head.num_bytes for head in heads))}"
+    if unfinished:
+        what += f", {describe_unfinished(len(unfinished))}"
     if not yes:
         if not sys.stdin.isatty():
             raise SpecError(
@@ -41,13 +44,17 @@ def delete(run: str, store: str | None, yes: bool) -> None:
                     f"run: shoal delete {reader.uri} --yes",
                 )
             )
-        click.confirm(
-            f"delete {reader.uri} ({len(heads)} objects, {format_bytes(num_bytes)})?",
-            abort=True,
-            err=True,
-        )
-    delete_run(reader.store, reader.run_id)
-    click.echo(f"deleted {reader.uri}: {len(heads)} objects, {format_bytes(num_bytes)}", err=True)
+        click.confirm(f"delete {reader.uri} ({what})?", abort=True, err=True)
+    delete_run(reader.store, reader.run_id, tell=_warn)
+    click.echo(f"deleted {reader.uri}: {what}", err=True)
+
+
+def _warn(problem: str) -> None:
+    click.echo(f"warning: {problem}", err=True)
+
+
+def _hush(problem: str) -> None:
+    """For what is tried again, and told, a little later."""
 
 
 @click.command()
@@ -66,18 +73,22 @@ def delete(run: str, store: str | None, yes: bool) -> None:
 def gc(store: str | None, older_than_seconds: float, dry_run: bool, as_json: bool) -> None:
     """Remove what nobody can use any more.
 
-    That is: checkpoints without a manifest, checkpoints that a later attempt has superseded, and
-    runs whose deletion was cut off. Runs that go on are left alone.
+    That is: checkpoints without a manifest, checkpoints that a later attempt has superseded, runs
+    whose deletion was cut off, and uploads whose writer was killed, which no list of objects shows
+    and which a store bills all the same. Runs that go on are left alone; a lifecycle rule of the
+    bucket (AbortIncompleteMultipartUpload) removes their uploads too.
     """
-    from jobs.retention import collect, find_garbage
+    from jobs.retention import collect, describe_unfinished, find_garbage
     from jobs.spec import format_bytes
     from jobs.terminal import print_table
 
     runs = open_runs(store, needed_for="shoal gc")
-    found = list(find_garbage(runs, older_than_seconds=older_than_seconds, now=time.time()))
+    found = list(
+        find_garbage(runs, older_than_seconds=older_than_seconds, now=time.time(), tell=_warn)
+    )
     if not dry_run:
         for garbage in found:
-            collect(runs, garbage)
+            collect(runs, garbage, tell=_warn)
     if as_json:
         print_json({"removed": not dry_run, "garbage": [g.to_json() for g in found]})
         return
@@ -85,10 +96,18 @@ def gc(store: str | None, older_than_seconds: float, dry_run: bool, as_json: boo
         print_table(
             ["run", "what", "why", "objects", "size"],
             [
-                [g.run_id, g.what, g.why, str(len(g.heads)), format_bytes(g.num_bytes)]
+                [
+                    g.run_id,
+                    g.what,
+                    g.why,
+                    str(len(g.heads) or len(g.unfinished)),
+                    format_bytes(g.num_bytes) if g.heads else "-",
+                ]
                 for g in found
             ],
             right={"objects", "size"},
         )
     total = format_bytes(sum(g.num_bytes for g in found))
+    if num_unfinished := sum(len(g.unfinished) for g in found):
+        total += f" and {describe_unfinished(num_unfinished)}"
     click.echo(f"{total} {'would be' if dry_run else 'were'} removed", err=True)

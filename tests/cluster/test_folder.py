@@ -16,7 +16,7 @@ import pytest
 
 from cluster import folder
 from cluster.folder import FolderStore, write_whole
-from cluster.storage import ObjectExists, StorageError, Store, StoreAway, open_store
+from cluster.storage import ObjectExists, StorageError, Store, StoreAway, Unfinished, open_store
 
 
 def files(path: Path) -> list[str]:
@@ -187,6 +187,13 @@ def test_a_file_name_that_is_no_key_is_told(tmp_path: Path) -> None:
     (tmp_path / "two\nlines").write_bytes(b"")
     with pytest.raises(StorageError, match="no store can hold"):
         list(open_store(tmp_path).list())
+
+
+def test_no_object_is_dropped_as_a_write_that_has_not_ended(local_store: Store) -> None:
+    local_store.write("a/k", b"1")
+    with pytest.raises(ValueError, match="is an object"):
+        local_store.drop_unfinished([Unfinished("a/k", "", 0.0)])
+    assert local_store.read("a/k") == b"1"
 
 
 def test_files_get_the_rights_that_the_user_gives_to_new_ones(local_store: Store) -> None:

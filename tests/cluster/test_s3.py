@@ -139,6 +139,41 @@ def test_an_upload_that_fails_leaves_nothing_behind(
     assert unfinished_uploads(s3_store) == 0
 
 
+def test_unfinished_uploads_have_as_many_pages_as_they_need(
+    s3_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, _, prefix = s3_store.filesystem_root.partition("/")
+    client = boto3.client("s3", region_name="us-east-1")
+    begun = [
+        client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}/{key}")["UploadId"]
+        for key in ("a", "b", "b", "c", "d")
+    ]
+    client.close()
+    monkeypatch.setattr("cluster.s3_transfer._PAGE_UPLOADS", 2)
+    found = list(s3_store.list_unfinished())
+    assert sorted(upload.key for upload in found) == ["a", "b", "b", "c", "d"]
+    assert sorted(upload.upload_id for upload in found) == sorted(begun)
+    s3_store.drop_unfinished(found)
+    assert unfinished_uploads(s3_store) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("not implemented", "does not support ListMultipartUploads"),
+        ("denied", "access denied"),
+    ],
+)
+def test_a_store_that_does_not_list_uploads_says_so(
+    proxy: FaultyProxy, shaky: Store, kind: Kind, text: str
+) -> None:
+    proxy.fail(kind, "GET", "uploads")
+    with pytest.raises(StorageError, match=text) as caught:
+        list(shaky.list_unfinished())
+    assert "conditional" not in render_error(caught.value)
+    assert kind != "denied" or "s3:ListBucketMultipartUploads" in render_error(caught.value)
+
+
 def test_an_object_replaced_during_a_download_is_not_mixed(
     proxy: FaultyProxy, shaky: Store, s3_store: Store, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from cluster.storage import (
     split_uri,
 )
 from jobs.errors import SpecError
+from tests.killed_writer import kill_writer_of
 
 NUM_WRITERS = 10
 
@@ -290,6 +292,26 @@ def test_each_part_of_a_large_object_that_moves_is_told(store: Store, tmp_path: 
     parts.clear()
     telling.write("c", data[: 2**20])  # as telemetry does, whatever training does
     assert parts == []
+
+
+def test_what_killed_writers_have_left_is_found_and_dropped(store: Store) -> None:
+    for key in ("a/b/k", "a-b/k"):
+        kill_writer_of(store, key)
+    assert keys(store) == []
+    [left] = store.list_unfinished("a")
+    assert left.key.startswith("a/b/")
+    assert abs(left.last_sign_at - time.time()) < 60
+    assert [u.key for u in store.within("a").list_unfinished()] == [left.key.removeprefix("a/")]
+    for _ in range(2):
+        store.drop_unfinished([left])
+    assert list(store.list_unfinished("a/")) == []
+    [other] = store.list_unfinished()
+    assert other.key.startswith("a-b/")
+    inner = store.within("a-b")
+    inner.drop_unfinished(inner.list_unfinished())
+    assert list(store.list_unfinished()) == []
+    store.write("a/b/k", b"1")
+    assert keys(store) == ["a/b/k"]
 
 
 def test_a_store_pickles_without_connections_or_secrets(store: Store) -> None:

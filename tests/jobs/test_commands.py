@@ -16,7 +16,8 @@ from cluster.embedded import EmbeddedStore
 from cluster.storage import Store
 from jobs import status
 from jobs.record import CheckpointName, Failure, Manifest, RunPaths, State
-from tests.faulty_proxy import proxy_to
+from tests.faulty_proxy import Kind, proxy_to
+from tests.killed_writer import kill_writer_of
 
 RUN = "sentiment-a1b2c3"
 
@@ -430,6 +431,62 @@ def test_gc_leaves_checkpoints_alone_where_a_record_is_damaged(shell: Shell) -> 
     made.checkpoint(1, 130, time=START)
     shell.store.write(made.paths.attempt(2), b"garbage")
     assert shell.json("gc", "--dry-run", "--older-than", "0s")["garbage"] == []
+    assert "attempts/0002.json is not a readable Attempt" in shell.error
+    assert "checkpoints are left alone" in shell.error
+
+
+def test_gc_and_delete_remove_uploads_whose_writer_was_killed(
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_STORE", store.uri)
+    shell = Shell(store, capsys)
+    made = succeeded(store)
+    alive = running(store, now=time.time(), run_id="live-000001")
+    name = CheckpointName(260, 2)
+    for paths in (made.paths, alive.paths, RunPaths("deleted-000001")):
+        kill_writer_of(store, paths.checkpoint(name) + "model/model.safetensors")
+    kill_writer_of(store, "foreign/backup.tar")
+    objects = {head.key for head in store.list()}
+
+    assert shell.json("gc", "--dry-run", "--older-than", "1h")["garbage"] == []
+    planned = shell.json("gc", "--dry-run", "--older-than", "0s")
+    assert [(g["run_id"], g["what"], g["unfinished_uploads"]) for g in planned["garbage"]] == [
+        ("deleted-000001", "uploads", 1),
+        (RUN, "uploads", 1),
+    ]
+    assert len(list(store.list_unfinished())) == 4
+    assert "their writers are gone" in shell.run("gc", "--older-than", "0s")
+    assert shell.error == "0 B and 2 unfinished uploads were removed\n"
+    left = {unfinished.key.partition("/")[0] for unfinished in store.list_unfinished()}
+    assert left == {"live-000001", "foreign"}
+    assert {head.key for head in store.list()} == objects
+
+    kill_writer_of(store, made.paths.checkpoint(name) + "model/model.safetensors")
+    shell.run("delete", RUN, "--yes")
+    assert ", 1 unfinished upload\n" in shell.error
+    assert list(store.list_unfinished(f"{RUN}/")) == []
+    assert len(list(store.list_unfinished())) == 2
+
+
+@pytest.mark.parametrize("kind", ["denied", "not implemented"])
+def test_a_store_that_lists_no_uploads_is_collected_and_deleted_all_the_same(
+    s3_store: Store,
+    object_store: EmbeddedStore,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Kind,
+) -> None:
+    succeeded(s3_store)
+    with proxy_to(object_store.endpoint_url) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        monkeypatch.setenv("SHOAL_STORE", s3_store.uri)
+        shell = Shell(s3_store, capsys)
+        proxy.fail(kind, "GET", "uploads", times=1_000)
+        shell.run("gc", "--older-than", "0s")
+        assert shell.error.count("warning: cannot list unfinished uploads of ") == 1
+        shell.run("delete", RUN, "--yes")
+        assert shell.error.count("warning: cannot list unfinished uploads of ") == 1
+    assert list(s3_store.list()) == []
 
 
 def test_gc_refuses_an_age_that_is_none(shell: Shell) -> None:

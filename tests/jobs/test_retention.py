@@ -12,7 +12,7 @@ from synthetic import START, succeeded
 from cluster.storage import StorageError, Store
 from jobs.errors import SpecError
 from jobs.record import CheckpointName
-from jobs.retention import collect, delete_run, find_garbage
+from jobs.retention import Garbage, collect, delete_run, find_garbage
 from jobs.runs import RunReader
 
 
@@ -34,11 +34,16 @@ class DyingStore:
             self._store.delete([key])
 
 
+def garbage_of(store: Store, *, older_than_seconds: float, now: float) -> list[Garbage]:
+    found = find_garbage(store, older_than_seconds=older_than_seconds, now=now, tell=pytest.fail)
+    return list(found)
+
+
 @pytest.mark.parametrize("deletions", [0, 1, 5, 9, 20])
 def test_a_deletion_that_is_cut_off_never_looks_whole(local_store: Store, deletions: int) -> None:
     made = succeeded(local_store)
     with pytest.raises(StorageError):
-        delete_run(DyingStore(local_store, deletions=deletions), made.run_id)  # type: ignore[arg-type]
+        delete_run(DyingStore(local_store, deletions=deletions), made.run_id, tell=pytest.fail)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="is being deleted"):
         RunReader(local_store, made.run_id).spec()
     manifests = [h.key for h in local_store.list() if h.key.endswith("manifest.json")]
@@ -49,13 +54,13 @@ def test_a_deletion_that_is_cut_off_never_looks_whole(local_store: Store, deleti
 def test_gc_finishes_a_deletion_that_was_cut_off(local_store: Store) -> None:
     made = succeeded(local_store)
     with pytest.raises(StorageError):
-        delete_run(DyingStore(local_store, deletions=9), made.run_id)  # type: ignore[arg-type]
+        delete_run(DyingStore(local_store, deletions=9), made.run_id, tell=pytest.fail)  # type: ignore[arg-type]
     mark = local_store.head(made.paths.deleting)
     assert mark is not None
     later = mark.modified_at + 60
-    assert list(find_garbage(local_store, older_than_seconds=120, now=later)) == []
-    (garbage,) = find_garbage(local_store, older_than_seconds=30, now=later)
-    collect(local_store, garbage)
+    assert garbage_of(local_store, older_than_seconds=120, now=later) == []
+    (garbage,) = garbage_of(local_store, older_than_seconds=30, now=later)
+    collect(local_store, garbage, tell=pytest.fail)
     assert list(local_store.list()) == []
 
 
@@ -64,11 +69,11 @@ def test_a_deletion_that_is_cut_off_anywhere_is_found_and_finished(local_store: 
     for deletions in range(num_objects):
         made = succeeded(local_store, run_id=f"cut-{deletions:03d}")
         with pytest.raises(StorageError):
-            delete_run(DyingStore(local_store, deletions=deletions), made.run_id)  # type: ignore[arg-type]
-    found = list(find_garbage(local_store, older_than_seconds=0, now=time.time() + 60))
+            delete_run(DyingStore(local_store, deletions=deletions), made.run_id, tell=pytest.fail)  # type: ignore[arg-type]
+    found = garbage_of(local_store, older_than_seconds=0, now=time.time() + 60)
     assert [garbage.run_id for garbage in found] == [f"cut-{n:03d}" for n in range(num_objects)]
     for garbage in found:
-        collect(local_store, garbage)
+        collect(local_store, garbage, tell=pytest.fail)
     assert {head.key.split("/")[0] for head in local_store.list()} == {"sentiment-a1b2c3"}
 
 
@@ -77,7 +82,7 @@ def test_a_folder_that_no_deletion_has_marked_is_never_garbage(
     local_store: Store, key: str
 ) -> None:
     local_store.write(key, b"mine")
-    assert list(find_garbage(local_store, older_than_seconds=0, now=START + 10**9)) == []
+    assert list(garbage_of(local_store, older_than_seconds=0, now=START + 10**9)) == []
 
 
 def test_a_run_with_evaluations_and_notes_is_looked_through_too(local_store: Store) -> None:
@@ -87,7 +92,7 @@ def test_a_run_with_evaluations_and_notes_is_looked_through_too(local_store: Sto
     local_store.write(
         made.paths.checkpoint(CheckpointName(260, 2)) + "model.safetensors", b"cut off"
     )
-    (garbage,) = find_garbage(local_store, older_than_seconds=0, now=START + 10**9)
+    (garbage,) = garbage_of(local_store, older_than_seconds=0, now=START + 10**9)
     assert (garbage.what, garbage.why) == (
         "checkpoints/step-00000260-attempt-0002",
         "has no manifest",
@@ -99,4 +104,4 @@ def test_the_best_checkpoint_of_a_result_is_never_garbage(local_store: Store) ->
     local_store.delete(
         [made.paths.manifest(CheckpointName(200, 2))]
     )  # the result names it as the best
-    assert list(find_garbage(local_store, older_than_seconds=0, now=START + 10**9)) == []
+    assert list(garbage_of(local_store, older_than_seconds=0, now=START + 10**9)) == []

@@ -82,7 +82,7 @@ def test_no_run_takes_the_name_of_one_that_is_being_deleted(
     local_store: Store, started: list[str]
 ) -> None:
     made = succeeded(local_store)
-    delete_run(local_store, made.run_id)
+    delete_run(local_store, made.run_id, tell=pytest.fail)
     local_store.write(made.paths.deleting, b"{}")  # as where the deletion was cut off at its end
     spec = made.spec.model_copy(
         update={"store": made.spec.store.model_copy(update={"uri": local_store.uri})}
