@@ -53,7 +53,7 @@ from jobs.record import (
 )
 from jobs.spec import JobSpec, format_bytes
 from trainers import watchdog
-from trainers.consolidation import whole_weights
+from trainers.consolidation import store_weights
 from trainers.fence import Fence
 from trainers.layout import SHARDS, WEIGHTS, parts_name
 from trainers.local_copy import DamagedPart
@@ -273,9 +273,7 @@ class CheckpointWriter:
     def _gather_weights(self, step: int, parts: tuple[Part, ...]) -> tuple[Part]:
         """Puts `model/model.safetensors` together from what is stored, and stores it."""
         stored = self._store.within(self._folder(step).rstrip("/"))
-        with whole_weights(stored, parts, scratch=self._scratch) as weights:
-            [part] = self._upload({WEIGHTS: weights}, step)
-        return (part,)
+        return (store_weights(stored, parts, stored, WEIGHTS, scratch=self._scratch),)
 
     def _upload(self, files: Mapping[str, bytes | memoryview], step: int) -> tuple[Part, ...]:
         """Writes and hashes all files at the same time; large ones go in parallel parts."""

@@ -1,20 +1,18 @@
 """One safetensors file from the files of all ranks: no torch, and a block of bytes at a time.
 
 make_whole          the file, from parts that are verified as they are read
-whole_weights       the weights of a checkpoint as such a file, without a name on a disk
+store_weights       stores the weights of a checkpoint as such a file
 complete_weights    puts them into a checkpoint's local copy
 """
 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +45,7 @@ def store_model(checkpoint: Store, parts: Sequence[Part], to: Store, *, scratch:
     """Puts the `model/` folder of a checkpoint, cut or not, right below `to`; its bytes.
 
     Every byte is verified. `config.json`, without which no folder is a model's, comes last, and
-    goes first where the folder is there already. Raises as `whole_weights` does.
+    goes first where the folder is there already. Raises as `store_weights` does.
     """
     small = {
         part.name.removeprefix(_MODEL): _verified(checkpoint, part)
@@ -58,30 +56,35 @@ def store_model(checkpoint: Store, parts: Sequence[Part], to: Store, *, scratch:
         raise _damaged(checkpoint, "manifest.json", f"it names no {_MODEL}{_CONFIG}")
     config = small.pop(_CONFIG)
     to.delete([_CONFIG])
-    with whole_weights(checkpoint, parts, scratch=scratch) as weights:
-        to.write(WEIGHTS.removeprefix(_MODEL), weights)
-        num_bytes = len(weights)
+    stored = store_weights(checkpoint, parts, to, WEIGHTS.removeprefix(_MODEL), scratch=scratch)
+    num_bytes = stored.bytes
     for name, data in {**small, _CONFIG: config}.items():
         to.write(name, data)
         num_bytes += len(data)
     return num_bytes
 
 
-@contextmanager
-def whole_weights(
-    checkpoint: Store, parts: Sequence[Part], *, scratch: Path
-) -> Iterator[memoryview]:
-    """The file `model/model.safetensors` of a checkpoint, cut or not; valid inside the block.
+def store_weights(
+    checkpoint: Store, parts: Sequence[Part], to: Store, key: str, *, scratch: Path
+) -> Part:
+    """Stores the file `model/model.safetensors` of a checkpoint, cut or not, as `key` of `to`.
 
-    It lies in the folder `scratch` without a name, so nothing of it is left after a kill. Raises
-    DamagedPart, StorageError, or EnvironmentFault where the disk has no room.
+    It is put together in the folder `scratch`, without a name, so nothing of it is left after a
+    kill. Raises DamagedPart, StorageError, or EnvironmentFault where the disk has no room.
     """
     with (
         _weights_file(checkpoint, parts, scratch) as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held,
-        memoryview(held) as view,
+        ThreadPoolExecutor(1, thread_name_prefix="shoal-upload") as pool,
     ):
-        yield view
+        descriptor = file.fileno()
+        upload = pool.submit(to.upload, key, Path(f"/dev/fd/{descriptor}"))
+        num_bytes = os.fstat(descriptor).st_size
+        digest = hashlib.sha256()
+        for start in range(0, num_bytes, _BLOCK_BYTES):
+            digest.update(os.pread(descriptor, _BLOCK_BYTES, start))
+        upload.result()
+    watchdog.tick()
+    return Part(name=key, bytes=num_bytes, sha256=digest.hexdigest())
 
 
 def _weights_file(checkpoint: Store, parts: Sequence[Part], scratch: Path) -> BinaryIO:
@@ -108,7 +111,7 @@ def _weights_file(checkpoint: Store, parts: Sequence[Part], scratch: Path) -> Bi
 def complete_weights(folder: Path, parts: Iterable[Part]) -> None:
     """Puts the file of the weights into a checkpoint's local copy, where its ranks had cut them.
 
-    Processes of a node that ask at the same time do it once. Raises as `whole_weights` does.
+    Processes of a node that ask at the same time do it once. Raises as `store_weights` does.
     """
     weights, layout = folder / WEIGHTS, folder / LAYOUT_NAME
     if weights.exists() or not layout.exists():
