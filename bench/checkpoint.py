@@ -147,7 +147,7 @@ class Subject:
         from jobs.spec import Optimizer
         from tests.tiny import tiny_job, tiny_tokenizer
         from trainers.agreement import Agreement
-        from trainers.checkpoint import CheckpointWriter
+        from trainers.checkpoint import CheckpointWriter, small_files
         from trainers.fence import Fence
         from trainers.loop import Trainee
         from trainers.optim import build_optimizer
@@ -180,7 +180,7 @@ class Subject:
             self.runs,
             self.paths,
             self.telemetry,
-            task=task,  # type: ignore[arg-type]
+            small_files=small_files(model, task),  # type: ignore[arg-type]
             attempt=attempt,
             rank=0,
             scratch=place,

@@ -40,7 +40,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-from cluster.storage import ObjectExists, Store
+from cluster.storage import ObjectExists, ObjectMissing, Store, StoreAway
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import (
     Attempt,
@@ -116,24 +116,24 @@ class CheckpointWriter:
         paths: RunPaths,
         telemetry: Telemetry,
         *,
-        task: Task,
+        small_files: Mapping[str, bytes],
         attempt: Attempt,
         rank: int,
         scratch: Path,
         fence: Fence,
     ) -> None:
-        """`scratch`: a local folder with room for the weights of a model that is cut."""
+        """`small_files`, of the first rank, are those of the function of this name. `scratch` is a
+        local folder with room for the weights of a model that is cut."""
         self._spec = spec
         self._store = store
         self._paths = paths
         self._telemetry = telemetry
-        self._task = task
+        self._small_files = small_files
         self._attempt = attempt
         self._rank = rank
         self._scratch = scratch
         self._fence = fence
         self._snapshot = Snapshot()
-        self._small_files: dict[str, bytes] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shoal-checkpoint")
         self._under_way: Future[None] | None = None
         self._write_last: Callable[[], None] | None = None
@@ -143,10 +143,9 @@ class CheckpointWriter:
     def save(self, trainee: Trainee, moment: Moment) -> None:
         """Returns once the state is copied; no other save may be under way."""
         files = self._snapshot.take(trainee)
-        model = plain(trainee.model)
         if self._rank == 0:
-            others = dist.get_world_size() - 1 if is_sharded(model) else 0
-            self._write_last = partial(self._write, model, files, moment, num_others=others)
+            others = dist.get_world_size() - 1 if is_sharded(plain(trainee.model)) else 0
+            self._write_last = partial(self._write, files, moment, num_others=others)
         else:
             self._write_last = partial(self._write_shard, files, moment.progress.step)
         self.save_again()
@@ -187,15 +186,12 @@ class CheckpointWriter:
 
     def _write(
         self,
-        model: nn.Module,
         files: Mapping[str, bytes | memoryview],
         moment: Moment,
         *,
         num_others: int,
     ) -> None:
         began = time.monotonic()
-        if self._small_files is None:
-            self._small_files = small_files(model, self._task)
         progress = {"progress": asdict(moment.progress), "before": moment.before}
         step = moment.progress.step
         parts = self._upload(
@@ -270,10 +266,25 @@ class CheckpointWriter:
             raise DamagedPart(Problem(f"{key} is damaged: its digest is another"))
         return told.parts
 
-    def _gather_weights(self, step: int, parts: tuple[Part, ...]) -> tuple[Part]:
-        """Puts `model/model.safetensors` together from what is stored, and stores it."""
+    def _gather_weights(self, step: int, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        """Puts `model/model.safetensors` together from what is stored, and stores it.
+
+        Nothing where that cannot be done here, as on a disk without room: the state is whole
+        without it. A store that is away, and a part that is not what was stored, are raised.
+        """
         stored = self._store.within(self._folder(step).rstrip("/"))
-        return (store_weights(stored, parts, stored, WEIGHTS, scratch=self._scratch),)
+        try:
+            return (store_weights(stored, parts, stored, WEIGHTS, scratch=self._scratch),)
+        except (StoreAway, DamagedPart, ObjectMissing):
+            raise
+        except EnvironmentFault as error:
+            self._telemetry.event(
+                "warning",
+                f"step {step} is saved in parts only: {error}; later its plain model folder can be "
+                f"made with: shoal checkpoints {self._paths.run_id} --consolidate {step}",
+                step=step,
+            )
+            return ()
 
     def _upload(self, files: Mapping[str, bytes | memoryview], step: int) -> tuple[Part, ...]:
         """Writes and hashes all files at the same time; large ones go in parallel parts."""

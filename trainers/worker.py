@@ -14,7 +14,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ from jobs.record import (
 )
 from trainers.agreement import Agreement
 from trainers.attempt import Assignment, Claim, claim_attempt, with_limit
-from trainers.checkpoint import CheckpointWriter, Moment
+from trainers.checkpoint import CheckpointWriter, Moment, small_files
 from trainers.controls import ControlPoller, Requests
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
@@ -187,7 +187,9 @@ class _Rank:
                 self._prepared = replicated(prepared, self._session)
                 self._describe_attempt()
                 self._drop_checkpoint_copies()
-            return self._with_helpers()
+                # Now, as it needs a folder for temporary files: training does not.
+                small = self._together(self._small_files)
+            return self._with_helpers(small)
         except AgreedFailure as agreed:
             return self._failed(agreed.failure)
         except TrainingError as error:
@@ -196,7 +198,14 @@ class _Rank:
         except MicrobatchTooLarge as error:
             raise self._out_of_memory(error) from error
 
-    def _with_helpers(self) -> Outcome:
+    def _small_files(self) -> dict[str, bytes]:
+        """Files of each checkpoint that the first rank writes."""
+        if self._session.rank:
+            return {}
+        prepared = self._prepared
+        return small_files(plain(prepared.trainee.model), prepared.task)
+
+    def _with_helpers(self, small: Mapping[str, bytes]) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
         fence = Fence(self._impatient_store, self._paths, generation=self._attempt.generation)
         writer = CheckpointWriter(
@@ -204,7 +213,7 @@ class _Rank:
             self._impatient_store,
             self._paths,
             self._telemetry,
-            task=self._prepared.task,
+            small_files=small,
             attempt=self._attempt,
             rank=self._session.rank,
             scratch=cache_folder(),

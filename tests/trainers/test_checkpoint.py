@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from tests.scene import Scene
 from tests.spoiling import SpoilingStore
 from tests.tiny import VOCABULARY, tiny_tokenizer
 from trainers import restore
-from trainers.checkpoint import CheckpointWriter, Moment
+from trainers.checkpoint import CheckpointWriter, Moment, small_files
 from trainers.fence import Fence
 from trainers.layout import OPTIMIZER, WEIGHTS
 from trainers.loop import Progress, Trainee, judge
@@ -100,8 +101,8 @@ def writing(
     scene.runs.write(PATHS.attempt(attempt), record.to_bytes())
     with Telemetry(scene.runs, PATHS, Source(attempt, 0)) as telemetry:
         writer = CheckpointWriter(
-            spec, store, PATHS, telemetry, task=trainee.task, attempt=record, rank=0,
-            scratch=scene.folder,
+            spec, store, PATHS, telemetry, attempt=record, rank=0, scratch=scene.folder,
+            small_files=small_files(trainee.model, trainee.task),
             fence=Fence(store, PATHS, generation=attempt),
         )  # fmt: skip
         try:
@@ -264,19 +265,34 @@ def largest_file(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "said"), [(300, "configuration cannot be written to"), (20_000, "cannot write")]
-)
-def test_a_full_disk_is_the_environments_fault_and_says_where(
-    scene: Scene, num_bytes: int, said: str
+def test_a_full_disk_of_a_local_store_is_the_environments_fault_and_says_where(
+    scene: Scene,
 ) -> None:
     with writing(scene) as run:
         step_once(run.trainee)
-        with largest_file(num_bytes), pytest.raises(EnvironmentFault) as raised:
+        with largest_file(20_000), pytest.raises(EnvironmentFault) as raised:
             run.save(1)
     [problem] = raised.value.problems
-    assert said in problem.message
+    assert "cannot write" in problem.message
     assert restorable(scene) == (None, ())
+
+
+def test_a_disk_without_room_for_small_files_is_told_with_its_folder(scene: Scene) -> None:
+    trainee = scene.trainee(scene.job())
+    with largest_file(300), pytest.raises(EnvironmentFault) as raised:
+        small_files(trainee.model, trainee.task)
+    [problem] = raised.value.problems
+    assert "configuration cannot be written to" in problem.message
+    assert "TMPDIR" in (problem.hint or "")
+
+
+def test_checkpoints_need_no_folder_for_temporary_files(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with writing(scene) as run:
+        monkeypatch.setattr(tempfile, "tempdir", str(scene.folder / "gone"))
+        run.save(1)
+    assert restorable(scene) == (1, ())
 
 
 def test_buffers_are_made_once_and_hold_what_the_safetensors_library_reads(scene: Scene) -> None:

@@ -1,4 +1,4 @@
-"""All weights of a checkpoint as one file: stored whole, or the store's own error and nothing left."""
+"""All weights of a checkpoint as one file: stored whole, or the store's error and nothing left."""
 
 from __future__ import annotations
 

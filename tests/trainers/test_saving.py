@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from cluster.storage import StorageError, Store, StoreAway
 from jobs.errors import Problem
 from jobs.record import Outcome, State
 from jobs.runs import RunReader
-from tests.evidence import final_weights
+from tests.evidence import final_weights, rows_by_epoch
 from tests.ranks import assignment_of, run_group
 from tests.scene import Scene
 from trainers import saving
@@ -127,3 +128,17 @@ def test_a_manifest_whose_answer_was_lost_counts_when_its_save_is_repeated(scene
     assert outcome.state is State.SUCCEEDED
     assert any("waits for the store" in text for text in events(scene, "state"))
     assert saved_steps(scene) == [2, 4, 6, 8, 10]
+
+
+def test_a_run_without_a_folder_for_temporary_files_ends_before_its_first_step(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(scene.folder / "gone"))
+    outcome = scene.train(scene.job(train={"log_rows": True}))
+    assert outcome.state is State.FAILED_INFRA
+    assert outcome.failure is not None
+    [(message, hint)] = outcome.failure.problems
+    assert str(scene.folder / "gone") in message
+    assert "TMPDIR" in (hint or "")
+    assert outcome.step == 0
+    assert rows_by_epoch(scene.runs, "run") == {}

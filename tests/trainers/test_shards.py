@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import tempfile
 from collections.abc import Mapping
@@ -22,10 +23,11 @@ from jobs.spec import JobSpec
 from tests.evidence import final_weights, global_batches
 from tests.ranks import Kill, assignment_of, break_group, on_ranks, run_group, run_ranks
 from tests.scene import Scene
-from trainers import saving
-from trainers.checkpoint import CheckpointWriter, Moment
+from trainers import consolidation, saving
+from trainers.checkpoint import CheckpointWriter, Moment, small_files
 from trainers.consolidation import make_whole, read_layout
 from trainers.fence import Fence
+from trainers.finish import build_result
 from trainers.layout import OPTIMIZER, WEIGHTS
 from trainers.local_copy import DamagedPart
 from trainers.patience import Patience
@@ -92,8 +94,9 @@ class HandsOn:
             store.write(to.attempt(1), attempt.to_bytes())
         with Telemetry(store, to, Source(1, session.rank)) as telemetry:
             writer = CheckpointWriter(
-                spec, store, to, telemetry, task=prepared.task, attempt=attempt,
-                rank=session.rank, scratch=self.scene.folder,
+                spec, store, to, telemetry, attempt=attempt, rank=session.rank,
+                small_files=small_files(prepared.trainee.model, prepared.task),
+                scratch=self.scene.folder,
                 fence=Fence(store, to, generation=1),
             )  # fmt: skip
             writer.save(
@@ -242,6 +245,40 @@ def test_a_part_that_cannot_be_stored_is_a_save_that_failed_and_is_repeated_at_t
     told = [e["message"] for e in RunReader(scene.runs, "run").events() if e["event"] == "warning"]
     [failed, *_] = [text for text in told if "could not be stored" in text]
     assert "model-0001-of-0002.safetensors: it is away" in failed
+
+
+class GathersOnAFullDisk:
+    """No file that is gathered may be longer than 1,000 bytes: a limit of the system, as a full
+    disk is one."""
+
+    def __call__(self) -> None:
+        whole = consolidation._weights_file
+
+        def weights_file(*arguments: Any) -> Any:
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+            try:
+                return whole(*arguments)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        consolidation._weights_file = weights_file
+
+
+def test_a_run_whose_disk_has_no_room_for_the_gathered_weights_ends_well(scene: Scene) -> None:
+    spec = job(scene, 2)
+    outcomes = run_group(assignment_of(spec, "run"), world_size=2, before=GathersOnAFullDisk())
+    assert [outcome.state for outcome in outcomes] == [State.SUCCEEDED] * 2
+    last = manifests(scene, "run")[-1]
+    assert last.is_last_step
+    assert not any(manifest.has_model for manifest in manifests(scene, "run"))
+    told = [e["message"] for e in RunReader(scene.runs, "run").events() if e["event"] == "warning"]
+    [said] = [text for text in told if f"step {last.step} is saved in parts only" in text]
+    assert "cannot hold the weights of the model" in said
+    result = build_result(scene.runs, scene.paths(), generation=1, ended=outcomes[0])
+    assert result.last_checkpoint == f"checkpoints/{last.name.folder}"
+    made = consolidate(RunReader(scene.runs, "run"), last.step, to=None)
+    AutoModelForSequenceClassification.from_pretrained(made["uri"])
 
 
 # --------------------------------------------------------------------------------- from any
