@@ -197,10 +197,22 @@ def build_model(
         model = task.build_model(folder, dropout=dropout, seed=spec.data.seed)
         freeze(model, spec.model.freeze)
         if not is_cut:
-            return model.to(session.device)
+            return _in_own_memory(model.to(session.device))
         refuse_converted(model)
         dtype = compute_type(spec.model, session.device)
         return shard(model, device=session.device, dtype=dtype)
+
+
+def _in_own_memory(model: nn.Module) -> nn.Module:
+    """The model with each tensor on the CPU in memory of its own, which torch aligns.
+
+    As they are loaded they may lie in a mapped file, where their alignment depends on what else is
+    in it; and by its alignment a kernel may choose the order in which it adds up.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _turn() -> AbstractContextManager[object]:
