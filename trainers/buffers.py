@@ -1,9 +1,11 @@
-"""A model's buffers (BatchNorm's running statistics), put back where a step is undone."""
+"""A model's buffers: put back where a step is undone; BatchNorm's the same on all ranks."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class KeptBuffers:
@@ -39,3 +41,38 @@ class KeptBuffers:
             copy = self._copies.get(name)
             if copy is not None and copy.shape == buffer.shape and not buffer.is_inference():
                 buffer.copy_(torch.where(undo, copy, buffer))
+
+
+class SharedStatistics:
+    """BatchNorm's running statistics, which a rank learns from its own rows, averaged over ranks.
+
+    After each step, so that all ranks hold the same at any time: what is evaluated, saved and
+    resumed is the average, and a save more or less changes nothing. (A running mean is linear in
+    what it has seen: averaged only once, it would be the same but for rounding.)
+    """
+
+    def __init__(self, model: nn.Module, *, world_size: int) -> None:
+        self._world_size = world_size
+        self._modules = [
+            module
+            for module in model.modules()
+            if isinstance(module, _BatchNorm) and module.track_running_stats
+        ]
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """One all-reduce, of which the host does not wait for the device; called by all ranks.
+
+        Nothing with one rank, or in a model without such statistics. Values that are equal on all
+        ranks keep their bits: sums are float64. Batches are counted as the mean, rounded up, since
+        a rank may have none in a step.
+        """
+        if self._world_size == 1 or not self._modules:
+            return
+        buffers = [buffer for m in self._modules for buffer in m.buffers(recurse=False)]
+        mean = torch.cat([buffer.reshape(-1).double() for buffer in buffers])
+        dist.all_reduce(mean)
+        mean /= self._world_size
+        for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
+            values = part.ceil() if not buffer.is_floating_point() else part
+            buffer.copy_(values.view_as(buffer))

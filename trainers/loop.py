@@ -23,7 +23,7 @@ from jobs.errors import Problem, TrainingError
 from jobs.spec import JobSpec
 from trainers import watchdog
 from trainers.agreement import Agreement, Decision, PendingDecision, Vote
-from trainers.buffers import KeptBuffers
+from trainers.buffers import KeptBuffers, SharedStatistics
 from trainers.data.stream import RankBatch
 from trainers.evaluation import BrokenOff, move
 from trainers.memory import passes_over
@@ -208,6 +208,7 @@ def train(
     trainee.model.train()  # pretrained models come with their dropout switched off
     feed = _Feed(spec, plan, trainee.task, around, agreement=agreement, time=time)
     buffers = KeptBuffers(plain(trainee.model))
+    statistics = SharedStatistics(plain(trainee.model), world_size=agreement.world_size)
     stopwatch = Stopwatch(trainee.model, trainee.device)
     window = _Window(spec.train.max_skipped_in_a_row, stopwatch, time)
     committed_step = progress.step
@@ -245,6 +246,7 @@ def train(
                 spec, plan, trainee, coming.batch, coming.microbatches, decision,
                 step=progress.step, buffers=buffers, agreement=agreement, stopwatch=stopwatch,
             )  # fmt: skip
+            statistics.average()
         progress = advanced
         window.add(facts, coming.batch, progress)
         is_told = progress.step % spec.train.log_every_steps == 0
@@ -407,6 +409,8 @@ def train_step(
                 with stopwatch.running_until_gradients():
                     (loss * scale).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
+            if number < padding:
+                buffers.put_back(torch.ones_like(loss_sum))  # no statistics of rows that are none
     norm = gradient_norm(
         trained_parameters(plain(trainee.model)), max_norm=spec.optimizer.max_grad_norm
     )
