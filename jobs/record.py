@@ -304,6 +304,8 @@ class Manifest(SealedRecord):
     evaluation_pending: bool = False
     """Whether the evaluation at this step was broken off: whoever goes on begins with it."""
     is_last_step: bool = False
+    max_tokens_per_microbatch: int | None = None
+    """As in the attempt: where memory had run out, what held in place of the job's own."""
 
     @property
     def name(self) -> CheckpointName:

@@ -134,6 +134,7 @@ def _claim(
         device=_device_name(session.device),
         max_tokens_per_microbatch=microbatch_limit(
             before[-1] if before else None,
+            restored,
             crash,
             of_job=assignment.spec.batching.max_tokens_per_microbatch,
         ),
@@ -155,16 +156,20 @@ def last_crash(store: Store, paths: RunPaths, *, generation: int) -> Crash | Non
     return _read_crash(store, paths, attempts[-1].attempt)
 
 
-def microbatch_limit(last: Attempt | None, crash: Crash | None, *, of_job: int) -> int | None:
+def microbatch_limit(
+    last: Attempt | None, restored: Manifest | None, crash: Crash | None, *, of_job: int
+) -> int | None:
     """Tokens that a micro-batch of the next attempt may have, where they are fewer than the job's.
 
-    As many as in the last attempt; where memory ran out in it, half of those that did not fit: the
-    largest micro-batch may have been smaller than the limit. Pure.
+    As many as in the last attempt, or in the state that is restored; where memory ran out in that
+    attempt, half of those that did not fit: the largest micro-batch may have been smaller than the
+    limit. Pure.
     """
-    held = last.max_tokens_per_microbatch if last is not None else None
-    if crash is None or crash.out_of_memory is None or not _can_halve(crash):
-        return held
-    return min(held or of_job, crash.out_of_memory.tokens) // 2
+    known = [record.max_tokens_per_microbatch for record in (last, restored) if record is not None]
+    held = min([of_job, *(limit for limit in known if limit is not None)])
+    if crash is not None and crash.out_of_memory is not None and _can_halve(crash):
+        held = min(held, crash.out_of_memory.tokens) // 2
+    return held if held < of_job else None
 
 
 def with_limit(spec: JobSpec, max_tokens_per_microbatch: int | None) -> JobSpec:

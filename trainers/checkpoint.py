@@ -323,6 +323,7 @@ class CheckpointWriter:
             best_step=moment.progress.best_step,
             evaluation_pending=moment.progress.evaluation_pending,
             is_last_step=moment.progress.finished,
+            max_tokens_per_microbatch=self._attempt.max_tokens_per_microbatch,
         )
 
     def _commit(self, manifest: Manifest) -> None:

@@ -386,7 +386,7 @@ def train_step(
     neither weights nor optimizer nor buffers change. The device decides; the host is not asked.
     (A loss may overflow while its gradient is finite: that step counts.)
 
-    Raises MicrobatchTooLarge, on this rank alone, where memory runs out in the passes.
+    Raises MicrobatchTooLarge, on this rank alone, where memory runs out.
     """
     rate = learning_rate(spec.optimizer, step=step, total_steps=plan.total_steps)
     set_learning_rate(trainee.optimizer, rate)
@@ -411,12 +411,12 @@ def train_step(
             loss_sum += loss.detach()
             if number < padding:
                 buffers.put_back(torch.ones_like(loss_sum))  # no statistics of rows that are none
-    norm = gradient_norm(
-        trained_parameters(plain(trainee.model)), max_norm=spec.optimizer.max_grad_norm
-    )
-    skipped = (~torch.isfinite(norm)).float()
-    update(trainee.optimizer, skipped=skipped)
-    buffers.put_back(skipped)
+        norm = gradient_norm(
+            trained_parameters(plain(trainee.model)), max_norm=spec.optimizer.max_grad_norm
+        )
+        skipped = (~torch.isfinite(norm)).float()
+        update(trainee.optimizer, skipped=skipped)
+        buffers.put_back(skipped)
     return _LocalFacts(
         loss_sum=loss_sum,
         grad_norm=norm,

@@ -1,4 +1,4 @@
-"""Memory that runs out in a forward or backward pass, and by which micro-batch."""
+"""Memory that runs out in a step or an evaluation, and by which micro-batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class MicrobatchTooLarge(Exception):  # noqa: N818 - named for what it says
 
 @contextmanager
 def passes_over(lengths: IntArray, *, max_tokens: int) -> Iterator[None]:
-    """Inside the block this rank's rows, of `lengths` tokens, go through the model.
+    """Inside the block this rank's rows, of `lengths` tokens, go through the model, and what they
+    have taught goes into the weights.
 
     Raises MicrobatchTooLarge in place of an error of memory. It names the largest micro-batch into
     which `cut_microbatches` cuts the rows, whichever of them failed: what the passes before it have
@@ -77,8 +78,10 @@ def room_fault(error: Exception) -> TrainingError:
     """Memory that ran out apart from any micro-batch, such as by the model itself."""
     return TrainingError(
         Problem(
-            f"the memory does not suffice for the model: {str(error).partition(chr(10))[0]}",
-            "name a smaller model in model.source, or give each worker more memory",
+            "the memory does not suffice for the model and its optimizer: "
+            + str(error).partition("\n")[0],
+            "name a smaller model in model.source, freeze a part of it with model.freeze, or give "
+            "each worker more memory",
         )
     )
 

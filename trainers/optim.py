@@ -34,11 +34,35 @@ def build_optimizer(model: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
         {"params": [(n, _held(p)) for n, p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
+    optimizer: torch.optim.Optimizer
     if spec.kind == "adamw":
-        return torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             groups, lr=spec.learning_rate, betas=spec.betas, eps=spec.epsilon, fused=True
         )
-    return torch.optim.SGD(groups, lr=spec.learning_rate, momentum=spec.momentum, fused=True)
+    else:
+        optimizer = torch.optim.SGD(
+            groups, lr=spec.learning_rate, momentum=spec.momentum, fused=True
+        )
+    _complete_state(optimizer)
+    return optimizer
+
+
+def _complete_state(optimizer: torch.optim.Optimizer) -> None:
+    """Gives each parameter without a state the one that it has before its first step: zeros.
+
+    The optimizers of torch make theirs in the first step, where memory that does not suffice for it
+    would look like that of a micro-batch. The numbers are theirs; from momentum buffers of zeros a
+    first step gives the gradient, as it does without a buffer, and one that is skipped leaves them.
+    """
+    names = sorted(_state_names(optimizer))
+    for parameter in _parameters(optimizer):
+        if names and not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                name: torch.zeros((), device=parameter.device)
+                if name == "step"
+                else torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                for name in names
+            }
 
 
 def _held(parameter: nn.Parameter) -> nn.Parameter:
@@ -106,13 +130,6 @@ def update(optimizer: torch.optim.Optimizer, *, skipped: torch.Tensor) -> None:
     `skipped` is a float32 scalar, 0 or 1, on the device of the weights. The kernels look at it, as
     they do for torch's GradScaler (torch/amp/grad_scaler.py), so the host waits for nothing.
     """
-    # A first step that is skipped would leave the buffers that SGD makes in it without values.
-    # From zeros, its first step gives the gradient, as it does without a buffer.
-    momentum = optimizer.defaults.get("momentum")
-    for parameter in _parameters(optimizer) if momentum else ():
-        state = optimizer.state[parameter]
-        if parameter.grad is not None and "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
     del optimizer.found_inf  # type: ignore[attr-defined]
@@ -163,6 +180,7 @@ def load_optimizer_tensors(
         optimizer.state[parameter] = {
             state: value.to(parameter.device, copy=True) for state, value in states.items()
         }
+    _complete_state(optimizer)
 
 
 def _named(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -175,7 +193,7 @@ def _named(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 
 def _state_names(optimizer: torch.optim.Optimizer) -> set[str]:
-    """What the optimizer keeps for each parameter that it has changed."""
+    """What the optimizer keeps for each parameter."""
     if isinstance(optimizer, torch.optim.AdamW):
         return {"step", "exp_avg", "exp_avg_sq"}
     return {"momentum_buffer"} if optimizer.defaults["momentum"] else set()

@@ -197,6 +197,10 @@ class _Rank:
             return self._failed(Failure.of(error, where=self._where()))
         except MicrobatchTooLarge as error:
             raise self._out_of_memory(error) from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._without_room(error) from error
 
     def _small_files(self) -> dict[str, bytes]:
         """Files of each checkpoint that the first rank writes."""
@@ -479,12 +483,20 @@ class _Rank:
         The others wait for this rank, so they cannot be told: whoever started the ranks starts them
         again, and the next attempt reads the record.
         """
-        told = memory_fault(error, step=self._step, spec=self._spec)
+        found = Microbatch(rows=error.rows, tokens=error.tokens)
+        return self._broken_off(memory_fault(error, step=self._step, spec=self._spec), found)
+
+    def _without_room(self, error: Exception) -> ShoalError:
+        """The same of memory that ran out apart from any micro-batch, such as for a checkpoint."""
+        log.error("%s", error, exc_info=error)
+        return self._broken_off(room_fault(error), None)
+
+    def _broken_off(self, told: ShoalError, found: Microbatch | None) -> ShoalError:
         self._record_crash(
             Crash(
                 attempt=self._attempt.attempt,
                 failure=Failure.of(told, where=self._where()),
-                out_of_memory=Microbatch(rows=error.rows, tokens=error.tokens),
+                out_of_memory=found,
             )
         )
         return told

@@ -1,4 +1,4 @@
-"""Memory that runs out in a pass: on one rank of a group, in an evaluation, and for one row."""
+"""Memory that runs out: in a pass, an evaluation or an update, for one row, for a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from jobs.errors import ClusterError, EnvironmentFault, TrainingError
-from jobs.record import Attempt, Crash, Failure, Microbatch, State
+from jobs.record import Attempt, Crash, Failure, Manifest, Microbatch, State, StreamPosition
 from jobs.runs import RunReader
 from jobs.status import read_status
 from jobs.status_view import status_renderable
@@ -21,7 +21,7 @@ from jobs.terminal import print_to
 from tests import evidence
 from tests.ranks import assignment_of, break_group, run_ranks
 from tests.scene import Scene
-from trainers import preparation
+from trainers import loop, preparation, snapshot
 from trainers.attempt import microbatch_limit
 from trainers.evaluate import evaluate_run
 from trainers.memory import MicrobatchTooLarge, is_out_of_memory, passes_over
@@ -148,6 +148,71 @@ def test_a_resume_keeps_the_halved_size(scene: Scene, monkeypatch: pytest.Monkey
     assert max(sizes) <= limits[2]
 
 
+def run_out() -> None:
+    """Makes torch's own allocator fail, by a limit of the system."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, limits[1]))
+    try:
+        torch.empty(2**30, dtype=torch.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def runs_out_in_the_first_update() -> None:
+    """On rank 1."""
+    if os.environ["RANK"] == "1":
+        loop.update = lambda *_, **__: run_out()
+
+
+def test_memory_that_runs_out_in_an_update_ends_all_ranks_and_halves_too(scene: Scene) -> None:
+    spec = scene.job(workers={"count": 2}, data={"lanes": 2}, train={"epochs": 1})
+    codes = break_group(
+        assignment_of(spec, "run"), world_size=2, before=runs_out_in_the_first_update, until=2
+    )
+    assert codes == {0: 1, 1: 1}
+    crash = RunReader(scene.runs, "run").crashes()[1]
+    assert crash.failure.where.startswith("rank 1 ")
+    assert crash.out_of_memory is not None
+    assert crash.out_of_memory.rows > 1
+    outcome = run_ranks(assignment_of(spec, "run", generation=2), world_size=2)
+    assert outcome is not None
+    assert outcome.state is State.SUCCEEDED
+    limit = RunReader(scene.runs, "run").attempts()[-1].max_tokens_per_microbatch
+    assert limit == crash.out_of_memory.tokens // 2
+
+
+def test_a_checkpoint_alone_knows_the_halved_size(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = scene.job()
+    with monkeypatch.context() as patch:
+        large = refuses(when=lambda model, batch: batch["input_ids"].numel() > 64)
+        patch.setattr(TextClassification, "forward", large)
+        for generation in (1, 2):
+            with pytest.raises(ClusterError, match="does not fit into memory"):
+                scene.train(spec, generation=generation)
+        scene.train(spec, generation=3)
+    *_, last = RunReader(scene.runs, "run").attempts()
+    limit = last.max_tokens_per_microbatch
+    assert limit is not None
+    forgets = last.model_copy(update={"max_tokens_per_microbatch": None})
+    scene.runs.write(scene.paths().attempt(last.attempt), forgets.to_bytes())
+    scene.train(spec, generation=4)
+    assert RunReader(scene.runs, "run").attempts()[-1].max_tokens_per_microbatch == limit
+
+
+def test_memory_that_runs_out_for_a_checkpoint_is_recorded_as_such(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "TensorFile", lambda *_: run_out())
+    with pytest.raises(TrainingError, match="does not suffice for the model and its optimizer"):
+        scene.train(scene.job())
+    crash = RunReader(scene.runs, "run").crashes()[1]
+    assert crash.out_of_memory is None
+    assert crash.failure.state is State.FAILED_USER
+
+
 def test_one_row_that_does_not_fit_ends_the_run_with_what_to_type(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,20 +293,37 @@ def crash(rows: int | None, tokens: int = 0) -> Crash:
     return Crash(attempt=1, failure=failure, out_of_memory=found)
 
 
+def restored(limit: int | None) -> Manifest:
+    return Manifest(
+        step=1, attempt=1, generation=1, parent_step=None, created_at=0.0, parts=(), digests={},
+        stream=StreamPosition(
+            order_version=1, index_digest="d", lanes=1, window=1, seed=0, global_batch_size=8,
+            epoch=0, next_item=0,
+        ),
+        max_tokens_per_microbatch=limit,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("last", "broke_off", "limit"),
+    ("last", "state", "broke_off", "limit"),
     [
-        (None, None, None),
-        (attempt(None), None, None),
-        (attempt(64), None, 64),
-        (attempt(64), crash(None), 64),
-        (attempt(None), crash(8, 250), 125),
-        (attempt(None), crash(8, 100), 50),
-        (attempt(64), crash(2, 64), 32),
-        (attempt(64), crash(1, 90), 64),
+        (None, None, None, None),
+        (attempt(None), None, None, None),
+        (attempt(64), None, None, 64),
+        (attempt(999), None, None, None),
+        (attempt(64), None, crash(None), 64),
+        (attempt(None), None, crash(8, 250), 125),
+        (attempt(None), None, crash(8, 100), 50),
+        (attempt(64), None, crash(2, 64), 32),
+        (attempt(64), None, crash(1, 90), 64),
+        (None, restored(64), None, 64),
+        (attempt(32), restored(64), None, 32),
+        (attempt(None), restored(64), crash(8, 250), 32),
+        (attempt(64), restored(None), None, 64),
     ],
 )
 def test_the_limit_halves_where_several_rows_did_not_fit(
-    last: Attempt | None, broke_off: Crash | None, limit: int | None
+    last: Attempt | None, state: Manifest | None, broke_off: Crash | None, limit: int | None
 ) -> None:
-    assert microbatch_limit(last, broke_off, of_job=256) == limit
+    """The job's own is 256."""
+    assert microbatch_limit(last, state, broke_off, of_job=256) == limit

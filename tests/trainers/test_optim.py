@@ -187,6 +187,21 @@ def test_state_that_is_saved_after_a_skipped_first_step_can_be_restored() -> Non
 
 
 @pytest.mark.parametrize("spec", [ADAMW, SGD, PLAIN_SGD], ids=["adamw", "sgd", "plain-sgd"])
+def test_the_state_is_there_before_the_first_step_and_no_bit_of_the_numbers_changes(
+    spec: Optimizer,
+) -> None:
+    model, lazy = small_model(), small_model()
+    optimizer, its = build_optimizer(model, spec), build_optimizer(lazy, spec)
+    room = {name: t.numel() for name, t in optimizer_tensors(optimizer).items()}
+    its.state.clear()  # as torch leaves it
+    steps(model, optimizer, 3)
+    steps(lazy, its, 3)
+    assert {name: t.numel() for name, t in optimizer_tensors(optimizer).items()} == room
+    assert weights(model) == weights(lazy)
+    assert state_bytes(model, optimizer) == state_bytes(lazy, its)
+
+
+@pytest.mark.parametrize("spec", [ADAMW, SGD, PLAIN_SGD], ids=["adamw", "sgd", "plain-sgd"])
 @pytest.mark.parametrize("frozen", [[], ["0"]], ids=["all", "frozen"])
 def test_restored_state_goes_on_with_the_same_bits(spec: Optimizer, frozen: list[str]) -> None:
     model = small_model()
