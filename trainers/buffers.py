@@ -73,6 +73,7 @@ class SharedStatistics:
         mean = torch.cat([buffer.reshape(-1).double() for buffer in buffers])
         dist.all_reduce(mean)
         mean /= self._world_size
-        for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
+        sizes = [buffer.numel() for buffer in buffers]
+        for buffer, part in zip(buffers, torch.split(mean, sizes), strict=True):
             values = part.ceil() if not buffer.is_floating_point() else part
             buffer.copy_(values.view_as(buffer))
