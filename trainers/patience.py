@@ -71,14 +71,14 @@ class Patience:
             else:
                 self._say_again(str(away))
 
-        def is_too_long(state: tenacity.RetryCallState) -> bool:
-            waited = time.monotonic() - since if since is not None else 0.0
-            return waited + state.upcoming_sleep > self._limit_seconds
+        def left() -> float:
+            return self._limit_seconds - (time.monotonic() - since if since is not None else 0.0)
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(StoreAway),
-            wait=_pause,
-            stop=is_too_long,
+            # Also where the store asks for a longer pause, it is tried when the time is over.
+            wait=lambda state: max(0.0, min(_pause(state), left())),
+            stop=lambda _: left() <= 0,
             before_sleep=wait,
             sleep=lambda seconds: _sleep(seconds, unless),
             reraise=True,
@@ -89,7 +89,7 @@ class Patience:
                 given = retrying(action)
                 is_back = True
             except StoreAway as away:
-                raise self._given_up(away) from away
+                raise self._given_up(away, seconds=self._limit_seconds - left()) from away
             finally:
                 if since is not None:
                     self._end(is_back=is_back)
@@ -129,12 +129,11 @@ class Patience:
         if self.tell is not None:
             self.tell(sentence, is_over)
 
-    def _given_up(self, away: StoreAway) -> StoreAway:
-        minutes = self._limit_seconds / 60
+    def _given_up(self, away: StoreAway, *, seconds: float) -> StoreAway:
         return StoreAway(
             *(
                 Problem(
-                    f"{problem.message}, for {minutes:.3g} minutes now (retries.wait_minutes)",
+                    f"{problem.message}, for {seconds / 60:.3g} minutes now (retries.wait_minutes)",
                     "see that the store answers, then go on: shoal resume RUN",
                 )
                 for problem in away.problems
