@@ -30,6 +30,19 @@ class Requests:
     superseded: Superseded | None = None
     """Why the attempt must end at once, without being asked."""
 
+    @property
+    def ends(self) -> bool:
+        """Whether the attempt is to end, for any reason."""
+        return self.stop or self.yields or self.superseded is not None
+
+    def __or__(self, other: Requests) -> Requests:
+        return Requests(
+            stop=self.stop or other.stop,
+            save=self.save or other.save,
+            yields=self.yields or other.yields,
+            superseded=self.superseded or other.superseded,
+        )
+
 
 def last_request(store: Store, paths: RunPaths) -> int:
     """Number of the newest request to the run; 0 without any."""

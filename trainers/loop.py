@@ -24,6 +24,7 @@ from jobs.spec import JobSpec
 from trainers import watchdog
 from trainers.agreement import Agreement, Decision, PendingDecision, Vote
 from trainers.buffers import KeptBuffers, SharedStatistics
+from trainers.data.lanes import NotNeeded
 from trainers.data.stream import RankBatch
 from trainers.evaluation import BrokenOff, move
 from trainers.memory import passes_over
@@ -152,7 +153,11 @@ class Surroundings(Protocol):
     """The loop's outside. Every method is called by all ranks at the same points."""
 
     def rows(self, progress: Progress) -> Iterator[RankBatch]:
-        """This rank's batches from `progress` to the end of its epoch."""
+        """This rank's batches from `progress` to the end of its epoch.
+
+        Raises NotNeeded where this rank waits for one, and hears that the attempt is to end: what
+        `requests` says from then on.
+        """
         ...
 
     def evaluate(self, progress: Progress) -> Evaluation | None:
@@ -592,16 +597,20 @@ class _Feed:
         batch, microbatches, error, weight = None, list[Batch](), None, 0.0
         with self._time.spent("data_wait"):
             try:
-                if asked.superseded is not None:
-                    raise asked.superseded
-                if self._rows is None or progress.next_item == 0:
-                    self._rows = self._around.rows(progress)
-                batch = next(self._rows)
-                weight = float(self._task.weights(batch.items).sum())
-                microbatches = self._collate(batch)
+                if not asked.ends:
+                    if self._rows is None or progress.next_item == 0:
+                        self._rows = self._around.rows(progress)
+                    batch = next(self._rows)
+                    weight = float(self._task.weights(batch.items).sum())
+                    microbatches = self._collate(batch)
+            except NotNeeded:
+                # The others wait for this rank: by its vote they hear of it.
+                asked |= self._around.requests()
+                assert asked.ends
             # Whatever kept this rank from its rows, the others must hear of it, not wait for it.
             except Exception as caught:
                 error = caught
+        error = asked.superseded or error
         vote = Vote(
             weight=weight,
             num_microbatches=max(1, len(microbatches)),

@@ -37,11 +37,11 @@ from jobs.record import (
 from trainers.agreement import Agreement
 from trainers.attempt import Assignment, Claim, claim_attempt, with_limit
 from trainers.checkpoint import CheckpointWriter, Moment, small_files
-from trainers.controls import ControlPoller, Requests
+from trainers.controls import ControlPoller, Requests, requests_to
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import BrokenOff, measure
-from trainers.fence import Fence
+from trainers.fence import Fence, Superseded
 from trainers.local_copy import TICKING, DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
 from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, room_fault
@@ -58,6 +58,8 @@ from trainers.telemetry import Telemetry, impatient, log
 from trainers.time_account import TimeAccount
 from trainers.watchdog import Hang, Watchdog
 
+_LISTEN_SECONDS = 5.0
+"""How long a rank waits for rows before it looks for requests by itself, and from look to look."""
 _EVALUATION_ROWS = 512
 """Rows of an evaluation that are fetched at once; they are cut by tokens afterwards."""
 
@@ -161,6 +163,9 @@ class _Rank:
         self._stragglers_told: set[int] = set()
         self._is_stopping = False
         self._is_yielding = False
+        self._heard = Requests()
+        """What this rank has heard by itself, while it waited."""
+        self._listened_at = 0.0
 
     # ---- the attempt, top down
 
@@ -212,6 +217,7 @@ class _Rank:
     def _with_helpers(self, small: Mapping[str, bytes]) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
         fence = Fence(self._impatient_store, self._paths, generation=self._attempt.generation)
+        self._fence = fence
         writer = CheckpointWriter(
             self._spec,
             self._impatient_store,
@@ -263,9 +269,10 @@ class _Rank:
             agreement=self._agreement,
             time=self._account,
         )
-        self._close_stream()
         with self._account.spent("checkpoint"):
             self._saving.make_durable()
+        # Last, as a thread of it may hang in a request.
+        self._close_stream()
         if ending is Ending.FAILED:
             self._raise_any(error)
         if ending is Ending.STOPPED:
@@ -351,6 +358,7 @@ class _Rank:
             epoch=progress.epoch,
             next_item=progress.next_item,
             global_batch_size=position.global_batch_size,
+            unless=self._hears_that_it_ends,
         )
 
     def evaluate(self, progress: Progress) -> Evaluation | None:
@@ -444,7 +452,7 @@ class _Rank:
             )
 
     def requests(self) -> Requests:
-        return self._requests(self._poller.take() if self._poller is not None else Requests())
+        return self._requests(self._poller.take() if self._poller is not None else self._heard)
 
     def _asked_meanwhile(self) -> Requests:
         """What was asked for, which `requests` tells again."""
@@ -462,6 +470,38 @@ class _Rank:
             reason = notice or "other workers are to go on"
             self._enter(State.RECOVERING, f"{reason}: the state is being saved")
         return replace(asked, stop=stop, yields=asked.yields or notice is not None)
+
+    def _hears_that_it_ends(self, waited_seconds: float) -> bool:
+        """Whether this rank, which waits for rows, knows that the attempt is to end.
+
+        Between two steps the first rank hears requests for all. In a wait it cannot tell the others
+        of them: where it waits for this rank in a step, this one has to listen by itself.
+        """
+        if self._session.stop_requested() or self._session.yield_requested() is not None:
+            return True
+        if self._poller is not None:
+            return self._poller.look().ends
+        now = time.monotonic()
+        if min(waited_seconds, now - self._listened_at) >= _LISTEN_SECONDS:
+            self._heard |= replace(self._listen(), save=False)  # saves are the first rank's to hear
+            self._listened_at = now
+        return self._heard.ends
+
+    def _listen(self) -> Requests:
+        """What the run folder asks of this attempt; nothing where its store is away as well."""
+        try:
+            self._fence.check()
+            return requests_to(
+                self._impatient_store,
+                self._paths,
+                after=self._assignment.controls_seen,
+                attempt=self._attempt.attempt,
+                generation=self._attempt.generation,
+            )
+        except Superseded as superseded:
+            return Requests(superseded=superseded)
+        except StorageError:
+            return Requests()
 
     # ---- smaller parts
 

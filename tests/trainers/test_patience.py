@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
+import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import pyarrow as pa
 import pytest
 import tenacity
 
@@ -21,12 +27,16 @@ from cluster.storage import (
     StoreAway,
 )
 from jobs.errors import Problem, render_error
+from jobs.record import Control, State
 from jobs.runs import RunReader
 from tests.evidence import final_weights, rows_by_epoch
-from tests.ranks import assignment_of, run_ranks
+from tests.ranks import assignment_of, run_group, run_ranks
 from tests.scene import Scene
 from trainers import patience as module
+from trainers import worker
+from trainers.data.reader import VerifiedReader
 from trainers.patience import Patience
+from trainers.restore import read_manifests
 from trainers.watchdog import Watchdog
 
 
@@ -368,3 +378,76 @@ def test_a_run_whose_data_stays_away_ends_and_says_how_to_go_on(scene: Scene) ->
     message, hint = outcome.failure.problems[0]
     assert "retries.wait_minutes" in message
     assert "shoal resume" in str(hint)
+
+
+class AwayOnLastRank:
+    """The data set goes away for good when the last rank reads its third row group."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self) -> None:
+        worker._LISTEN_SECONDS = 0.1
+        os.environ["SHOAL_CACHE"] += os.environ["RANK"]  # so that each rank reads by itself
+        if int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]) - 1:
+            return
+        whole, calls = VerifiedReader.read, itertools.count(1)
+
+        def read(reader: VerifiedReader, group: int) -> pa.Table:
+            if next(calls) == 3:
+                take_stores_away(self.folder, after_reads=1, seconds=600)
+            return whole(reader, group)
+
+        VerifiedReader.read = read  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def asking(scene: Scene, kind: Literal["stop", "yield"]) -> Iterator[None]:
+    """Asks the run once a rank of it says that it waits."""
+    is_over = threading.Event()
+
+    def ask() -> None:
+        while not is_over.wait(0.1):
+            events = RunReader(scene.runs, "run").events()
+            if any("waits for the store" in str(line.get("message")) for line in events):
+                request = Control(kind=kind, requested_at=0.0, attempt=1, generation=1)
+                scene.runs.write(scene.paths().control_request(1), request.to_bytes())
+                return
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kind", "state"),
+    [(1, "stop", State.STOPPED), (2, "stop", State.STOPPED), (2, "yield", State.RECOVERING)],
+)
+def test_a_request_is_heard_while_a_rank_waits_for_its_rows_and_all_save_one_step(
+    scene: Scene, world_size: int, kind: Literal["stop", "yield"], state: State
+) -> None:
+    spec = scene.job(
+        workers={"count": world_size},
+        checkpoint={"every_steps": 100},
+        data={"validation": None, "test": None, "window": 1, "lanes": world_size},
+        train={"log_rows": True},
+    )
+    away = AwayOnLastRank(str(Path(scene.data["train"]).parent))
+    with asking(scene, kind):
+        outcomes = run_group(assignment_of(spec, "run"), world_size=world_size, before=away)
+    assert {(o.state, o.step) for o in outcomes} == {(state, outcomes[0].step)}
+    step = outcomes[0].step
+    assert 0 < step < 5, "the step under way is finished, and no rows are there for the next"
+    assert [m.step for m in read_manifests(scene.runs, scene.paths())] == [step]
+    goes_on = assignment_of(spec, "run", generation=2)
+    ended = run_ranks(dataclasses.replace(goes_on, controls_seen=1), world_size=world_size)
+    assert ended is not None
+    assert ended.state is State.SUCCEEDED
+    run_ranks(assignment_of(spec, "calm"), world_size=world_size)
+    assert final_weights(scene.runs, "run") == final_weights(scene.runs, "calm")
+    rows = rows_by_epoch(scene.runs, "run")
+    assert all(set(epoch.values()) == {1} for epoch in rows.values())

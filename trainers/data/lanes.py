@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -23,8 +24,17 @@ from trainers.data.reader import VerifiedReader
 Encode = Callable[[pa.Table, int], Items]
 """(rows, id of the first row) -> one item a row; raises DataError that names a wrong row."""
 
+Unless = Callable[[float], bool]
+"""Whether rows that have been waited for so many seconds are not needed any more."""
+
+_LOOK_SECONDS = 0.25
+
 Args = ParamSpec("Args")
 Value = TypeVar("Value")
+
+
+class NotNeeded(Exception):  # noqa: N818 - nothing is wrong
+    """Rows that were waited for are not needed any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +97,10 @@ class Dealer:
         num_ahead: int,
         num_threads: int,
         waits: Waits,
+        unless: Unless | None = None,
     ) -> None:
         """`plans` of each lane, in the order in which the rank's positions meet the lanes."""
-        self._loader = _Loader(num_threads, waits)
+        self._loader = _Loader(num_threads, waits, unless)
         self._lanes = [_Lane(lane, source, self._loader) for lane in plans]
         self._turn = 0
         # What is served first is asked for first, of all lanes.
@@ -113,7 +124,8 @@ class Dealer:
     def deal(self, count: int) -> tuple[IntArray, Items | None]:
         """Row ids and items of the next `count` positions of the rank; None for no items.
 
-        There are as many. Raises what went wrong in the blocks that they need.
+        There are as many. Raises what went wrong in the blocks that they need, or NotNeeded; there
+        is nothing more to deal then.
         """
         rows = np.empty(count, dtype=np.int64)
         places: list[IntArray] = []
@@ -133,9 +145,13 @@ class Dealer:
         position[np.concatenate(places)] = np.arange(count)
         return rows, Items.concat(parts).take(position)
 
+    def cancel(self) -> None:
+        """Cancels what has not begun, and waits for nothing."""
+        self._loader.close(joins=False)
+
     def close(self) -> None:
         """Cancels what has not begun and joins the threads. May be called from any thread."""
-        self._loader.close()
+        self._loader.close(joins=True)
 
 
 class _Lane:
@@ -276,9 +292,10 @@ class _LoadingBlock:
 class _Loader:
     """A few threads that work in the order in which they were asked."""
 
-    def __init__(self, num_threads: int, waits: Waits) -> None:
+    def __init__(self, num_threads: int, waits: Waits, unless: Unless | None) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="shoal-stream")
         self._waits = waits
+        self._unless = unless
         self._is_closed = False
 
     def submit(
@@ -287,9 +304,12 @@ class _Loader:
         return self._pool.submit(function, *args, **kwargs)
 
     def wait(self, future: Future[Value]) -> Value:
-        """The result; RuntimeError where `close` came first."""
+        """The result; RuntimeError where `close` came first, NotNeeded where nobody needs it."""
         began = time.perf_counter()
         try:
+            while not wait_for([future], timeout=_LOOK_SECONDS).done:
+                if self._unless is not None and self._unless(time.perf_counter() - began):
+                    raise NotNeeded
             return future.result()
         except CancelledError:
             raise RuntimeError("the stream was closed while it was read") from None
@@ -301,6 +321,6 @@ class _Loader:
         if self._is_closed:
             raise CancelledError
 
-    def close(self) -> None:
+    def close(self, *, joins: bool) -> None:
         self._is_closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=joins, cancel_futures=True)

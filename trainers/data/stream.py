@@ -23,8 +23,10 @@ from trainers.data.items import Items
 from trainers.data.lanes import (
     Dealer,
     Encode,
+    NotNeeded,
     Plan,
     Source,
+    Unless,
     Waits,
     sequential_plans,
     shuffled_plans,
@@ -138,12 +140,20 @@ class RankStream:
         """Time in which a batch was asked for and its rows were not there yet."""
         return self._waits.seconds
 
-    def batches(self, *, epoch: int, next_item: int, global_batch_size: int) -> Iterator[RankBatch]:
+    def batches(
+        self,
+        *,
+        epoch: int,
+        next_item: int,
+        global_batch_size: int,
+        unless: Unless | None = None,
+    ) -> Iterator[RankBatch]:
         """The rank's batches from position `next_item` to the end of the epoch, one a step.
 
         Every rank gets the same number of batches, some of them empty where rows run out; the
         last step has what is left. Errors of the background (DataError, StorageError) are raised
-        at the first batch that needs the block in which they happened.
+        at the first batch that needs the block in which they happened. `unless` is asked while a
+        batch is waited for: NotNeeded is raised where it says so, and the stream is of no use then.
         """
         order = EpochOrder(
             self._index.group_rows,
@@ -161,7 +171,7 @@ class RankStream:
             for lane, item in zip(touched, items, strict=True)
         ]
         steps_of_run = max(1, _RUN_ROWS * self._world_size // global_batch_size)
-        with self._dealer(plans, num_ahead=1) as dealer:
+        with self._dealer(plans, num_ahead=1, unless=unless) as dealer:
             first = next_item
             while first < order.num_items:
                 stops = np.arange(1, steps_of_run + 1) * global_batch_size + first
@@ -246,7 +256,9 @@ class RankStream:
         return self._no_items
 
     @contextmanager
-    def _dealer(self, plans: Sequence[Iterator[Plan]], *, num_ahead: int) -> Iterator[Dealer]:
+    def _dealer(
+        self, plans: Sequence[Iterator[Plan]], *, num_ahead: int, unless: Unless | None = None
+    ) -> Iterator[Dealer]:
         if self._is_closed:
             raise RuntimeError("the stream is closed")
         dealer = Dealer(
@@ -255,10 +267,21 @@ class RankStream:
             num_ahead=num_ahead,
             num_threads=self._fetch_threads,
             waits=self._waits,
+            unless=unless,
         )
         self._dealers.add(dealer)
         try:
             yield dealer
-        finally:
-            dealer.close()
-            self._dealers.discard(dealer)
+        except NotNeeded:
+            # Its threads may hang in a request: `close` waits for them, when there is time.
+            self._is_closed = True
+            dealer.cancel()
+            raise
+        except BaseException:
+            self._end(dealer)
+            raise
+        self._end(dealer)
+
+    def _end(self, dealer: Dealer) -> None:
+        dealer.close()
+        self._dealers.discard(dealer)
