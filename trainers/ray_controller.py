@@ -7,6 +7,7 @@ cluster has changed. RunController is called at these points, in the controller'
 from __future__ import annotations
 
 import time
+import traceback
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
+    ErroredState,
     InitializingState,
     ReschedulingState,
     ResizingState,
     RestartingState,
     RunningState,
+    ShuttingDownState,
     TrainControllerState,
 )
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import (
     ControllerError,
     PreemptionError,
@@ -102,6 +106,10 @@ class RunController(ControllerCallback, WorkerGroupCallback):
             self._tell(*restart_notice(current_state.training_failed_error))
         elif isinstance(current_state, ReschedulingState):
             self._start_failed(current_state.training_failed_error)
+        elif isinstance(current_state, ShuttingDownState) and isinstance(
+            ended := current_state.next_state, ErroredState
+        ):
+            give_back_room(ended.training_failed_error)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Before workers are started, for the first time or again; takes their number down to what
@@ -113,11 +121,12 @@ class RunController(ControllerCallback, WorkerGroupCallback):
     # ---- room
 
     def _start_failed(self, error: TrainingFailedError) -> None:
-        """Tells why Ray could not start the workers, and tries again.
+        """Tells why Ray could not start the workers; it tries again.
 
-        Where one of them died meanwhile, its error is raised, which ends this controller: Ray gives
-        back the room of a group that was half set up only then, and would wait for it in vain.
+        Where one of them died meanwhile, its error is raised, which ends this controller: Ray would
+        try it without end, and `fit` counts it.
         """
+        give_back_room(error)
         failure = error.controller_failure if isinstance(error, ControllerError) else error
         if isinstance(failure.__cause__, RayActorError):
             raise failure.__cause__
@@ -244,6 +253,20 @@ def restart_notice(error: TrainingFailedError) -> tuple[Kind, str]:
         return "failure", f"{type(error).__name__}; {again}"
     rank, failed = min(failures.items())
     return "failure", f"rank {rank} failed ({type(failed).__name__}); {again}"
+
+
+def give_back_room(error: TrainingFailedError) -> None:
+    """Ends the group of workers whose start broke off in `error`, if there is one.
+
+    Ray drops such a group without ending it. Its placement group, whose room no other workers get,
+    would stay as long as this process's driver; only the frames of the error still know of it.
+    """
+    failure = error.controller_failure if isinstance(error, ControllerError) else error
+    for frame, _ in traceback.walk_tb(failure.__traceback__):  # WorkerGroup.create is one of them
+        group = frame.f_locals.get("worker_group")
+        if isinstance(group, WorkerGroup) and group.has_started():
+            group.get_worker_group_state().shutdown()  # type: ignore[no-untyped-call]
+            return
 
 
 def failed_start(error: Exception) -> str:

@@ -6,6 +6,7 @@ import json
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -15,6 +16,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
 )
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, SchedulingState
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
@@ -24,7 +26,12 @@ from jobs.record import Control, RunPaths, State
 from tests.tiny import tiny_job
 from trainers import ray_controller as module
 from trainers.controls import ask_to_yield
-from trainers.ray_controller import EndedWhileWaiting, RunController, restart_notice
+from trainers.ray_controller import (
+    EndedWhileWaiting,
+    RunController,
+    give_back_room,
+    restart_notice,
+)
 
 PATHS = RunPaths("run")
 GENERATION = 7
@@ -143,7 +150,7 @@ def test_a_start_that_found_no_place_is_told_and_is_in_the_error_at_the_end(
     assert message.endswith(f" minutes: {shortage} (the last try: {why})")
 
 
-def test_a_worker_that_dies_while_it_is_set_up_ends_the_controller_that_would_keep_its_room(
+def test_a_worker_that_dies_while_it_is_set_up_ends_the_controller_so_that_it_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     controller, _ = waiting(tmp_path, monkeypatch)
@@ -154,6 +161,31 @@ def test_a_worker_that_dies_while_it_is_set_up_ends_the_controller_that_would_ke
             scheduling(), ReschedulingState(ControllerError(failed))
         )
     assert raised.value is death
+
+
+class HalfSetUp(WorkerGroup):
+    """A group of workers that counts how often it is ended."""
+
+    def __init__(self) -> None:
+        self.ends = 0
+        self._worker_group_state = SimpleNamespace(shutdown=self._end)  # type: ignore[assignment]
+
+    def _end(self) -> None:
+        self.ends += 1
+
+
+def test_what_ray_drops_of_a_group_whose_start_broke_off_is_ended_once() -> None:
+    def create(worker_group: WorkerGroup) -> None:
+        set_up(worker_group)
+
+    def set_up(worker_group: WorkerGroup) -> None:
+        raise ConnectionError("reset")
+
+    group = HalfSetUp()
+    with pytest.raises(ConnectionError) as raised:
+        create(group)
+    give_back_room(ControllerError(raised.value))
+    assert group.ends == 1
 
 
 def waiting(
