@@ -292,8 +292,9 @@ def test_passes_in_bfloat16_leave_weights_and_gradients_in_float32(
 
 
 def test_a_rank_that_cannot_read_ends_the_evaluation_of_all(folder: Path, given: Given) -> None:
+    """By the vote after the first pass: rank 0 has measured one of its two rows by then."""
     told = given(Measures(folder, sharded=True, fails=1))
-    assert told == [0, "the store is away", 0]
+    assert told == [1, "the store is away", 0]
 
 
 def test_blocks_are_the_repeated_layers_outermost_first() -> None:
