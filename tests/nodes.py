@@ -48,10 +48,11 @@ _MARK = "SHOAL_TEST_NODE"
 _FOLDER = "shoal-nodes-"
 _STORE = "AWS_ENDPOINT_URL_S3"
 _NOTICING = {
-    # One that is killed is missed in two seconds, one that says nothing in eight.
-    "RAY_health_check_initial_delay_ms": "2000",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "2000",
+    # One that says nothing is missed after a dozen seconds. Less would miss those that live, on a
+    # machine that is loaded.
+    "RAY_health_check_initial_delay_ms": "5000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
 }
 """How soon Ray misses a node; it takes half a minute by default."""
