@@ -99,7 +99,9 @@ SMALL = Plan(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw both loss curves")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="both loss curves; else beside --json"
+    )
     arguments = lab.arguments_of(parser)
     plan = SMALL if arguments.small else FULL
     with (
@@ -116,8 +118,9 @@ def main() -> int:
         _say(f"the same run with {FIXED_WORKERS} workers throughout")
         _run_fixed(place, runs, last_step=max(losses(runs, RUN)))
         result = _compare(runs, polling)
-    if arguments.picture is not None:
-        _draw(result, arguments.picture)
+    picture = arguments.picture or (arguments.json and arguments.json.with_suffix(".png"))
+    if picture is not None:
+        _draw(result, picture)
     lab.tell("elastic", result, tables=_tables(result), json_file=arguments.json)
     return 0 if result["holds"] else 1
 

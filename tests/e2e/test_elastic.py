@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent.parent
 def test_a_run_whose_nodes_come_and_go_trains_on_the_same_batches_and_loses_no_step_it_could_save(
     tmp_path: Path,
 ) -> None:
-    found, picture = tmp_path / "elastic.json", tmp_path / "loss.png"
+    found, picture = tmp_path / "elastic.json", tmp_path / "elastic.png"
     command = [sys.executable, ROOT / "bench" / "elastic.py", "--small"]
     ended = subprocess.run(
-        [*command, "--json", found, "--picture", picture],
+        [*command, "--json", found],
         capture_output=True,
         text=True,
         check=False,
