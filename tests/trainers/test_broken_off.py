@@ -51,7 +51,7 @@ class BreaksOff:
             os.kill(os.getpid(), signal.SIGTERM)
             return
         assert rank._poller is not None
-        ask_to_yield(rank._store, rank._paths, attempt=1, by="a test")
+        ask_to_yield(rank._store, rank._paths, attempt=1, generation=1, by="a test")
         while not rank._poller.look().yields:
             time.sleep(0.05)
 
