@@ -78,7 +78,8 @@ def test_a_run_that_saved_more_often_and_was_resumed_has_the_same_statistics(
         )  # fmt: skip
         assert outcome is not None
         assert outcome.state is State.SUCCEEDED
-    assert read_attempts(scene.runs, scene.paths())[-1].restored_step in (4, 6)
+    # Step 5 was the best so far; which save was under way when it was killed is chance.
+    assert read_attempts(scene.runs, scene.paths())[-1].restored_step in (4, 5, 6)
     assert final_weights(scene.runs, "run") == final_weights(scene.runs, "calm")
     last = read_manifests(scene.runs, scene.paths())[-1]
     held = load_file(scene.run_folder() / "checkpoints" / last.name.folder / WEIGHTS)
