@@ -40,7 +40,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-from cluster.storage import ObjectExists, ObjectMissing, Store, StoreAway
+from cluster.storage import ObjectExists, ObjectMissing, Store, StoreAway, read_whole
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import (
     Attempt,
@@ -335,7 +335,7 @@ class CheckpointWriter:
         try:
             self._store.write_if_absent(key, manifest.to_bytes())
         except ObjectExists:
-            found = Manifest.model_validate_json(self._store.read(key))
+            found = read_whole(self._store, key, Manifest.model_validate_json, hint="")
             if found.model_copy(update={"created_at": manifest.created_at}) != manifest:
                 raise
 
