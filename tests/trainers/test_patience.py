@@ -35,6 +35,8 @@ from tests.scene import Scene
 from trainers import patience as module
 from trainers import worker
 from trainers.data.reader import VerifiedReader
+from trainers.data.stream import RankBatch
+from trainers.loop import Progress
 from trainers.patience import Patience
 from trainers.restore import read_manifests
 from trainers.watchdog import Watchdog
@@ -381,7 +383,8 @@ def test_a_run_whose_data_stays_away_ends_and_says_how_to_go_on(scene: Scene) ->
 
 
 class AwayOnLastRank:
-    """The data set goes away for good when the last rank reads its third row group."""
+    """The data set goes away for good when the last rank reads a row group of the third step or a
+    later one, once it has done the first."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -391,14 +394,23 @@ class AwayOnLastRank:
         os.environ["SHOAL_CACHE"] += os.environ["RANK"]  # so that each rank reads by itself
         if int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]) - 1:
             return
-        whole, calls = VerifiedReader.read, itertools.count(1)
+        whole, stepped = VerifiedReader.read, worker._Rank.stepped
+        calls = itertools.count(1)
+        has_stepped = threading.Event()
 
         def read(reader: VerifiedReader, group: int) -> pa.Table:
-            if next(calls) == 3:
+            # A step begins when the rows of the next one are there: 16 rows, in groups of 7.
+            if next(calls) == 4:
+                assert has_stepped.wait(60), "the first step needs fewer row groups"
                 take_stores_away(self.folder, after_reads=1, seconds=600)
             return whole(reader, group)
 
+        def tell_stepped(rank: worker._Rank, batch: RankBatch, progress: Progress) -> None:
+            stepped(rank, batch, progress)
+            has_stepped.set()
+
         VerifiedReader.read = read  # type: ignore[method-assign]
+        worker._Rank.stepped = tell_stepped  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
