@@ -69,7 +69,7 @@ def test_a_run_that_saved_more_often_and_was_resumed_has_the_same_statistics(
         )
         if run_id == "run":
             run_ranks(
-                assignment_of(spec, run_id), world_size=workers, kill=Kill("step", 8),
+                assignment_of(spec, run_id), world_size=workers, kill=Kill("manifest", 2),
                 before=with_batchnorm,
             )  # fmt: skip
         outcome = run_ranks(
@@ -78,8 +78,7 @@ def test_a_run_that_saved_more_often_and_was_resumed_has_the_same_statistics(
         )  # fmt: skip
         assert outcome is not None
         assert outcome.state is State.SUCCEEDED
-    # Step 5 was the best so far; which save was under way when it was killed is chance.
-    assert read_attempts(scene.runs, scene.paths())[-1].restored_step in (4, 5, 6)
+    assert read_attempts(scene.runs, scene.paths())[-1].restored_step == 4
     assert final_weights(scene.runs, "run") == final_weights(scene.runs, "calm")
     last = read_manifests(scene.runs, scene.paths())[-1]
     held = load_file(scene.run_folder() / "checkpoints" / last.name.folder / WEIGHTS)
