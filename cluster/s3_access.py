@@ -7,6 +7,7 @@ left to themselves the two may end up in different stores. Both get what `resolv
 from __future__ import annotations
 
 import configparser
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 import boto3.session
 import botocore.config
 import botocore.exceptions
+import botocore.loaders
 import botocore.session
 import botocore.utils
 
@@ -131,12 +133,22 @@ def make_session(settings: S3Settings, *, keys: Keys | None = None) -> boto3.ses
 
     `keys` take the place of all looking up.
     """
+    own = botocore.session.get_session()
+    if settings.profile is not None:
+        own.set_config_variable("profile", settings.profile)
+    own.register_component("data_loader", _service_models(own.get_config_variable("data_path")))
     return boto3.session.Session(
         aws_access_key_id=keys.access_key if keys else None,
         aws_secret_access_key=keys.secret_key if keys else None,
-        profile_name=settings.profile,
         region_name=settings.region or DEFAULT_REGION,
+        botocore_session=own,
     )
+
+
+@functools.cache
+def _service_models(data_path: str | None) -> botocore.loaders.Loader:
+    """What botocore knows of its services; to parse it takes most of the time to make a client."""
+    return botocore.loaders.create_loader(data_path)
 
 
 def make_client(session: boto3.session.Session, settings: S3Settings) -> S3Client:
