@@ -16,44 +16,21 @@ against GETs that end there too.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import shutil
+import signal
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lab
 from rich.table import Table
+from saved_model import MIB, Sizes
 
-MIB = 2**20
-THREADS = 8
-RAW_PART_BYTES = 16 * MIB
-MEMORY = Path("/dev/shm")
 VARIANTS = ("none", "shoal", "ray sync", "ray async")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much is done."""
-
-    hidden: int
-    layers: int
-    vocabulary: int
-    steps: int
-    every: int
-    rounds: int
-
-
-SMALL = Sizes(hidden=64, layers=2, vocabulary=2000, steps=12, every=4, rounds=1)
-FULL = Sizes(hidden=384, layers=6, vocabulary=30522, steps=200, every=50, rounds=3)
+SMALL = Sizes(hidden=64, layers=2, vocabulary=2000, steps=12, every=4, rounds=1, moves=1)
+FULL = Sizes(hidden=384, layers=6, vocabulary=30522, steps=200, every=50, rounds=3, moves=4)
 
 
 def main() -> None:
@@ -78,17 +55,20 @@ def measure_on_ray(sizes: Sizes, rounds: int, bucket: str, place: Path) -> dict[
 
     from cluster.storage import open_store
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(
         address="local", num_cpus=2, num_gpus=0, object_store_memory=200 * MIB,
         logging_level=logging.ERROR, log_to_driver=False,
     )  # fmt: skip
+    # Ray's own would end this process and leave the object store behind.
+    signal.signal(signal.SIGTERM, on_sigterm)
     answer = place / "measured.json"
     store = open_store(f"{bucket}/ray")
     try:
         TorchTrainer(
             worker,
             train_loop_config={
-                "sizes": sizes, "rounds": rounds, "bucket": bucket, "place": str(place),
+                "sizes": asdict(sizes), "rounds": rounds, "bucket": bucket, "place": str(place),
                 "answer": str(answer), "path": sys.path,
             },
             scaling_config=ScalingConfig(num_workers=1),
@@ -110,10 +90,11 @@ def worker(config: dict[str, Any]) -> None:
     """Measures, and writes what it found to a file of this machine."""
     sys.path[:] = config["path"]
     import torch
+    from saved_model import Sizes, Subject
 
     torch.set_num_threads(1)
-    sizes, place = config["sizes"], Path(config["place"])
-    subject = Subject(sizes, config["bucket"], place)
+    sizes = Sizes(**config["sizes"])
+    subject = Subject(sizes, config["bucket"], Path(config["place"]))
     subject.steps(max(3, sizes.steps // 20), every=0, save=None)  # optimizer state, warm caches
     found: dict[str, Any] = {"bytes": subject.state_bytes, "steps": [], "state": []}
     savers: dict[str, Callable[[int], None] | None] = {
@@ -130,276 +111,9 @@ def worker(config: dict[str, Any]) -> None:
         turn = number % len(VARIANTS)
         for name in VARIANTS[turn:] + VARIANTS[:turn]:
             found["steps"].append({"variant": name, **subject.timed(name, savers[name])})
-        found["state"].append(subject.measure_state())
+        found["state"] += [subject.measure_state() for _ in range(sizes.moves)]
     subject.close()
     Path(config["answer"]).write_text(json.dumps(found))
-
-
-class Subject:
-    """A model in training, and the ways in which its state is saved."""
-
-    def __init__(self, sizes: Sizes, bucket: str, place: Path) -> None:
-        import torch
-        from transformers import BertConfig, BertForSequenceClassification
-
-        from cluster.storage import open_store
-        from jobs.record import Attempt, RunPaths, Source
-        from jobs.spec import Optimizer
-        from tests.tiny import tiny_job, tiny_tokenizer
-        from trainers.agreement import Agreement
-        from trainers.checkpoint import CheckpointWriter, small_files
-        from trainers.fence import Fence
-        from trainers.loop import Trainee
-        from trainers.optim import build_optimizer
-        from trainers.saving import Saving
-        from trainers.telemetry import Telemetry
-
-        self.sizes, self.place = sizes, place
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, num_labels=2,
-            num_hidden_layers=sizes.layers, num_attention_heads=4,
-            intermediate_size=4 * sizes.hidden, max_position_embeddings=512,
-        )  # fmt: skip
-        model = BertForSequenceClassification(config)
-        tokenizer = tiny_tokenizer(place / "tokenizer")
-        task = _TaskFiles(tokenizer)
-        optimizer = build_optimizer(model, Optimizer(learning_rate=1e-4))
-        self.trainee = Trainee(task, model, optimizer, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
-        self.batch = torch.randint(0, sizes.vocabulary, (8, 16))
-        self.labels = torch.randint(0, 2, (8,))
-        self.runs, self.paths = open_store(f"{bucket}/runs"), RunPaths("bench")
-        data = {"train": f"{bucket}/none"}
-        spec = tiny_job(place / "none", data, self.runs.uri, checkpoint={"keep_last": 1})
-        attempt = Attempt(attempt=1, generation=1, world_size=1, restored_step=None, started_at=0.0)
-        self.runs.write(self.paths.attempt(1), attempt.to_bytes())
-        self.telemetry = Telemetry(self.runs, self.paths, Source(1, 0))
-        self.telemetry.__enter__()
-        self.writer = CheckpointWriter(
-            spec,
-            self.runs,
-            self.paths,
-            self.telemetry,
-            small_files=small_files(model, task),  # type: ignore[arg-type]
-            attempt=attempt,
-            rank=0,
-            scratch=place,
-            fence=Fence(self.runs, self.paths, generation=1),
-        )
-        self.saving = Saving(
-            spec,
-            self.writer,
-            Agreement(rank=0, world_size=1),
-            self.telemetry,
-            raise_any=raise_it,
-        )
-        self.saved = 0
-        self.copies: dict[str, Any] | None = None
-
-    @property
-    def state_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
-
-    def tensors(self) -> dict[str, Any]:
-        from trainers.state import saved_state
-
-        files = saved_state(self.trainee).files.values()
-        return {name: tensor for tensors in files for name, tensor in tensors.items()}
-
-    def steps(
-        self, count: int, *, every: int, save: Callable[[int], None] | None
-    ) -> tuple[list[float], list[float]]:
-        """Seconds of each step, and of each call that saves."""
-        taken, saving = [], []
-        for number in range(1, count + 1):
-            began = time.perf_counter()
-            self.trainee.optimizer.zero_grad(set_to_none=True)
-            output = self.trainee.model(input_ids=self.batch, labels=self.labels)
-            output.loss.backward()
-            self.trainee.optimizer.step()
-            taken.append(time.perf_counter() - began)
-            if save is not None and number % every == every // 2:
-                began = time.perf_counter()
-                save(number)
-                saving.append(time.perf_counter() - began)
-        return taken, saving
-
-    def timed(self, name: str, save: Callable[[int], None] | None) -> dict[str, Any]:
-        """Wall clock of the steps, and of what is still under way at their end."""
-        began = time.perf_counter()
-        taken, saving = self.steps(self.sizes.steps, every=self.sizes.every, save=save)
-        seconds = time.perf_counter() - began
-        self.settle(name)
-        left = time.perf_counter() - began - seconds
-        return {"seconds": seconds, "left": left, "step_seconds": taken, "saving": saving}
-
-    def settle(self, name: str) -> None:
-        """Returns when what was saved is durable."""
-        if name == "shoal":
-            self.saving.make_durable()
-        if name == "ray async":
-            import ray.train
-
-            # It returns when the upload that is under way is done.
-            ray.train.get_all_reported_checkpoints()
-
-    def save_with_shoal(self, step: int) -> None:
-        from jobs.record import StreamPosition
-        from trainers.checkpoint import Moment
-        from trainers.loop import Progress
-
-        self.saved += 1
-        position = StreamPosition(
-            order_version=1, index_digest="", lanes=1, window=1, seed=0, global_batch_size=8,
-            epoch=0, next_item=0,
-        )  # fmt: skip
-        self.saving.save(
-            self.trainee, Moment(Progress(step=self.saved), None, stream=position, before=None)
-        )
-
-    def save_with_ray_sync(self, step: int) -> None:
-        self._report(sync=True)
-
-    def save_with_ray_async(self, step: int) -> None:
-        self._report(sync=False)
-
-    def _report(self, *, sync: bool) -> None:
-        import ray.train
-        import torch
-        from ray.train import Checkpoint, CheckpointUploadMode
-
-        folder = tempfile.mkdtemp(dir=self.place)
-        model, optimizer = self.trainee.model, self.trainee.optimizer
-        torch.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-            Path(folder, "state.pt"),
-        )
-        ray.train.report(
-            {"loss": 0.0},
-            checkpoint=Checkpoint.from_directory(folder),
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC
-            if sync
-            else CheckpointUploadMode.ASYNC,
-        )
-        if sync:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def measure_state(self) -> dict[str, float]:
-        """Seconds of the copy, the upload and the restore, and of the plain alternatives."""
-        from trainers.restore import newest_restorable
-
-        seconds: dict[str, float] = {}
-        tensors = self.tensors()
-        if self.copies is None:
-            self.copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        seconds["plain copy"] = timed(lambda: copy_all(tensors, self.copies))
-        seconds["shoal copy"] = timed(lambda: self.writer._snapshot.take(self.trainee))
-        parts = raw_parts(self.writer._snapshot.take(self.trainee))
-        places = {"on disk": self.place / "restored", "in memory": MEMORY / self.place.name}
-
-        def put() -> None:
-            seconds["raw put"] = timed(lambda: raw_put(self.runs, parts))
-
-        def upload() -> None:
-            began = time.perf_counter()
-            self.save_with_shoal(0)
-            self.saving.make_durable()
-            seconds["shoal upload"] = time.perf_counter() - began - seconds["shoal copy"]
-
-        def get(place: str) -> None:
-            folder = places[place]
-            folder.mkdir()
-            to = None if place == "in memory" else folder
-            seconds[f"raw get, {place}"] = timed(lambda: raw_get(self.runs, parts, to))
-            shutil.rmtree(folder)
-
-        def restore(place: str) -> None:
-            folder = places[place]
-            seconds[f"shoal restore, {place}"] = timed(
-                lambda: newest_restorable(self.runs, self.paths, cache_folder=folder)
-            )
-            shutil.rmtree(folder)
-
-        pairs = [(put, upload), *((partial(get, p), partial(restore, p)) for p in places)]
-        for pair in pairs:
-            for action in pair if self.saved % 2 else reversed(pair):
-                os.sync()  # what was written before is not paid for here
-                action()
-        return seconds
-
-    def close(self) -> None:
-        self.writer.close()
-        self.telemetry.__exit__(None, None, None)
-
-
-class _TaskFiles:
-    """What a writer asks of a task."""
-
-    def __init__(self, tokenizer: Path) -> None:
-        self._tokenizer = tokenizer
-
-    def save_extras(self, folder: Path) -> None:
-        for path in self._tokenizer.iterdir():
-            shutil.copy(path, folder / path.name)
-
-
-def raise_it(error: Exception | None) -> None:
-    if error is not None:
-        raise error
-
-
-def timed(action: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    held = action()
-    seconds = time.perf_counter() - began
-    del held
-    return seconds
-
-
-def copy_all(tensors: dict[str, Any], copies: dict[str, Any]) -> None:
-    """What a copy into buffers that are there already takes at least."""
-    for name, tensor in tensors.items():
-        copies[name].copy_(tensor)
-
-
-def raw_put(store: Any, parts: list[tuple[str, bytes]]) -> None:
-    """The bytes as objects of one part, by as many threads as Shoal has: no hash, no manifest."""
-    client, bucket, prefix = store._connection.client(), store._bucket, store._root
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(
-            pool.map(
-                lambda part: client.put_object(Bucket=bucket, Key=prefix + part[0], Body=part[1]),
-                parts,
-            )
-        )
-
-
-def raw_get(store: Any, parts: list[tuple[str, bytes]], folder: Path | None) -> None:
-    """The same bytes again, held in memory, or written to files of `folder`."""
-    client, bucket, prefix = store._connection.client(), store._bucket, store._root
-
-    def get(part: tuple[str, bytes]) -> bytes:
-        data: bytes = client.get_object(Bucket=bucket, Key=prefix + part[0])["Body"].read()
-        if folder is None:
-            return data
-        (folder / Path(part[0]).name).write_bytes(data)
-        return b""
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        held = list(pool.map(get, parts))
-    expected = 0 if folder else sum(len(data) for _, data in parts)
-    assert sum(map(len, held)) == expected
-
-
-def raw_parts(files: dict[str, memoryview]) -> list[tuple[str, bytes]]:
-    """The bytes as keys and parts, cut before the clock runs."""
-    parts = []
-    for name, data in files.items():
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        for start in range(0, len(data), RAW_PART_BYTES):
-            key = f"raw/{digest}-{start}"
-            parts.append((key, bytes(data[start : start + RAW_PART_BYTES])))
-    return parts
 
 
 # --------------------------------------------------------------------------------------- results

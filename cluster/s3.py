@@ -232,32 +232,32 @@ class S3Store:
     # ------------------------------------------------------------------------------- reading
 
     def read(self, key: str) -> bytes:
-        return self._get(key)
+        return b"".join(self._get(key))
 
     def read_range(self, key: str, *, start: int, end: int) -> bytes:
         if not 0 <= start <= end:
             raise ValueError(f"[{start}, {end}) is no range of bytes")
-        return self._get(key, span=(start, end)) if end > start else b""
+        return b"".join(self._get(key, span=(start, end))) if end > start else b""
 
-    def _get(self, key: str, *, span: tuple[int, int] | None = None, etag: str = "") -> bytes:
-        """The object or bytes [start, end) of it; with an ETag, of that version alone."""
+    def _get(self, key: str, *, span: tuple[int, int] | None = None, etag: str = "") -> list[bytes]:
+        """The object or bytes [start, end) of it in pieces; with an ETag, of that version alone."""
         arguments: dict[str, Any] = {"Bucket": self._bucket, "Key": self._key(key)}
         if span is not None:
             arguments["Range"] = f"bytes={span[0]}-{span[1] - 1}"
         if etag:
             arguments["IfMatch"] = etag
 
-        def get(client: S3Client) -> bytes:
+        def get(client: S3Client) -> list[bytes]:
             try:
                 answer = client.get_object(**arguments)
             except ClientError as error:
                 raise self._reading_error(error, key) or error from error
             return read_in_time(answer, transfer=self._connection.settings.transfer)
 
-        data = self._attempt(get, doing="read", key=key)
-        if span is not None and len(data) != span[1] - span[0]:
+        pieces = self._attempt(get, doing="read", key=key)
+        if span is not None and sum(map(len, pieces)) != span[1] - span[0]:
             raise _range_error(f"{self.uri}/{key}", span)
-        return data
+        return pieces
 
     def _reading_error(self, error: ClientError, key: str) -> StorageError | None:
         """The errors of a read that are no fault of the store; None for the others."""

@@ -164,8 +164,8 @@ def drop_upload(attempt: Attempt, *, bucket: str, key: str, upload_id: str) -> N
     attempt(drop)
 
 
-def read_in_time(answer: GetObjectOutputTypeDef, *, transfer: Transfer) -> bytes:
-    """The body of an answer; ReadTimeoutError where it comes more slowly than is borne.
+def read_in_time(answer: GetObjectOutputTypeDef, *, transfer: Transfer) -> list[bytes]:
+    """The body of an answer in pieces; ReadTimeoutError where it comes more slowly than is borne.
 
     The socket's own timeout starts again with each byte: a body may trickle for ever under it.
     """
@@ -173,7 +173,8 @@ def read_in_time(answer: GetObjectOutputTypeDef, *, transfer: Transfer) -> bytes
     # Its own reads tell nothing before all they were asked for is there.
     body._raw_stream = _Watched(body._raw_stream, Pace(transfer))  # type: ignore[attr-defined]
     with contextlib.closing(body):
-        return body.read()
+        # The last, empty one makes it check the length, and the checksum where there is one.
+        return list(iter(lambda: body.read(_BLOCK_BYTES), b""))
 
 
 class Pace:
@@ -209,14 +210,11 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._raw, name)
 
-    def read(self, amt: int | None = None) -> bytes:
-        """All that is left."""
-        assert amt is None
-        whole = io.BytesIO()
-        while piece := self._raw.read1(_BLOCK_BYTES):
-            whole.write(piece)
-            self._pace.moved(len(piece))
-        return whole.getvalue()
+    def read(self, amt: int) -> bytes:
+        """What has arrived, `amt` bytes at most; empty at the end."""
+        piece: bytes = self._raw.read1(amt)
+        self._pace.moved(len(piece))
+        return piece
 
 
 class Outgoing(io.BytesIO):
@@ -240,24 +238,34 @@ class Outgoing(io.BytesIO):
 
 
 def download(
-    read_span: ReadSpan, *, path: Path, num_bytes: int, transfer: Transfer, digest: Digest | None
+    read_span: Callable[[Span], list[bytes]],
+    *,
+    path: Path,
+    num_bytes: int,
+    transfer: Transfer,
+    digest: Digest | None,
 ) -> None:
-    """The object as a file, by parallel ranges; `digest` is fed with its bytes, in their order."""
+    """The object as a file, by parallel ranges, each read in pieces.
+
+    `digest` is fed with its bytes, in their order.
+    """
     spans = part_spans(num_bytes, part_bytes=transfer.part_bytes)
 
     def fill(file: IO[bytes]) -> None:
         follower = Follower(file.fileno(), spans, digest) if digest is not None else None
 
         def fetch(span: Span) -> None:
-            data = memoryview(read_span(span))
+            pieces = read_span(span)
             position = span[0]
-            while data:
-                written = os.pwrite(file.fileno(), data, position)
-                data, position = data[written:], position + written
+            for piece in pieces:
+                left = memoryview(piece)
+                while left:
+                    written = os.pwrite(file.fileno(), left, position)
+                    left, position = left[written:], position + written
             if transfer.on_part is not None:
                 transfer.on_part()
             if follower is not None:
-                follower.written(span)
+                follower.written(span, pieces)
 
         _in_parallel(fetch, spans, num_threads=transfer.num_threads)
         if follower is not None:
@@ -269,8 +277,8 @@ def download(
 class Follower:
     """Feeds a digest with a file whose spans are written in any order, as far as it is whole.
 
-    By whichever thread has written: the bytes are still in the processor's or the system's cache,
-    and the other threads wait for the network.
+    By whichever thread has written, while the other threads wait for the network: from what it
+    still holds where that comes next, else from the file, which is in the system's cache.
     """
 
     def __init__(self, descriptor: int, spans: list[Span], digest: Digest) -> None:
@@ -281,13 +289,21 @@ class Follower:
         self._following = threading.Lock()
         self._block = memoryview(bytearray(_BLOCK_BYTES))
 
-    def written(self, span: Span) -> None:
-        self._written.add(span)
-        if self._following.acquire(blocking=False):
-            try:
-                self.follow()
-            finally:
-                self._following.release()
+    def written(self, span: Span, pieces: list[bytes]) -> None:
+        """The file has the bytes of the span, which are those of `pieces`."""
+        if not self._following.acquire(blocking=False):
+            self._written.add(span)
+            return
+        try:
+            if self._ahead[0] == span:
+                self._ahead.popleft()
+                for piece in pieces:
+                    self._digest.update(piece)
+            else:
+                self._written.add(span)
+            self.follow()
+        finally:
+            self._following.release()
 
     def follow(self) -> None:
         """Up to the first span that is not written; one thread at a time."""

@@ -29,7 +29,7 @@ from jobs.status import RunStatus, format_seconds, read_status
 from jobs.status_view import evaluation_text, headline, train_text
 from jobs.terminal import console_for, format_number, format_percent
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 2.0
 _EVALUATIONS_SHOWN = 4
 _EVENTS_SHOWN = 5
 _SPARKS = "▁▂▃▄▅▆▇█"

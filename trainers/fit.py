@@ -18,13 +18,16 @@ from typing import Any
 
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 # From where they are: for type checkers `ray.train` has their predecessors.
+from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from cluster.ray_runtime import resources_of
 from cluster.storage import is_s3, open_store
@@ -117,11 +120,11 @@ def _fit_once(
     run_config = _run_config(
         assignment, controller, notices.counts, start=start, given_way=given_way
     )
-    trainer = TorchTrainer(
-        _train_on_ray,  # type: ignore[arg-type]  # Ray types it as returning nothing
+    trainer = _Trainer(
+        _train_on_ray,
         train_loop_config={"assignment": assignment},
         scaling_config=_scaling(spec),
-        run_config=run_config,  # type: ignore[arg-type]  # typed as its predecessor
+        run_config=run_config,
         torch_config=TorchConfig(
             backend="nccl" if spec.workers.gpus else "gloo",
             timeout_s=int(JOIN_TIMEOUT.total_seconds()),
@@ -180,6 +183,17 @@ def _run_config(
         ),
         callbacks=[controller],  # type: ignore[list-item]  # internal ones are taken as well
     )
+
+
+class _Trainer(TorchTrainer):
+    """Without Ray Data: its manager is a process that each group would wait for, and never use."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        return [
+            callback
+            for callback in super()._create_default_callbacks()
+            if not isinstance(callback, DatasetsCallback)
+        ]
 
 
 def _train_on_ray(config: dict[str, Any]) -> str:

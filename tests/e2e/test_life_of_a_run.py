@@ -29,8 +29,8 @@ from trainers.restore import read_attempts, read_manifests
 pytestmark = pytest.mark.timeout(420)
 
 ROWS = 1500
-EPOCHS = 5
-TOTAL_STEPS = 940
+EPOCHS = 3
+TOTAL_STEPS = 564
 NO_RAY = """
 import sys
 
