@@ -124,7 +124,7 @@ class TrainerStub:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> type[TrainerStub]:
-    monkeypatch.setattr(module, "TorchTrainer", TrainerStub)
+    monkeypatch.setattr(module, "_Trainer", TrainerStub)
     TrainerStub.errors, TrainerStub.budgets = [], []
     return TrainerStub
 
