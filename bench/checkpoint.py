@@ -9,8 +9,9 @@ the steps, so that its upload goes on beside the rest of them: training stands s
 the steps with checkpoints - seconds without) / checkpoints. What is still under way at the end of
 the steps is waited for and told apart. Then the state alone: copied, uploaded and restored by
 Shoal, and the same bytes copied, and moved by parallel PUTs and GETs that verify nothing. A restore
-goes through files in the cache's folder; it is measured on the disk and in memory (/dev/shm), each
-against GETs that end there too.
+ends in files of the cache's folder; it is measured on the disk and in memory (/dev/shm), each
+against GETs that end in files there too. GETs whose bytes are held and written nowhere are told
+beside them.
 """
 
 from __future__ import annotations
@@ -168,6 +169,7 @@ def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
             place: ratio(state[f"raw get, {place}"], state[f"shoal restore, {place}"])
             for place in ("on disk", "in memory")
         },
+        "restore_ratio_to_held": ratio(state["raw get, held"], state["shoal restore, in memory"]),
     }
 
 
@@ -213,6 +215,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
         state.add_row(
             title, f"{speeds[own]['median']:.0f}", f"{speeds[plain]['median']:.0f}", f"{value:.2f}"
         )
+    held = result["restore_ratio_to_held"]
+    state.add_row(
+        "the last, to GETs written nowhere",
+        "",
+        f"{speeds['raw get, held']['median']:.0f}",
+        f"{held:.2f}",
+    )
     share = Table(show_header=False)
     share.add_row("Shoal's standstill, of Ray's SYNC", f"{result['still_share_of_ray_sync']:.1%}")
     return [still, share, state]

@@ -220,9 +220,11 @@ class Subject:
         def get(place: str) -> None:
             folder = places[place]
             folder.mkdir()
-            to = None if place == "in memory" else folder
-            seconds[f"raw get, {place}"] = timed(lambda: raw_get(self.runs, parts, to))
+            seconds[f"raw get, {place}"] = timed(lambda: raw_get(self.runs, parts, folder))
             shutil.rmtree(folder)
+
+        def hold() -> None:
+            seconds["raw get, held"] = timed(lambda: raw_get(self.runs, parts, None))
 
         def restore(place: str) -> None:
             folder = places[place]
@@ -237,6 +239,7 @@ class Subject:
             for action in pair if self.moves % 2 else reversed(pair):
                 os.sync()  # what was written before is not paid for here
                 action()
+        hold()
         return seconds
 
     def close(self) -> None:

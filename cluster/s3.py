@@ -44,10 +44,12 @@ from cluster.s3_transfer import (
     Outgoing,
     PartReader,
     ReadSpan,
+    Span,
+    TakePieces,
     checksum,
     download,
     drop_upload,
-    read_in_time,
+    pieces_in_time,
     unfinished_uploads,
     write_parts,
 )
@@ -232,32 +234,42 @@ class S3Store:
     # ------------------------------------------------------------------------------- reading
 
     def read(self, key: str) -> bytes:
-        return b"".join(self._get(key))
+        return self._get(key, b"".join)
 
     def read_range(self, key: str, *, start: int, end: int) -> bytes:
         if not 0 <= start <= end:
             raise ValueError(f"[{start}, {end}) is no range of bytes")
-        return b"".join(self._get(key, span=(start, end))) if end > start else b""
+        if end == start:
+            return b""
+        data = self._get(key, b"".join, span=(start, end))
+        if len(data) != end - start:
+            raise _range_error(f"{self.uri}/{key}", (start, end))
+        return data
 
-    def _get(self, key: str, *, span: tuple[int, int] | None = None, etag: str = "") -> list[bytes]:
-        """The object or bytes [start, end) of it in pieces; with an ETag, of that version alone."""
+    def _get(
+        self,
+        key: str,
+        take: Callable[[Iterable[bytes]], T],
+        *,
+        span: Span | None = None,
+        etag: str = "",
+    ) -> T:
+        """What `take` makes of the pieces of the object, or of bytes [start, end) of it; with an
+        ETag, of that version alone. It is called again where the read is tried again."""
         arguments: dict[str, Any] = {"Bucket": self._bucket, "Key": self._key(key)}
         if span is not None:
             arguments["Range"] = f"bytes={span[0]}-{span[1] - 1}"
         if etag:
             arguments["IfMatch"] = etag
 
-        def get(client: S3Client) -> list[bytes]:
+        def get(client: S3Client) -> T:
             try:
                 answer = client.get_object(**arguments)
             except ClientError as error:
                 raise self._reading_error(error, key) or error from error
-            return read_in_time(answer, transfer=self._connection.settings.transfer)
+            return take(pieces_in_time(answer, transfer=self._connection.settings.transfer))
 
-        pieces = self._attempt(get, doing="read", key=key)
-        if span is not None and sum(map(len, pieces)) != span[1] - span[0]:
-            raise _range_error(f"{self.uri}/{key}", span)
-        return pieces
+        return self._attempt(get, doing="read", key=key)
 
     def _reading_error(self, error: ClientError, key: str) -> StorageError | None:
         """The errors of a read that are no fault of the store; None for the others."""
@@ -349,8 +361,13 @@ class S3Store:
         if found is None:
             raise ObjectMissing(key, f"there is no {self.uri}/{key}")
         digest = hashlib.sha256() if hashed else None
+
+        def read_span(span: Span, take: TakePieces) -> None:
+            if self._get(key, take, span=span, etag=found.etag) != span[1] - span[0]:
+                raise _range_error(f"{self.uri}/{key}", span)
+
         download(
-            lambda span: self._get(key, span=span, etag=found.etag),
+            read_span,
             path=path,
             num_bytes=found.num_bytes,
             transfer=self._connection.settings.transfer,

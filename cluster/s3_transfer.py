@@ -15,6 +15,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -34,12 +35,14 @@ Digest: TypeAlias = "hashlib._Hash"
 Span = tuple[int, int]
 """Bytes [start, end)."""
 ReadSpan = Callable[[Span], bytes]
+TakePieces = Callable[[Iterable[bytes]], int]
+"""Takes the bytes of a span, piece by piece; returns how many there were."""
 Attempt = Callable[[Callable[["S3Client"], Any]], Any]
 """Runs an action on the client, with retries and described errors."""
 
 _MAX_PARTS = 10_000
 _PAGE_UPLOADS = 1_000
-_BLOCK_BYTES = 2**20
+_BLOCK_BYTES = 2**18
 _SENT_BYTES = 2**15
 WRITE_TOKEN = "shoal-write"  # noqa: S105 - the name of a metadata entry
 """Metadata entry with a random value for each write. A write whose answer was lost is sent again
@@ -164,8 +167,9 @@ def drop_upload(attempt: Attempt, *, bucket: str, key: str, upload_id: str) -> N
     attempt(drop)
 
 
-def read_in_time(answer: GetObjectOutputTypeDef, *, transfer: Transfer) -> list[bytes]:
-    """The body of an answer in pieces; ReadTimeoutError where it comes more slowly than is borne.
+def pieces_in_time(answer: GetObjectOutputTypeDef, *, transfer: Transfer) -> Iterator[bytes]:
+    """The body of an answer as it arrives; ReadTimeoutError where it comes more slowly than is
+    borne.
 
     The socket's own timeout starts again with each byte: a body may trickle for ever under it.
     """
@@ -174,7 +178,8 @@ def read_in_time(answer: GetObjectOutputTypeDef, *, transfer: Transfer) -> list[
     body._raw_stream = _Watched(body._raw_stream, Pace(transfer))  # type: ignore[attr-defined]
     with contextlib.closing(body):
         # The last, empty one makes it check the length, and the checksum where there is one.
-        return list(iter(lambda: body.read(_BLOCK_BYTES), b""))
+        while piece := body.read(_BLOCK_BYTES):
+            yield piece
 
 
 class Pace:
@@ -238,16 +243,16 @@ class Outgoing(io.BytesIO):
 
 
 def download(
-    read_span: Callable[[Span], list[bytes]],
+    read_span: Callable[[Span, TakePieces], None],
     *,
     path: Path,
     num_bytes: int,
     transfer: Transfer,
     digest: Digest | None,
 ) -> None:
-    """The object as a file, by parallel ranges, each read in pieces.
+    """The object as a file, by parallel ranges; `digest` is fed with its bytes, in their order.
 
-    `digest` is fed with its bytes, in their order.
+    `read_span` hands over the pieces of a range, from its start again where it is tried again.
     """
     spans = part_spans(num_bytes, part_bytes=transfer.part_bytes)
 
@@ -255,17 +260,12 @@ def download(
         follower = Follower(file.fileno(), spans, digest) if digest is not None else None
 
         def fetch(span: Span) -> None:
-            pieces = read_span(span)
-            position = span[0]
-            for piece in pieces:
-                left = memoryview(piece)
-                while left:
-                    written = os.pwrite(file.fileno(), left, position)
-                    left, position = left[written:], position + written
+            # Piece by piece: what is not held needs no memory that the system must clear first.
+            read_span(span, partial(_write_at, file.fileno(), span[0]))
             if transfer.on_part is not None:
                 transfer.on_part()
             if follower is not None:
-                follower.written(span, pieces)
+                follower.written(span)
 
         _in_parallel(fetch, spans, num_threads=transfer.num_threads)
         if follower is not None:
@@ -274,11 +274,22 @@ def download(
     write_whole(path, fill, flush=False)
 
 
+def _write_at(descriptor: int, position: int, pieces: Iterable[bytes]) -> int:
+    """Write the pieces one after the other; how many bytes they had."""
+    start = position
+    for piece in pieces:
+        left = memoryview(piece)
+        while left:
+            written = os.pwrite(descriptor, left, position)
+            left, position = left[written:], position + written
+    return position - start
+
+
 class Follower:
     """Feeds a digest with a file whose spans are written in any order, as far as it is whole.
 
-    By whichever thread has written, while the other threads wait for the network: from what it
-    still holds where that comes next, else from the file, which is in the system's cache.
+    By whichever thread has written: the bytes are still in the processor's or the system's cache,
+    and the other threads wait for the network.
     """
 
     def __init__(self, descriptor: int, spans: list[Span], digest: Digest) -> None:
@@ -289,21 +300,13 @@ class Follower:
         self._following = threading.Lock()
         self._block = memoryview(bytearray(_BLOCK_BYTES))
 
-    def written(self, span: Span, pieces: list[bytes]) -> None:
-        """The file has the bytes of the span, which are those of `pieces`."""
-        if not self._following.acquire(blocking=False):
-            self._written.add(span)
-            return
-        try:
-            if self._ahead[0] == span:
-                self._ahead.popleft()
-                for piece in pieces:
-                    self._digest.update(piece)
-            else:
-                self._written.add(span)
-            self.follow()
-        finally:
-            self._following.release()
+    def written(self, span: Span) -> None:
+        self._written.add(span)
+        if self._following.acquire(blocking=False):
+            try:
+                self.follow()
+            finally:
+                self._following.release()
 
     def follow(self) -> None:
         """Up to the first span that is not written; one thread at a time."""

@@ -59,8 +59,10 @@ def local_copy(store: Store, parts: Sequence[Part], folder: Path) -> Path:
                 folder.rename(unfinished)
                 shutil.rmtree(unfinished)
             try:
+                # The largest first: the small ones then come beside them.
+                by_size = sorted(parts, key=lambda part: part.bytes, reverse=True)
                 with ThreadPoolExecutor(_THREADS) as pool:
-                    list(pool.map(lambda part: _fetch(store, part, unfinished), parts))
+                    list(pool.map(lambda part: _fetch(store, part, unfinished), by_size))
                 _stamp(folder).write_text(BOOT_ID)
                 unfinished.rename(folder)
             except BaseException:
