@@ -8,9 +8,10 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	command -v $$name >/dev/null && $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	2>/dev/null && echo $$name && break; done)
 ARGS ?=
-# Files of tests go on side by side; four processes of them at most, each with a store of its own.
-# In the order of their names those of whole runs, which take longest, are not the last.
-PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Files of tests go on side by side, three of them, each with a store of its own: those of whole runs
+# wait a lot.
+# In the order of their names the longest are not the last.
+PARALLEL ?= --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Settings of the caller's shell that would change what the targets do. Without byte code every
 # process of Ray compiles torch anew (twice the time to start); optimized Python drops the tests'
