@@ -10,8 +10,11 @@ from typing import Any, ClassVar
 import cloudpickle
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError
 from ray.train.v2.api.preemption import PreemptionInfo
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from jobs.errors import ClusterError, Problem
 from jobs.record import Failure, Outcome, State
@@ -227,3 +230,14 @@ def test_the_notice_of_a_node_that_is_taken_says_when() -> None:
     assert preemption_notice(info, now=1000.0) == "the node of rank 1 is taken in 30 s"
     info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"n": [0], "m": [2]})
     assert preemption_notice(info, now=1000.0) == "the node of ranks 0, 2 is taken"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+def test_a_group_starts_nothing_of_ray_data() -> None:
+    def callbacks(trainer: type[TorchTrainer]) -> list[type]:
+        own = trainer(lambda: None, scaling_config=ScalingConfig(num_workers=1))
+        return [type(callback) for callback in own._create_default_callbacks()]
+
+    rays = callbacks(TorchTrainer)
+    assert DatasetsCallback in rays
+    assert callbacks(module._Trainer) == [kind for kind in rays if kind is not DatasetsCallback]
