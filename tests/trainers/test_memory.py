@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,12 @@ BYTES_A_TOKEN = 2**23
 
 class RunsOut:
     """On one rank a pass needs 8 MiB a token, of address space that is limited from its n-th pass
-    in training on: what does not fit makes torch's own allocator fail."""
+    in training on, once a checkpoint is in the folder: what does not fit makes torch's own
+    allocator fail."""
 
-    def __init__(self, *, rank: int, after: int, most_tokens: int) -> None:
+    def __init__(self, *, rank: int, after: int, most_tokens: int, checkpoints: Path) -> None:
         self.rank, self.after, self.most_tokens = rank, after, most_tokens
+        self.checkpoints = checkpoints
 
     def __call__(self) -> None:
         if os.environ["RANK"] != str(self.rank):
@@ -49,6 +52,10 @@ class RunsOut:
             passes += model.training
             if passes < self.after:
                 return whole(task, model, batch)
+            deadline = time.monotonic() + 60
+            while not any(self.checkpoints.glob("*/manifest.json")):
+                assert time.monotonic() < deadline, "no checkpoint before the pass"
+                time.sleep(0.02)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             limits = resource.getrlimit(resource.RLIMIT_AS)
             # Half a token more, for what else a pass takes.
@@ -96,7 +103,8 @@ def test_a_rank_without_memory_ends_the_attempt_and_the_next_one_takes_half(
     )
     assert scene.train(alone, "calm").state is State.SUCCEEDED
     spec = alone.model_copy(update={"workers": alone.workers.model_copy(update={"count": 2})})
-    before = RunsOut(rank=1, after=5, most_tokens=48)
+    checkpoints = scene.run_folder() / "checkpoints"
+    before = RunsOut(rank=1, after=5, most_tokens=48, checkpoints=checkpoints)
     codes = break_group(assignment_of(spec, "run"), world_size=2, before=before)
     assert set(codes.values()) == {1}
 
