@@ -197,11 +197,12 @@ def test_uneven_rows_an_empty_rank_and_accumulation_train_what_one_process_train
     if strategy == "ddp":
         run_ranks(assignment_of(job(scene, 3, "ddp", **parts), "run"), world_size=3)
     else:
-        for generation, workers, step in ((1, 2, 3), (2, 3, 4)):
+        kills = (1, 2, Kill("manifest", 1)), (2, 3, Kill("step", 4))
+        for generation, workers, kill in kills:
             spec = job(scene, workers, **parts)
             run_ranks(
                 assignment_of(spec, "run", generation=generation), world_size=workers,
-                kill=Kill("step", step),
+                kill=kill,
             )  # fmt: skip
         restored = read_attempts(scene.runs, scene.paths())[-1].restored_step
         assert restored == 2, "the second attempt went on from what two ranks had saved"
