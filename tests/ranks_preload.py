@@ -9,6 +9,7 @@ import sklearn.metrics
 import tokenizers
 import torch
 import transformers.models.bert.modeling_bert
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import cluster.folder
@@ -16,8 +17,16 @@ import trainers.tasks.text_classification
 import trainers.worker
 
 torch.set_num_threads(1)
-transformers.AutoModelForSequenceClassification  # noqa: B018 - they are loaded by name
-transformers.AutoTokenizer  # noqa: B018
 get_checkpoint_conversion_mapping("bert")
 
-__all__ = ["cluster", "pyarrow", "sklearn", "tokenizers", "torch", "trainers", "transformers"]
+__all__ = [
+    "AutoModelForSequenceClassification",
+    "AutoTokenizer",
+    "cluster",
+    "pyarrow",
+    "sklearn",
+    "tokenizers",
+    "torch",
+    "trainers",
+    "transformers",
+]

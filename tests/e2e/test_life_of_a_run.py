@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -29,8 +30,8 @@ from trainers.restore import read_attempts, read_manifests
 pytestmark = pytest.mark.timeout(420)
 
 ROWS = 1500
-EPOCHS = 3
-TOTAL_STEPS = 564
+EPOCHS = 5
+TOTAL_STEPS = 940
 NO_RAY = """
 import sys
 
@@ -87,9 +88,9 @@ def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
 
     run = shoal("resume", reader.uri, folder=scene)
     wait_for(lambda: newest_step(runs) >= stopped_at + 40, run)
-    worker = next(p for p in tree_of(run) if "RayTrainWorker" in p.name() or is_worker(p))
+    worker = next(filter(is_worker, tree_of(run)))
     # No rows come through Ray Data: a recovery does not wait for a process of it.
-    assert not [p for p in tree_of(run) if "DatasetManager" in " ".join(p.cmdline())]
+    assert not any(is_titled(process, "DatasetManager") for process in tree_of(run))
     worker.kill()
     wait_for(lambda: len(read_attempts(runs, RunPaths("lively"))) == 3, run)
     after_worker = newest_step(runs)
@@ -167,4 +168,11 @@ def is_of(process: psutil.Process, cache: Path) -> bool:
 
 
 def is_worker(process: psutil.Process) -> bool:
-    return "RayTrainWorker" in " ".join(process.cmdline())
+    return is_titled(process, "RayTrainWorker")
+
+
+def is_titled(process: psutil.Process, name: str) -> bool:
+    """Whether it is Ray's process of an actor of this class; one that has ended is not."""
+    with suppress(psutil.NoSuchProcess):
+        return name in " ".join(process.cmdline())
+    return False
