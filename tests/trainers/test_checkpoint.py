@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -660,3 +662,24 @@ def test_retention_removes_parts_and_manifest(scene: Scene) -> None:
     assert not (scene.run_folder() / "checkpoints" / "step-00000002-attempt-0001").exists()
     with pytest.raises(ObjectMissing):
         scene.runs.read(PATHS.manifest(CheckpointName(2, 1)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_the_threads_that_store_give_way_to_those_that_train(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before, storing = niceness(), list[int]()
+    whole = CheckpointWriter._write_file
+
+    def write_file(writer: CheckpointWriter, key: str, data: bytes | memoryview) -> None:
+        storing.append(niceness())
+        whole(writer, key, data)
+
+    monkeypatch.setattr(CheckpointWriter, "_write_file", write_file)
+    with writing(scene) as own:
+        own.save(1)
+    assert set(storing) == {min(before + 10, 19)}
+    assert niceness() == before
