@@ -20,6 +20,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.exceptions import RayTrainError
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 # From where they are: for type checkers `ray.train` has their predecessors.
@@ -37,7 +38,13 @@ from jobs.spec import JobSpec, Retries
 from trainers.attempt import Assignment, last_crash
 from trainers.controls import last_attempt
 from trainers.notices import Kind, NoticeReader, write_notice
-from trainers.ray_controller import EndedWhileWaiting, RunController, restart_notice
+from trainers.ray_controller import (
+    EndedWhileWaiting,
+    RunController,
+    RunFailurePolicy,
+    cause_of_failure,
+    restart_notice,
+)
 from trainers.restore import read_live_manifests
 from trainers.session import JOIN_TIMEOUT
 from trainers.telemetry import Telemetry
@@ -186,9 +193,14 @@ def _run_config(
 
 
 class _Trainer(TorchTrainer):
-    """Without Ray Data: its manager is a process that each group would wait for, and never use."""
+    """Ray's, but for two parts that it has no parameters for."""
+
+    def _initialize_and_run_controller(self, **parts: Any) -> ray.train.Result:
+        policy = RunFailurePolicy(parts["failure_policy"].failure_config)
+        return super()._initialize_and_run_controller(**parts | {"failure_policy": policy})
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        """Without Ray Data: its manager is a process that each group would wait for, unused."""
         return [
             callback
             for callback in super()._create_default_callbacks()
@@ -286,7 +298,7 @@ def _told_before(assignment: Assignment) -> Failure | None:
 def _failure(error: Exception) -> Failure:
     """What ended the last try, from Ray's wrapping of it."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
-        causes = {r: getattr(c, "_base_exc", c) for r, c in error.worker_failures.items()}
+        causes = {r: cause_of_failure(c) for r, c in error.worker_failures.items()}
         # What a rank tells the user, before what it did to those that were waiting for it.
         rank = min(causes, key=lambda r: (not isinstance(causes[r], ShoalError), r))
         base, cause = causes[rank], error.worker_failures[rank]
@@ -316,7 +328,7 @@ def _failure(error: Exception) -> Failure:
 
 def _state_of_crash(error: BaseException) -> State:
     """A worker process that vanished is the environment's fault, an exception is the code's."""
-    is_rays = isinstance(error, ray.exceptions.RayError)
+    is_rays = isinstance(error, ray.exceptions.RayError | RayTrainError)
     return State.FAILED_INFRA if is_rays else State.FAILED_USER
 
 

@@ -1,7 +1,8 @@
 """A run's part in Ray Train's controller: room for the workers, and a saved state before a resize.
 
 Ray starts the workers again by itself after a failure, and with more or fewer of them where the
-cluster has changed. RunController is called at these points, in the controller's own process.
+cluster has changed. RunController is called at these points, in the controller's own process;
+RunFailurePolicy says there which budget a failure counts for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayActorError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
     ErroredState,
@@ -25,6 +29,7 @@ from ray.train.v2._internal.execution.controller.state import (
     ShuttingDownState,
     TrainControllerState,
 )
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import (
     ControllerError,
@@ -32,6 +37,7 @@ from ray.train.v2.api.exceptions import (
     TrainingFailedError,
     WorkerGroupError,
 )
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from cluster.ray_runtime import describe_shortage, free_on_nodes, room_for, staying_nodes
 from cluster.storage import StorageError, Store, open_store
@@ -237,22 +243,59 @@ class RunController(ControllerCallback, WorkerGroupCallback):
             self._tell(kind, message)
 
 
+class RunFailurePolicy(DefaultFailurePolicy):
+    """Ray's own, in which every node that was taken counts as a pre-emption (`taken_ranks`)."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if ranks := taken_ranks(training_failed_error):
+            info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"unknown": ranks})
+            training_failed_error = PreemptionError(preemption_info=info, drain_timed_out=True)
+        return super().make_decision(training_failed_error)
+
+
+def taken_ranks(error: TrainingFailedError) -> list[int]:
+    """The ranks of a group that failed whose nodes were taken.
+
+    `ray start --block` that gets SIGTERM announces a pre-emption, and ends its raylet by SIGTERM
+    where the grace is over. Which of the two Ray's head hears of last is chance: it takes the end
+    for a pre-emption, or for one that was `expected`, in which no flag says that the node was
+    taken, only the text. (ray._private.node, `_drain_node_before_shutdown`.)
+    """
+    if not isinstance(error, WorkerGroupError):
+        return []
+    return [rank for rank, e in error.worker_failures.items() if _is_taken(cause_of_failure(e))]
+
+
+def _is_taken(cause: BaseException) -> bool:
+    return isinstance(cause, RayActorError) and (
+        cause.preempted or "the actor's node was terminated expectedly" in str(cause)
+    )
+
+
+def cause_of_failure(failure: BaseException) -> BaseException:
+    """What ended a worker: the user's exception, or the death, without what Ray Train adds."""
+    if isinstance(failure, WorkerHealthCheckFailedError):
+        return failure.health_check_failure
+    return getattr(failure, "_base_exc", failure)
+
+
 def restart_notice(error: TrainingFailedError) -> tuple[Kind, str]:
     """Whether the workers are started again for a pre-emption or a failure, and the sentence."""
     again = "the workers are started again from the last checkpoint"
     if isinstance(error, PreemptionError):
         return "preemption", f"a node was taken before the state was saved; {again}"
-    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-    if any(getattr(cause, "preempted", False) for cause in failures.values()):
+    if taken_ranks(error):
         return "preemption", f"a node was taken; {again}"
     if isinstance(error, ControllerError):
         cause = error.controller_failure
-        kind: Kind = "preemption" if getattr(cause, "preempted", False) else "failure"
+        kind: Kind = "preemption" if _is_taken(cause) else "failure"
         return kind, f"the workers could not be set up ({type(cause).__name__}); {again}"
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     if not failures:
         return "failure", f"{type(error).__name__}; {again}"
-    rank, failed = min(failures.items())
-    return "failure", f"rank {rank} failed ({type(failed).__name__}); {again}"
+    rank = min(failures)
+    name = type(cause_of_failure(failures[rank])).__name__
+    return "failure", f"rank {rank} failed ({name}); {again}"
 
 
 def give_back_room(error: TrainingFailedError) -> None:

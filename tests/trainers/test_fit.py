@@ -11,8 +11,12 @@ import cloudpickle
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.exceptions import (
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2.api.config import ScalingConfig
-from ray.train.v2.api.exceptions import ControllerError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
@@ -119,8 +123,11 @@ class TrainerStub:
 
     def fit(self) -> Any:
         if self.errors:
+            error = self.errors.pop(0)
+            if not isinstance(error, WorkerGroupError):
+                error = ControllerError(error)
             # As Ray hands it on from the process of its controller.
-            raise cloudpickle.loads(cloudpickle.dumps(ControllerError(self.errors.pop(0))))
+            raise cloudpickle.loads(cloudpickle.dumps(error))
         outcome = Outcome(attempt=1, state=State.SUCCEEDED, step=5)
         return SimpleNamespace(return_value=outcome.model_dump_json())
 
@@ -168,6 +175,24 @@ def test_a_node_that_is_taken_while_the_group_is_set_up_is_no_failure(
     ended = fit(job, Told())  # type: ignore[arg-type]
     assert isinstance(ended, Failure)
     assert broken.budgets == [(0, 1), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        WorkerHealthCheckFailedError("A worker health check failed.", failure=DIED),
+        WorkerHealthCheckTimeoutError("A worker health check has been hanging for 600 seconds."),
+    ],
+    ids=["it died", "it hangs"],
+)
+def test_a_worker_that_died_once_too_often_is_no_fault_of_the_user(
+    tmp_path: Path, broken: type[TrainerStub], death: Exception
+) -> None:
+    broken.errors = [WorkerGroupError("died", {1: death})]
+    ended = fit(assignment(tmp_path), Told())  # type: ignore[arg-type]
+    assert isinstance(ended, Failure)
+    assert (ended.state, ended.exit_code, ended.where) == (State.FAILED_INFRA, 3, "rank 1")
+    assert "WorkerHealthCheckFailedError" not in ended.problems[0][0]
 
 
 def test_what_our_own_part_of_the_controller_says_is_not_tried_again(

@@ -14,9 +14,12 @@ import ray
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
 )
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, SchedulingState
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
@@ -29,6 +32,7 @@ from trainers.controls import ask_to_yield
 from trainers.ray_controller import (
     EndedWhileWaiting,
     RunController,
+    RunFailurePolicy,
     give_back_room,
     restart_notice,
 )
@@ -41,6 +45,17 @@ def lost(*, taken: bool) -> ray.exceptions.RayActorError:
     return ray.exceptions.RayActorError(preempted=taken)
 
 
+def unhealthy(cause: Exception) -> WorkerHealthCheckFailedError:
+    """As Ray's controller wraps the death of a worker that it polls."""
+    return WorkerHealthCheckFailedError("A worker health check failed.", failure=cause)
+
+
+ENDED_BY_SIGTERM = ray.exceptions.RayActorError(
+    error_msg="The actor died because its node has died. Node Id: 5f\n"
+    "\tthe actor's node was terminated expectedly: received SIGTERM"
+)
+
+
 def test_a_worker_that_died_is_a_failure() -> None:
     error = WorkerGroupError("rank 1 died", {1: lost(taken=False), 2: ValueError("later")})
     assert restart_notice(error) == (
@@ -49,12 +64,34 @@ def test_a_worker_that_died_is_a_failure() -> None:
     )
 
 
-def test_a_worker_whose_node_was_taken_is_no_failure() -> None:
-    kind, message = restart_notice(
-        WorkerGroupError("gone", {0: lost(taken=False), 1: lost(taken=True)})
-    )
+def test_the_notice_names_the_death_and_not_what_ray_wraps_it_in() -> None:
+    _, message = restart_notice(WorkerGroupError("died", {1: unhealthy(lost(taken=False))}))
+    assert message.startswith("rank 1 failed (RayActorError); ")
+
+
+@pytest.mark.parametrize(
+    "death", [lost(taken=True), ENDED_BY_SIGTERM], ids=["preempted", "ended by SIGTERM"]
+)
+def test_a_worker_whose_node_was_taken_is_no_failure(death: Exception) -> None:
+    error = WorkerGroupError("gone", {0: lost(taken=False), 1: unhealthy(death)})
+    kind, message = restart_notice(error)
     assert kind == "preemption"
     assert message.startswith("a node was taken; ")
+    budgets = FailureConfig(max_failures=0, max_preemption_failures=1)
+    policy = RunFailurePolicy(budgets)
+    assert [policy.make_decision(error) for _ in range(2)] == [
+        FailureDecision.RETRY,
+        FailureDecision.RAISE,
+    ]
+
+
+def test_a_worker_that_died_by_itself_counts_for_the_budget_of_failures() -> None:
+    error = WorkerGroupError("gone", {0: ValueError("a peer"), 1: unhealthy(lost(taken=False))})
+    policy = RunFailurePolicy(FailureConfig(max_failures=1, max_preemption_failures=-1))
+    assert [policy.make_decision(error) for _ in range(2)] == [
+        FailureDecision.RETRY,
+        FailureDecision.RAISE,
+    ]
 
 
 def test_a_grace_that_was_too_short_is_a_preemption() -> None:
