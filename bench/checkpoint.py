@@ -2,22 +2,24 @@
 
     python bench/checkpoint.py [--small] [--rounds N] [--json FILE]
 
-One process trains a BERT with AdamW, as a worker of Ray Train, on an S3 server of this machine. The
-same steps are made without checkpoints, with Shoal's, and with `ray.train.report` and its default
-upload, SYNC and ASYNC; the order takes turns. A checkpoint is saved in the middle of each part of
-the steps, so that its upload goes on beside the rest of them: training stands still for (seconds of
-the steps with checkpoints - seconds without) / checkpoints. What is still under way at the end of
-the steps is waited for and told apart. Then the state alone: copied, uploaded and restored by
-Shoal, and the same bytes copied, and moved by parallel PUTs and GETs that verify nothing. A restore
-ends in files of the cache's folder; it is measured on the disk and in memory (/dev/shm), each
-against GETs that end in files there too. GETs whose bytes are held and written nowhere are told
-beside them.
+One process trains a BERT with AdamW, as a worker of Ray Train, on an S3 server of this machine that
+gives way to it. The same steps are made without checkpoints, with Shoal's, and with
+`ray.train.report` and its default upload, SYNC and ASYNC: a part of them without, the same part
+with each, and so on, in orders that take turns, as the speed of a machine changes within minutes. A
+checkpoint is saved after the first step of each part, so that its upload goes on beside the rest of
+them: training stands still for (seconds of the part with it - seconds of the part without). What is
+still under way at the end of a part is waited for and told apart. Then the state alone: copied,
+uploaded and restored by Shoal, and the same bytes copied, and moved by parallel PUTs and GETs that
+verify nothing. A restore ends in files of the cache's folder; it is measured on the disk and in
+memory (/dev/shm), each against GETs that end in files there too. GETs whose bytes are held and
+written nowhere are told beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from saved_model import MIB, Sizes
 
 VARIANTS = ("none", "shoal", "ray sync", "ray async")
 SMALL = Sizes(hidden=64, layers=2, vocabulary=2000, steps=12, every=4, rounds=1, moves=1)
-FULL = Sizes(hidden=384, layers=6, vocabulary=30522, steps=200, every=50, rounds=3, moves=4)
+FULL = Sizes(hidden=384, layers=6, vocabulary=30522, steps=200, every=25, rounds=3, moves=4)
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
     arguments = lab.arguments_of(parser)
     sizes = SMALL if arguments.small else FULL
     rounds = arguments.rounds or sizes.rounds
-    with lab.place() as place, lab.object_store(place) as bucket:
+    with lab.place() as place, lab.object_store(place, gives_way=True) as bucket:
         found = measure_on_ray(sizes, rounds, bucket, place)
     result = summarize(found, sizes)
     lab.tell("checkpoint", result, tables=tables(result), json_file=arguments.json)
@@ -109,9 +111,11 @@ def worker(config: dict[str, Any]) -> None:
             save(1)
             subject.settle(name)
     for number in range(config["rounds"]):
-        turn = number % len(VARIANTS)
-        for name in VARIANTS[turn:] + VARIANTS[:turn]:
-            found["steps"].append({"variant": name, **subject.timed(name, savers[name])})
+        for part in range(sizes.steps // sizes.every):
+            turn = (number + part) % len(VARIANTS)
+            for name in VARIANTS[turn:] + VARIANTS[:turn]:
+                os.sync()  # what was written before is not paid for here
+                found["steps"].append({"variant": name, **subject.timed(name, savers[name])})
         found["state"] += [subject.measure_state() for _ in range(sizes.moves)]
     subject.close()
     Path(config["answer"]).write_text(json.dumps(found))
@@ -121,23 +125,18 @@ def worker(config: dict[str, Any]) -> None:
 
 
 def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """The figures: medians over the rounds, each against what was measured beside it."""
-    per_round = [found["steps"][k : k + len(VARIANTS)] for k in range(0, len(found["steps"]), 4)]
-    checkpoints = sizes.steps // sizes.every
+    """The figures: medians over the parts, each against what was measured beside it."""
+    per_part = [found["steps"][k : k + len(VARIANTS)] for k in range(0, len(found["steps"]), 4)]
     still: dict[str, list[float]] = {name: [] for name in VARIANTS[1:]}
     slower: dict[str, list[float]] = {name: [] for name in VARIANTS[1:]}
-    for entries in per_round:
+    for entries in per_part:
         by_name = {entry["variant"]: entry for entry in entries}
         calm = by_name["none"]
         calm_step = sorted(calm["step_seconds"])[len(calm["step_seconds"]) // 2]
         for name in still:
             own = by_name[name]
-            still[name].append((own["seconds"] - calm["seconds"]) / checkpoints)
-            after = [
-                seconds
-                for place, seconds in enumerate(own["step_seconds"])
-                if 0 <= place % sizes.every - sizes.every // 2 < max(1, sizes.every // 5)
-            ]
+            still[name].append(own["seconds"] - calm["seconds"])
+            after = own["step_seconds"][1 : 1 + max(1, sizes.every // 5)]
             slower[name].append(sorted(after)[len(after) // 2] / calm_step)
     mib = found["bytes"] / MIB
     state = {name: [entry[name] for entry in found["state"]] for name in found["state"][0]}
@@ -148,16 +147,15 @@ def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
     median = {name: lab.spread(values)["median"] for name, values in still.items()}
     return {
         "state_mib": mib,
-        "rounds": len(per_round),
-        "checkpoints_per_round": checkpoints,
+        "checkpoints": len(per_part),
         "calm_seconds": lab.spread(
-            [e["seconds"] for entries in per_round for e in entries if e["variant"] == "none"]
+            [e["seconds"] for entries in per_part for e in entries if e["variant"] == "none"]
         ),
         "still_seconds": {name: lab.spread(values) for name, values in still.items()},
         "still_share_of_ray_sync": median["shoal"] / median["ray sync"],
         "left_seconds": {
             name: lab.spread(
-                [e["left"] for entries in per_round for e in entries if e["variant"] == name]
+                [e["left"] for entries in per_part for e in entries if e["variant"] == name]
             )
             for name in still
         },
@@ -181,7 +179,7 @@ def ratio(over: list[float], under: list[float]) -> float:
 def tables(result: dict[str, Any]) -> list[Table]:
     still = Table(
         title=f"Training stands still, for each checkpoint of {result['state_mib']:.0f} MiB "
-        f"(median of {result['rounds']} rounds)",
+        f"(median of {result['checkpoints']})",
         title_justify="left",
     )
     columns = ("", "seconds", "smallest", "largest", "a step during the upload", "s after the end")

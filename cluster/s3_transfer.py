@@ -43,7 +43,8 @@ Attempt = Callable[[Callable[["S3Client"], Any]], Any]
 _MAX_PARTS = 10_000
 _PAGE_UPLOADS = 1_000
 _BLOCK_BYTES = 2**18
-_SENT_BYTES = 2**15
+SENT_BYTES = 2**15
+"""Bytes of a request's body that are sent at once."""
 WRITE_TOKEN = "shoal-write"  # noqa: S105 - the name of a metadata entry
 """Metadata entry with a random value for each write. A write whose answer was lost is sent again
 and meets its own object: by this entry it is told from another writer's."""
@@ -223,10 +224,12 @@ class _Watched:
 
 
 class Outgoing(io.BytesIO):
-    """The body of a request that writes, sent in small blocks.
+    """The body of a request that writes; its pace is watched while it is sent.
 
-    The socket's timeout (`connect_timeout_seconds`) is that of one block, whatever its size: small
-    ones let a slow line pass, and end where nobody takes any.
+    By blocks of SENT_BYTES: the socket's timeout (`connect_timeout_seconds`) is that of one block,
+    whatever its size; small ones let a slow line pass, and end where nobody takes any. It is signed
+    by larger ones: between two a thread gives the interpreter's lock away and takes it again, at
+    the cost of who trains meanwhile.
     """
 
     def __init__(self, data: bytes, transfer: Transfer) -> None:
@@ -235,9 +238,7 @@ class Outgoing(io.BytesIO):
         self._pace = Pace(dataclasses.replace(transfer, slow_bytes_per_second=0))
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:
-            return super().read()
-        block = super().read(min(size, _SENT_BYTES))
+        block = super().read(size)
         self._pace.moved(len(block))
         return block
 

@@ -132,7 +132,7 @@ def _take_place(rank: int, world_size: int, port: int, environment: dict[str, st
 
 
 def on_ranks(
-    work: Callable[[Session], Any], *, world_size: int, timeout_seconds: float = 60
+    work: Callable[[Session], Any], *, world_size: int, timeout_seconds: float = 240
 ) -> list[Any]:
     """What `work` (picklable, as is what it gives) gives on each rank of a group, by rank.
 

@@ -74,7 +74,7 @@ def test_the_loss_of_the_lease_ends_the_process(scene: Scene) -> None:
     lease = Lease.model_validate_json(scene.runs.read(key))
     newer = lease.model_copy(update={"generation": lease.generation + 1, "holder": "another"})
     scene.runs.write(key, newer.to_bytes())
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 3
     assert "was lost to process" in said
     assert "(generation 2, since " in said
@@ -88,7 +88,7 @@ def test_what_only_another_rank_meets_is_said(scene: Scene) -> None:
         "-m", "trainers", job, "--run-id", "run",
         RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 3
     assert "workers.gpus is 1, but rank 1" in said
 
@@ -192,13 +192,13 @@ def test_what_a_driver_commits_that_was_frozen_and_succeeded_is_ignored(scene: S
         assert successor.stdout.readline() == "runs\n"
         assert not late_manifest.exists()
         frozen.send_signal(signal.SIGCONT)
-        _, said = frozen.communicate(timeout=60)
+        _, said = frozen.communicate(timeout=240)
     finally:
         frozen.kill()
         frozen.communicate()
     assert frozen.returncode == 3
     assert f"was lost to process {successor.pid} on" in said
-    assert successor.wait(timeout=60) == 0
+    assert successor.wait(timeout=240) == 0
     successor.stdout.close()
 
     result = RunReader(scene.runs, "run").result()
