@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import tenacity
 from botocore.exceptions import ClientError
@@ -381,7 +381,7 @@ class S3Store:
         view = memoryview(data).cast("B")
         if len(view) > self._connection.settings.transfer.part_bytes:
             return self._write_parts(
-                key, num_bytes=len(view), read_part=lambda span: bytes(view[span[0] : span[1]])
+                key, num_bytes=len(view), read_part=lambda span: view[span[0] : span[1]]
             )
         return self._put(key, bytes(data))
 
@@ -429,7 +429,9 @@ class S3Store:
 
         def put(client: S3Client) -> str:
             try:
-                return client.put_object(Body=Outgoing(data, transfer), **arguments)["ETag"]
+                return client.put_object(Body=cast(Any, Outgoing(data, transfer)), **arguments)[
+                    "ETag"
+                ]
             except ClientError as error:
                 # AWS answers 404 where an object to be replaced is absent.
                 if error_code(error) in ("PreconditionFailed", "412", "NoSuchKey") and lost:

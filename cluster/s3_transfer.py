@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from botocore.exceptions import ClientError, ReadTimeoutError
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 Digest: TypeAlias = "hashlib._Hash"
 Span = tuple[int, int]
 """Bytes [start, end)."""
-ReadSpan = Callable[[Span], bytes]
+ReadSpan = Callable[[Span], bytes | memoryview]
 TakePieces = Callable[[Iterable[bytes]], int]
 """Takes the bytes of a span, piece by piece; returns how many there were."""
 Attempt = Callable[[Callable[["S3Client"], Any]], Any]
@@ -52,7 +52,7 @@ and meets its own object: by this entry it is told from another writer's."""
 logger = logging.getLogger(__name__)
 
 
-def checksum(data: bytes) -> str:
+def checksum(data: bytes | memoryview) -> str:
     """CRC32 as S3 takes it: big-endian, base64."""
     return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
 
@@ -87,7 +87,7 @@ def write_parts(
             lambda client: client.upload_part(
                 UploadId=upload_id,
                 PartNumber=number,
-                Body=Outgoing(data, transfer),
+                Body=cast(Any, Outgoing(data, transfer)),
                 ChecksumCRC32=crc,
                 **place,
             )["ETag"]
@@ -223,22 +223,36 @@ class _Watched:
         return piece
 
 
-class Outgoing(io.BytesIO):
+class Outgoing:
     """The body of a request that writes; its pace is watched while it is sent.
 
     By blocks of SENT_BYTES: the socket's timeout (`connect_timeout_seconds`) is that of one block,
-    whatever its size; small ones let a slow line pass, and end where nobody takes any. It is signed
-    by larger ones: between two a thread gives the interpreter's lock away and takes it again, at
-    the cost of who trains meanwhile.
+    whatever its size; small ones let a slow line pass, and end where nobody takes any. Nothing is
+    copied, and it is signed by larger ones: to copy holds the interpreter's lock, and between two
+    blocks a thread gives it away and takes it again, at the cost of whoever trains meanwhile.
     """
 
-    def __init__(self, data: bytes, transfer: Transfer) -> None:
-        super().__init__(data)
+    def __init__(self, data: bytes | memoryview, transfer: Transfer) -> None:
+        self._data = memoryview(data)
+        self._position = 0
         # A block is asked for once the one before was taken. What does not move is no block.
         self._pace = Pace(dataclasses.replace(transfer, slow_bytes_per_second=0))
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        block = super().read(size)
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        origins = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}
+        self._position = origins[whence] + offset
+        return self._position
+
+    def read(self, size: int | None = -1, /) -> memoryview:
+        end = len(self._data) if size is None or size < 0 else self._position + size
+        block = self._data[self._position : end]
+        self._position += len(block)
         self._pace.moved(len(block))
         return block
 
