@@ -22,7 +22,6 @@ import botocore.loaders
 import botocore.session
 import botocore.utils
 
-from cluster.s3_transfer import SENT_BYTES
 from cluster.storage import Transfer
 from jobs.errors import Problem, SpecError
 from jobs.spec import StoreAccess
@@ -169,16 +168,12 @@ def make_client(session: boto3.session.Session, settings: S3Settings) -> S3Clien
         options["proxies"] = {}
     if settings.anonymous:
         options["signature_version"] = botocore.UNSIGNED
-    client = session.client(
+    return session.client(
         "s3",
         endpoint_url=settings.endpoint_url,
         verify=settings.ca_bundle,
         config=botocore.config.Config(**options),
     )
-    # It has no setting for this, and sends 16 KiB at once otherwise.
-    http: Any = client
-    http._endpoint.http_session._manager.connection_pool_kw["blocksize"] = SENT_BYTES
-    return client
 
 
 def make_filesystem(

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
+from botocore.auth import PAYLOAD_BUFFER
 from botocore.exceptions import ClientError, ReadTimeoutError
 
 from cluster.folder import write_whole
@@ -43,8 +44,7 @@ Attempt = Callable[[Callable[["S3Client"], Any]], Any]
 _MAX_PARTS = 10_000
 _PAGE_UPLOADS = 1_000
 _BLOCK_BYTES = 2**18
-SENT_BYTES = 2**15
-"""Bytes of a request's body that are sent at once."""
+_SENT_BYTES = 2**15
 WRITE_TOKEN = "shoal-write"  # noqa: S105 - the name of a metadata entry
 """Metadata entry with a random value for each write. A write whose answer was lost is sent again
 and meets its own object: by this entry it is told from another writer's."""
@@ -226,10 +226,11 @@ class _Watched:
 class Outgoing:
     """The body of a request that writes; its pace is watched while it is sent.
 
-    By blocks of SENT_BYTES: the socket's timeout (`connect_timeout_seconds`) is that of one block,
+    By small blocks: the socket's timeout (`connect_timeout_seconds`) is that of one block,
     whatever its size; small ones let a slow line pass, and end where nobody takes any. Nothing is
-    copied, and it is signed by larger ones: to copy holds the interpreter's lock, and between two
-    blocks a thread gives it away and takes it again, at the cost of whoever trains meanwhile.
+    copied, and it is signed by the larger blocks that botocore asks for: to copy holds the
+    interpreter's lock, and between two blocks a thread gives it away and takes it again, at the
+    cost of whoever trains meanwhile.
     """
 
     def __init__(self, data: bytes | memoryview, transfer: Transfer) -> None:
@@ -250,7 +251,11 @@ class Outgoing:
         return self._position
 
     def read(self, size: int | None = -1, /) -> memoryview:
-        end = len(self._data) if size is None or size < 0 else self._position + size
+        if size is None or size < 0:
+            size = len(self._data)
+        elif size < PAYLOAD_BUFFER:
+            size = min(size, _SENT_BYTES)
+        end = self._position + size
         block = self._data[self._position : end]
         self._position += len(block)
         self._pace.moved(len(block))
