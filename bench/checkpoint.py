@@ -129,6 +129,7 @@ def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
     per_part = [found["steps"][k : k + len(VARIANTS)] for k in range(0, len(found["steps"]), 4)]
     still: dict[str, list[float]] = {name: [] for name in VARIANTS[1:]}
     slower: dict[str, list[float]] = {name: [] for name in VARIANTS[1:]}
+    first: dict[str, list[float]] = {name: [] for name in VARIANTS[1:]}
     for entries in per_part:
         by_name = {entry["variant"]: entry for entry in entries}
         calm = by_name["none"]
@@ -138,6 +139,7 @@ def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
             still[name].append(own["seconds"] - calm["seconds"])
             after = own["step_seconds"][1 : 1 + max(1, sizes.every // 5)]
             slower[name].append(sorted(after)[len(after) // 2] / calm_step)
+            first[name].append(own["step_seconds"][1] / calm_step)
     mib = found["bytes"] / MIB
     state = {name: [entry[name] for entry in found["state"]] for name in found["state"][0]}
     speeds = {
@@ -160,6 +162,7 @@ def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
             for name in still
         },
         "step_during_upload": {name: lab.spread(values) for name, values in slower.items()},
+        "first_step_after_save": {name: lab.spread(values) for name, values in first.items()},
         "mib_per_second": speeds,
         "copy_ratio": ratio(state["shoal copy"], state["plain copy"]),
         "upload_ratio": ratio(state["raw put"], state["shoal upload"]),
@@ -182,14 +185,19 @@ def tables(result: dict[str, Any]) -> list[Table]:
         f"(median of {result['checkpoints']})",
         title_justify="left",
     )
-    columns = ("", "seconds", "smallest", "largest", "a step during the upload", "s after the end")
+    columns = (
+        "", "seconds", "smallest", "largest",
+        "the step after it", "a step during the upload", "s after the end",
+    )  # fmt: skip
     for column in columns:
         still.add_column(column, justify="left" if not column else "right")
     for name, spread in result["still_seconds"].items():
+        first = result["first_step_after_save"][name]["median"]
         slower = result["step_during_upload"][name]["median"]
         still.add_row(
             name,
             *(f"{spread[key]:.3f}" for key in ("median", "min", "max")),
+            f"{first:.2f} x",
             f"{slower:.2f} x",
             f"{result['left_seconds'][name]['median']:.2f}",
         )

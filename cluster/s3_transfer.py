@@ -81,17 +81,18 @@ def write_parts(
 
     def send(numbered: tuple[int, Span]) -> dict[str, Any]:
         number, span = numbered
-        data = read_part(span)
-        crc = checksum(data)
-        etag = attempt(
-            lambda client: client.upload_part(
-                UploadId=upload_id,
-                PartNumber=number,
-                Body=cast(Any, Outgoing(data, transfer)),
-                ChecksumCRC32=crc,
-                **place,
-            )["ETag"]
-        )
+        with _Turn() as turn:
+            data = read_part(span)
+            crc = checksum(data)
+            etag = attempt(
+                lambda client: client.upload_part(
+                    UploadId=upload_id,
+                    PartNumber=number,
+                    Body=cast(Any, Outgoing(data, transfer, on_sending=turn.end)),
+                    ChecksumCRC32=crc,
+                    **place,
+                )["ETag"]
+            )
         if transfer.on_part is not None:
             transfer.on_part()
         return {"PartNumber": number, "ETag": etag, "ChecksumCRC32": crc}
@@ -223,6 +224,34 @@ class _Watched:
         return piece
 
 
+class _Turn:
+    """The time in which a part is read, hashed and signed, which few may do at once.
+
+    Else the parts of a checkpoint would all be hashed in one burst, by more threads than there are
+    processors, and whoever trains would stand still meanwhile. What waits for the network takes no
+    turn.
+    """
+
+    _free = threading.Semaphore(max(1, (os.cpu_count() or 1) // 2))
+    """Of all stores of this process."""
+
+    def __init__(self) -> None:
+        self._is_held = False
+
+    def __enter__(self) -> _Turn:
+        self._free.acquire()
+        self._is_held = True
+        return self
+
+    def end(self) -> None:
+        if self._is_held:
+            self._is_held = False
+            self._free.release()
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
 class Outgoing:
     """The body of a request that writes; its pace is watched while it is sent.
 
@@ -233,8 +262,16 @@ class Outgoing:
     cost of whoever trains meanwhile.
     """
 
-    def __init__(self, data: bytes | memoryview, transfer: Transfer) -> None:
+    def __init__(
+        self,
+        data: bytes | memoryview,
+        transfer: Transfer,
+        *,
+        on_sending: Callable[[], None] | None = None,
+    ) -> None:
+        """`on_sending` is called for each block that goes to the socket, before it does."""
         self._data = memoryview(data)
+        self._on_sending = on_sending
         self._position = 0
         # A block is asked for once the one before was taken. What does not move is no block.
         self._pace = Pace(dataclasses.replace(transfer, slow_bytes_per_second=0))
@@ -255,6 +292,8 @@ class Outgoing:
             size = len(self._data)
         elif size < PAYLOAD_BUFFER:
             size = min(size, _SENT_BYTES)
+            if self._on_sending is not None:
+                self._on_sending()
         end = self._position + size
         block = self._data[self._position : end]
         self._position += len(block)

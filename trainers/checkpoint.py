@@ -74,8 +74,7 @@ _FIRST_PAUSE_SECONDS = 0.1
 _MAX_PAUSE_SECONDS = 2.0
 """Between two looks for what the other ranks have stored."""
 _SECONDS_FOR_OTHERS_AT_END = 10.0
-_NICER_BY = 10
-_NICEST = 19
+_LOWEST_PRIORITY = 19
 
 
 @dataclass(frozen=True)
@@ -352,9 +351,7 @@ def _give_way() -> None:
     On Linux a niceness is a thread's own, and inherited: setpriority(2), clone(2).
     """
     if sys.platform == "linux":
-        own = os.getpriority(os.PRIO_PROCESS, 0)
-        number = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, number, min(own + _NICER_BY, _NICEST))
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
 def small_files(model: nn.Module, task: Task) -> dict[str, bytes]:
