@@ -58,11 +58,14 @@ def _boot() -> str:
 def _started(pid: int) -> str:
     """The start of a process that has not ended; empty for one that has, a zombie included.
 
-    Ticks since the boot where there is /proc: dates would move when the clock is set.
+    Ticks since the boot where there is /proc: dates would move when the clock is set. A zombie
+    whose other threads have not ended yet, as after SIGKILL for a moment, is there: they may
+    still write.
     """
     try:
         process = psutil.Process(pid)
-        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+        is_dead = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        if is_dead and process.num_threads() <= 1:
             return ""
         stat = Path(f"/proc/{pid}/stat")
         if stat.exists():

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from cluster.lease import Held, acquire, read_lease
@@ -369,4 +370,30 @@ def test_a_zombie_has_ended() -> None:
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert identity.has_ended
     child.wait()
+    assert identity.has_ended
+
+
+LEADER_ENDS = """
+import ctypes, threading, time
+threading.Thread(target=lambda: time.sleep(600)).start()
+print("ready", flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads end with their process")
+def test_a_process_whose_other_threads_go_on_has_not_ended() -> None:
+    with subprocess.Popen([sys.executable, "-c", LEADER_ENDS], stdout=subprocess.PIPE) as child:
+        identity = identify(child.pid)
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            process, deadline = psutil.Process(child.pid), time.monotonic() + 30
+            while process.status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert child.poll() is None
+            assert not identity.has_ended
+        finally:
+            child.kill()
     assert identity.has_ended

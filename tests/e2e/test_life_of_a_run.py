@@ -99,7 +99,7 @@ def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
         process.kill()
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 3, output
-    assert "was killed by SIGKILL" in output
+    assert "was killed by SIGKILL" in output, output
 
     run = shoal("resume", reader.uri, folder=scene)
     output, _ = run.communicate(timeout=600)
