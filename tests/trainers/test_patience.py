@@ -35,7 +35,7 @@ from tests.scene import Scene
 from trainers import patience as module
 from trainers import worker
 from trainers.data.reader import VerifiedReader
-from trainers.data.stream import RankBatch
+from trainers.data.stream import RankBatch, RankStream
 from trainers.loop import Progress
 from trainers.patience import Patience
 from trainers.restore import read_manifests
@@ -394,6 +394,9 @@ class AwayOnLastRank:
         os.environ["SHOAL_CACHE"] += os.environ["RANK"]  # so that each rank reads by itself
         if int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]) - 1:
             return
+        named = RankStream.__init__.__kwdefaults__
+        assert "fetch_threads" in named
+        named["fetch_threads"] = 1  # so that row groups are read in the order in which they serve
         whole, stepped = VerifiedReader.read, worker._Rank.stepped
         calls = itertools.count(1)
         has_stepped = threading.Event()
@@ -451,7 +454,7 @@ def test_a_request_is_heard_while_a_rank_waits_for_its_rows_and_all_save_one_ste
     away = AwayOnLastRank(str(Path(scene.data["train"]).parent))
     with asking(scene, kind):
         outcomes = run_group(assignment_of(spec, "run"), world_size=world_size, before=away)
-    assert {(o.state, o.step) for o in outcomes} == {(state, outcomes[0].step)}
+    assert {(o.state, o.step) for o in outcomes} == {(state, outcomes[0].step)}, outcomes
     step = outcomes[0].step
     assert 0 < step < 5, "the step under way is finished, and no rows are there for the next"
     assert [m.step for m in read_manifests(scene.runs, scene.paths())] == [step]

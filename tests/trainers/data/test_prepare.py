@@ -365,7 +365,8 @@ def test_an_error_in_another_process_names_the_row(tmp_path: Path) -> None:
 
 
 _SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 from trainers.data import shard_workers
 from trainers.data.shards import encode_shard
 def slowly(name, *arguments, **named):
