@@ -39,6 +39,7 @@ from cluster.s3_errors import (
     is_transient,
     wanted_pause,
 )
+from cluster.s3_evidence import Digest, Evidence
 from cluster.s3_transfer import (
     WRITE_TOKEN,
     Outgoing,
@@ -59,6 +60,7 @@ from cluster.storage import (
     ObjectMissing,
     PreconditionFailed,
     StorageError,
+    StoreAway,
     Unfinished,
     check_key,
     check_prefix,
@@ -262,14 +264,26 @@ class S3Store:
         if etag:
             arguments["IfMatch"] = etag
 
+        evidence = Evidence(partial(self._head_part, key))
+
         def get(client: S3Client) -> T:
             try:
                 answer = client.get_object(**arguments)
             except ClientError as error:
                 raise self._reading_error(error, key) or error from error
-            return take(pieces_in_time(answer, transfer=self._connection.settings.transfer))
+            pieces = pieces_in_time(answer, transfer=self._connection.settings.transfer)
+            return take(pieces if span is not None else evidence.weighed(pieces, answer))
 
         return self._attempt(get, doing="read", key=key)
+
+    def _head_part(self, key: str) -> dict[str, Any] | None:
+        """The head of the first part; None from a store that knows of none."""
+        try:
+            return self._head_object(key, PartNumber=1)
+        except StoreAway:
+            raise
+        except StorageError:
+            return None
 
     def _reading_error(self, error: ClientError, key: str) -> StorageError | None:
         """The errors of a read that are no fault of the store; None for the others."""
@@ -295,10 +309,10 @@ class S3Store:
             modified_at=answer["LastModified"].timestamp(),
         )
 
-    def _head_object(self, key: str) -> dict[str, Any] | None:
+    def _head_object(self, key: str, **arguments: Any) -> dict[str, Any] | None:
         def head(client: S3Client) -> dict[str, Any] | None:
             try:
-                answer = client.head_object(Bucket=self._bucket, Key=self._key(key))
+                answer = client.head_object(Bucket=self._bucket, Key=self._key(key), **arguments)
             except ClientError as error:
                 if is_missing(error) and self._bucket_is_known:
                     return None
@@ -357,23 +371,44 @@ class S3Store:
             arguments["ContinuationToken"] = page["NextContinuationToken"]
 
     def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
-        found = self.head(key)
+        sha256 = hashlib.sha256()
+        if hashed:
+            # Whoever knows what it must be needs no other evidence.
+            self._download(key, path, lambda _: sha256)
+            return sha256.hexdigest()
+        evidence = Evidence(partial(self._head_part, key))
+        self._attempt(
+            lambda _: self._download(key, path, evidence.digest, check=evidence.weigh),
+            doing="read",
+            key=key,
+        )
+        return ""
+
+    def _download(
+        self,
+        key: str,
+        path: Path,
+        digest_for: Callable[[dict[str, Any]], Digest],
+        *,
+        check: Callable[[Digest], None] | None = None,
+    ) -> None:
+        """`digest_for` is given the object's head; `check` what was fed, before `path` appears."""
+        found = self._head_object(key, ChecksumMode="ENABLED")
         if found is None:
             raise ObjectMissing(key, f"there is no {self.uri}/{key}")
-        digest = hashlib.sha256() if hashed else None
 
         def read_span(span: Span, take: TakePieces) -> None:
-            if self._get(key, take, span=span, etag=found.etag) != span[1] - span[0]:
+            if self._get(key, take, span=span, etag=found["ETag"]) != span[1] - span[0]:
                 raise _range_error(f"{self.uri}/{key}", span)
 
         download(
             read_span,
             path=path,
-            num_bytes=found.num_bytes,
+            num_bytes=found["ContentLength"],
             transfer=self._connection.settings.transfer,
-            digest=digest,
+            digest=digest_for(found),
+            check=check,
         )
-        return digest.hexdigest() if digest is not None else ""
 
     # ------------------------------------------------------------------------------- writing
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import hashlib
 import io
 import logging
 import os
@@ -18,13 +17,14 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 from botocore.auth import PAYLOAD_BUFFER
 from botocore.exceptions import ClientError, ReadTimeoutError
 
 from cluster.folder import write_whole
 from cluster.s3_errors import error_code
+from cluster.s3_evidence import Digest
 from cluster.storage import StorageError, Transfer, Unfinished
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
 T = TypeVar("T")
-Digest: TypeAlias = "hashlib._Hash"
 Span = tuple[int, int]
 """Bytes [start, end)."""
 ReadSpan = Callable[[Span], bytes | memoryview]
@@ -307,28 +306,30 @@ def download(
     path: Path,
     num_bytes: int,
     transfer: Transfer,
-    digest: Digest | None,
+    digest: Digest,
+    check: Callable[[Digest], None] | None = None,
 ) -> None:
     """The object as a file, by parallel ranges; `digest` is fed with its bytes, in their order.
 
     `read_span` hands over the pieces of a range, from its start again where it is tried again.
+    `path` does not appear where `check` of the digest raises.
     """
     spans = part_spans(num_bytes, part_bytes=transfer.part_bytes)
 
     def fill(file: IO[bytes]) -> None:
-        follower = Follower(file.fileno(), spans, digest) if digest is not None else None
+        follower = Follower(file.fileno(), spans, digest)
 
         def fetch(span: Span) -> None:
             # Piece by piece: what is not held needs no memory that the system must clear first.
             read_span(span, partial(_write_at, file.fileno(), span[0]))
             if transfer.on_part is not None:
                 transfer.on_part()
-            if follower is not None:
-                follower.written(span)
+            follower.written(span)
 
         _in_parallel(fetch, spans, num_threads=transfer.num_threads)
-        if follower is not None:
-            follower.follow()
+        follower.follow()
+        if check is not None:
+            check(digest)
 
     write_whole(path, fill, flush=False)
 
