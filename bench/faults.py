@@ -80,7 +80,7 @@ def main() -> None:
                 "share": arguments.share,
                 "outages_seconds": outages,
                 "run": sick_run(arena, proxy, share=arguments.share, outages=outages),
-                "bodies": flip_bodies(arena, proxy, flips=9 if arguments.small else 120),
+                "bodies": flip_bodies(arena, proxy, flips=10 if arguments.small else 150),
             }
         result["stored"] = flip_stored(arena, flips=24 if arguments.small else 200)
     result["is_right"] = is_right(result)
@@ -210,6 +210,8 @@ def flip_bodies(arena: Arena, proxy: FaultyProxy, *, flips: int) -> dict[str, Co
     manifest_key = RunPaths("calm").manifest(newest.name)
     payload = arena.runs.read(manifest_key)
     truth = read_groups(arena.data)
+    model = model_files(arena.spec)
+    data_there = arena.spec.data.model_copy(update={"access": access})
     proxy.storm(0.0, (), seed=arena.seed)  # bits to flip are drawn from the seed
 
     def an_object() -> bool:
@@ -225,11 +227,15 @@ def flip_bodies(arena: Arena, proxy: FaultyProxy, *, flips: int) -> dict[str, Co
     def a_checkpoint() -> bool:
         return restored(runs) == (newest, True)
 
+    def a_model() -> bool:
+        return model_files(arena.spec.model_copy(update={"data": data_there})) == model
+
     ways: dict[str, tuple[Kind, str, str, Callable[[], bool]]] = {
         "objects read": ("corrupt answer", "GET", manifest_key, an_object),
         "objects written": ("corrupt request", "PUT", "flipped", a_write),
         "rows read": ("corrupt answer", "GET", "/train/shard", rows),
         "checkpoints restored": ("corrupt answer", "GET", newest.name.folder, a_checkpoint),
+        "models fetched": ("corrupt answer", "GET", "/model/", a_model),
     }
     counts: dict[str, Counter[str]] = {name: Counter() for name in ways}
     for number in range(flips):
@@ -290,6 +296,15 @@ def restored(runs: Store) -> tuple[Any, bool]:
     with tempfile.TemporaryDirectory() as cache:
         found, skipped = newest_restorable(runs, RunPaths("calm"), cache_folder=Path(cache))
     return found, not skipped
+
+
+def model_files(spec: JobSpec) -> dict[str, bytes]:
+    """The files of the job's pretrained model, fetched from its store."""
+    from trainers.pretrained import pretrained_folder
+
+    with tempfile.TemporaryDirectory() as cache:
+        folder = pretrained_folder(spec, cache_folder=Path(cache))
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def read_groups(data: Store) -> list[Any]:

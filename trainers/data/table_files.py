@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,8 +17,8 @@ import pyarrow.json
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from cluster.storage import Head, Store, join_uri
-from jobs.errors import DataError, Problem
+from cluster.storage import Head, Store, is_s3, join_uri, open_store
+from jobs.errors import DataError, EnvironmentFault, Problem
 from trainers.data.columns import check_same_schema, storable
 from trainers.data.sources import COMPRESSION, SourceBatch, files_identity
 from trainers.data.store_file import StoreFile
@@ -65,7 +68,7 @@ class TableFiles:
                 schema = _first_schema(kind, StoreFile(store, first), first.key, text)
         except _BrokenRow as broken:
             raise _broken_json(
-                store, first, fields={}, strict=False, reason=str(broken)
+                store, first, where, fields={}, strict=False, reason=str(broken)
             ) from broken
         twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
         if twice:
@@ -95,21 +98,23 @@ class TableFiles:
         wanted = pa.schema([self.schema.field(name) for name in columns])
         for head in self._heads:
             where = join_uri(self._store.uri, head.key)
-            self._file = StoreFile(self._store, head)
-            row = 1
-            try:
-                with _reading(where, self.kind):
-                    for table in self._tables(self._file, head.key, wanted):
-                        yield SourceBatch(table=table, file=where, first_row=row)
-                        row += table.num_rows
-            except _BrokenRow as broken:
-                raise _broken_json(
-                    self._store,
-                    head,
-                    fields={field.name: field.type for field in self.schema},
-                    strict=self._columns is None,
-                    reason=str(broken),
-                ) from broken
+            with _verified(self._store, head) as store:
+                self._file = StoreFile(store, head)
+                row = 1
+                try:
+                    with _reading(where, self.kind):
+                        for table in self._tables(self._file, head.key, wanted):
+                            yield SourceBatch(table=table, file=where, first_row=row)
+                            row += table.num_rows
+                except _BrokenRow as broken:
+                    raise _broken_json(
+                        store,
+                        head,
+                        where,
+                        fields={field.name: field.type for field in self.schema},
+                        strict=self._columns is None,
+                        reason=str(broken),
+                    ) from broken
             self._files_done += head.num_bytes
             self._file = None
 
@@ -141,6 +146,29 @@ class TableFiles:
 
 class _BrokenRow(Exception):  # noqa: N818 - never leaves this module
     """A row of a JSON Lines file; pyarrow counts them by blocks, so it must be looked for."""
+
+
+@contextlib.contextmanager
+def _verified(store: Store, head: Head) -> Iterator[Store]:
+    """A store with this file all of whose bytes are those that S3 holds.
+
+    An object has one checksum, which says nothing of a range: so there a copy on this machine.
+    """
+    if not is_s3(store.uri):
+        yield store
+        return
+    with tempfile.TemporaryDirectory(prefix="shoal-source-") as folder:
+        free = shutil.disk_usage(folder).free
+        if free < head.num_bytes:
+            raise EnvironmentFault(
+                Problem(
+                    f"{tempfile.gettempdir()} has {free} bytes free, but "
+                    f"{join_uri(store.uri, head.key)} has {head.num_bytes}",
+                    "free disk space there, or set TMPDIR to a folder on a larger disk",
+                )
+            )
+        store.download(head.key, Path(folder, head.key))
+        yield open_store(folder)
 
 
 @contextlib.contextmanager
@@ -204,10 +232,15 @@ def _decompressed(file: StoreFile, key: str) -> Any:
 
 
 def _broken_json(
-    store: Store, head: Head, *, fields: dict[str, pa.DataType], strict: bool, reason: str
+    store: Store,
+    head: Head,
+    where: str,
+    *,
+    fields: dict[str, pa.DataType],
+    strict: bool,
+    reason: str,
 ) -> DataError:
     """The first row that is no object, or none with these fields, where `fields` has any."""
-    where = join_uri(store.uri, head.key)
     row = 0
     with contextlib.closing(_decompressed(StoreFile(store, head), head.key)) as stream:
         for line in _lines(stream):
