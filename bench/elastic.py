@@ -170,7 +170,8 @@ def _run_elastic(
     result = reader.result()
     assert result is not None
     assert result.failure is not None
-    assert result.failure.problems[0][0].startswith("the driver's machine is taken; step ")
+    [(told, _)] = result.failure.problems
+    assert told.startswith("the driver's machine is taken; step "), told
 
 
 def _make(change: Change, cluster: Raylets, nodes: list[Node]) -> list[Node]:
