@@ -132,7 +132,7 @@ def test_what_does_not_fit_into_the_gpu_is_halved(scene: Scene) -> None:
     batching = {"global_batch_size": 1024, "max_tokens_per_microbatch": 32768}
     job = job_file(scene, batching=batching)
     code, said = ended(job, "run", program=("-c", SMALL_GPU))
-    assert code == 1, said
+    assert code == 3, said  # a restart helps: nothing is wrong with the job
     assert "does not fit into memory (the limit was 32768 tokens)" in said
     for _ in range(3):
         if code == 0:
