@@ -25,7 +25,10 @@ from trainers.versions import versions
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a rank is to do; pickles, and holds no secret."""
+    """What a rank is to do; pickles, and holds no secret.
+
+    The generation and the requests seen of rank 0 count: `claim_attempt` tells them to the others.
+    """
 
     spec: JobSpec
     run_id: str
@@ -39,6 +42,8 @@ class Claim:
     """An attempt that is recorded, and what it goes on from."""
 
     attempt: Attempt
+    controls_seen: int
+    """As in the assignment of rank 0."""
     restored: Manifest | None
     skipped: tuple[str, ...]
     """Why newer checkpoints were not taken."""
@@ -81,6 +86,7 @@ def claim_attempt(
             else:
                 told = {
                     "attempt": claim.attempt.model_dump(mode="json"),
+                    "controls_seen": claim.controls_seen,
                     "restored": claim.restored and claim.restored.model_dump(mode="json"),
                     "skipped": claim.skipped,
                     "recovers": claim.recovers,
@@ -102,6 +108,7 @@ def claim_attempt(
         return Outcome.model_validate(told["ended"])
     return Claim(
         attempt=Attempt.model_validate(told["attempt"]),
+        controls_seen=told["controls_seen"],
         restored=told["restored"] and Manifest.model_validate(told["restored"]),
         skipped=tuple(told["skipped"]),
         recovers=told["recovers"],
@@ -145,7 +152,8 @@ def _claim(
         raise EnvironmentFault(
             Problem(f"attempt {number} was begun by another driver at the same time")
         ) from error
-    return Claim(attempt, restored, skipped, recovers=bool(own), crash=crash)
+    seen = assignment.controls_seen
+    return Claim(attempt, seen, restored, skipped, recovers=bool(own), crash=crash)
 
 
 def last_crash(store: Store, paths: RunPaths, *, generation: int) -> Crash | None:

@@ -101,7 +101,7 @@ def _work(session: Session, assignment: Assignment, watch: Watchdog) -> Outcome:
     if isinstance(claim, Outcome):
         return claim
     spec = with_limit(spec, claim.attempt.max_tokens_per_microbatch)
-    assignment = replace(assignment, spec=spec)
+    assignment = replace(assignment, spec=spec, controls_seen=claim.controls_seen)
     source = Source(claim.attempt.attempt, session.rank)
     with Telemetry(impatient(spec), paths, source, rows=spec.train.log_rows) as telemetry:
         if session.rank == 0 and "tensorboard" in spec.tracking:

@@ -27,18 +27,20 @@ from cluster.storage import (
     StoreAway,
 )
 from jobs.errors import Problem, render_error
-from jobs.record import Control, State
+from jobs.record import Control, Outcome, State
 from jobs.runs import RunReader
 from tests.evidence import final_weights, rows_by_epoch
-from tests.ranks import assignment_of, run_group, run_ranks
+from tests.ranks import assignment_of, on_ranks, run_group, run_ranks
 from tests.scene import Scene
 from trainers import patience as module
 from trainers import worker
+from trainers.attempt import Assignment
 from trainers.data.reader import VerifiedReader
 from trainers.data.stream import RankBatch, RankStream
 from trainers.loop import Progress
 from trainers.patience import Patience
 from trainers.restore import read_manifests
+from trainers.session import Session
 from trainers.watchdog import Watchdog
 
 
@@ -383,11 +385,12 @@ def test_a_run_whose_data_stays_away_ends_and_says_how_to_go_on(scene: Scene) ->
 
 
 class AwayOnLastRank:
-    """The data set goes away for good when the last rank reads a row group of the third step or a
+    """The data set goes away, for good if not told otherwise, when the last rank reads a row group of the third step or a
     later one, once it has done the first."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, seconds: float = 600) -> None:
         self.folder = folder
+        self.seconds = seconds
 
     def __call__(self) -> None:
         worker._LISTEN_SECONDS = 0.1
@@ -405,7 +408,7 @@ class AwayOnLastRank:
             # A step begins when the rows of the next one are there: 16 rows, in groups of 7.
             if next(calls) == 4:
                 assert has_stepped.wait(60), "the first step needs fewer row groups"
-                take_stores_away(self.folder, after_reads=1, seconds=600)
+                take_stores_away(self.folder, after_reads=1, seconds=self.seconds)
             return whole(reader, group)
 
         def tell_stepped(rank: worker._Rank, batch: RankBatch, progress: Progress) -> None:
@@ -466,3 +469,30 @@ def test_a_request_is_heard_while_a_rank_waits_for_its_rows_and_all_save_one_ste
     assert final_weights(scene.runs, "run") == final_weights(scene.runs, "calm")
     rows = rows_by_epoch(scene.runs, "run")
     assert all(set(epoch.values()) == {1} for epoch in rows.values())
+
+
+def test_a_rank_that_waits_does_not_hear_what_was_asked_of_the_driver_before(scene: Scene) -> None:
+    spec = scene.job(
+        workers={"count": 2},
+        data={"validation": None, "test": None, "window": 1, "lanes": 2},
+    )
+    assignment = dataclasses.replace(assignment_of(spec, "run"), controls_seen=1)
+    request = Control(kind="stop", requested_at=0.0)
+    scene.runs.write(scene.paths().control_request(1), request.to_bytes())
+    away = AwayOnLastRank(str(Path(scene.data["train"]).parent), seconds=3)
+    work = partial(train_as_under_torchrun, assignment, away)
+    outcomes = on_ranks(work, world_size=2)
+    assert {(o.state, o.step) for o in outcomes} == {(State.SUCCEEDED, 10)}
+    events = RunReader(scene.runs, "run").events()
+    waits = [line for line in events if "waits for the store" in str(line.get("message"))]
+    assert {line["rank"] for line in waits} == {1}
+
+
+def train_as_under_torchrun(
+    assignment: Assignment, before: Callable[[], None], session: Session
+) -> Outcome:
+    """Only the first rank knows the generation and the requests that it does not concern."""
+    before()
+    if session.rank:
+        assignment = dataclasses.replace(assignment, generation=0, controls_seen=0)
+    return worker.train_worker(session, assignment)
