@@ -1,7 +1,7 @@
 """From a YAML file to a `JobSpec`, and from what is wrong with it to errors that say what to type.
 
     load_spec(path, overrides) -> JobSpec      the only way in from a file
-    spec_from_json(text)       -> JobSpec      what a run folder holds; what every worker reads
+    recorded_spec(payload)     -> JobSpec      what a run folder holds
 
 Unknown keys are refused with the nearest known one, and all problems of a file are reported
 together. What a key may hold is said from the JSON schema of the job file, so that messages,
@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from jobs.errors import Problem, SpecError
 from jobs.problems import Sources, no_group, problems_of
 from jobs.schema import job_schema
+from jobs.seal import DIGEST, unsealed
 from jobs.spec import MAX_RUN_ID_CHARACTERS, RUN_ID_PATTERN, JobSpec, no_validation_set
 from jobs.strict_yaml import read_yaml
 
@@ -41,7 +42,9 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
                 "start from examples/sentiment.yaml; name, task, model, data and store are needed",
             )
         )
-    tree, problems = _with_overrides(document.value, overrides)
+    # A run's spec.json is a job file too, and may have been edited.
+    given = {key: value for key, value in document.value.items() if key != DIGEST}
+    tree, problems = _with_overrides(given, overrides)
     sources = Sources(str(path), lines=document.lines, overrides=overrides)
     spec, more = _validate(tree, sources)
     problems = [*document.repeated, *problems, *more]
@@ -50,9 +53,14 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     return spec
 
 
-def spec_from_json(text: str | bytes) -> JobSpec:
-    """The job as a run folder holds it."""
-    return parse_spec(json.loads(text), where="spec.json")
+def recorded_spec(
+    payload: str | bytes, overrides: Sequence[str] = (), *, where: str = "spec.json"
+) -> JobSpec:
+    """The job of a run: its spec.json, and what resumes have changed of it.
+
+    Raises ValueError where spec.json is damaged, SpecError where it is not of this version.
+    """
+    return parse_spec(apply_overrides(unsealed(json.loads(payload)), overrides), where=where)
 
 
 def parse_spec(tree: Mapping[str, Any], *, where: str) -> JobSpec:

@@ -31,7 +31,6 @@ Everything here is data and pure functions; reading and writing happen elsewhere
 
 from __future__ import annotations
 
-import hashlib
 import json
 import posixpath
 import re
@@ -45,6 +44,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from jobs.errors import ClusterError, EnvironmentFault, ShoalError, SpecError
+from jobs.seal import sealed, unsealed
 
 MODEL_WEIGHTS = "model/model.safetensors"
 """The part of a checkpoint that makes its `model/` a folder that loads."""
@@ -124,22 +124,12 @@ class SealedRecord(Record):
     """A record that is stored with a digest of itself, which is compared when it is read."""
 
     def to_bytes(self) -> bytes:
-        tree = json.loads(super().to_bytes())
-        return json.dumps(tree | {_DIGEST: _digest(tree)}, indent=1).encode()
-
-    @classmethod
-    def require_as_written(cls, tree: object) -> None:
-        """Raises ValueError where the record's JSON is not the one of its digest."""
-        if isinstance(tree, dict) and _DIGEST in tree:
-            rest = {key: value for key, value in tree.items() if key != _DIGEST}
-            if tree[_DIGEST] != _digest(rest):
-                raise ValueError("it is damaged: its digest is another")
+        return sealed(json.loads(super().to_bytes()))
 
     @model_validator(mode="before")
     @classmethod
     def _is_as_written(cls, tree: object) -> object:
-        cls.require_as_written(tree)
-        return tree
+        return unsealed(tree) if isinstance(tree, dict) else tree
 
 
 DAMAGED_RECORD_HINT = (
@@ -378,7 +368,7 @@ class Control(Record):
         return self.attempt in (None, attempt) and self.generation in (None, generation)
 
 
-class Amendment(Record):
+class Amendment(SealedRecord):
     """Keys that a resume changed; applied in the order of their numbers, for good."""
 
     overrides: tuple[str, ...]
@@ -665,14 +655,6 @@ def merge_metrics(
         if step == 0 or in_lineage(step, attempt, spans):
             kept[step, str(line["kind"]), str(line.get("split", ""))] = dict(line)
     return [kept[key] for key in sorted(kept)]
-
-
-_DIGEST = "digest"
-
-
-def _digest(tree: Mapping[str, Any]) -> str:
-    """sha256 of a JSON object, however it was laid out."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _clock(seconds: float) -> str:

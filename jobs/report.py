@@ -91,7 +91,7 @@ def build_report(reader: RunReader, *, result: Result | None = None) -> Report:
         "events": [_only(event, _EVENT_KEYS) for event in status.events],
         "data": _data(spec, status),
         "environment": _environment(spec, status),
-        "spec": json.loads(spec.to_json()),
+        "spec": spec.model_dump(mode="json"),
         "commands": _commands(spec, status),
         "problems": list(status.problems),
     }

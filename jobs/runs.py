@@ -4,23 +4,24 @@
     list_run_ids(store)         the runs in a store
 
 A part that is missing or unreadable never stops a reader: it is named in `RunReader.problems`.
-Only a run without a readable spec.json is an error.
+Only a run whose job cannot be told is an error.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from cluster.process import ProcessIdentity
 from cluster.storage import DamagedObject, Head, ObjectMissing, Store, join_uri, read_whole
 from jobs.errors import Problem, SpecError
 from jobs.lines import Line, LineReader
-from jobs.parse import apply_overrides, parse_spec
+from jobs.parse import recorded_spec
 from jobs.record import (
+    DAMAGED_RECORD_HINT,
     Amendment,
     Attempt,
     Control,
@@ -89,28 +90,35 @@ class RunReader:
     def spec(self) -> JobSpec:
         """The job as it runs now: spec.json with all amendments applied.
 
-        Raises SpecError if there is no such run or if its spec.json is no job.
+        Raises SpecError if there is no such run, or where its job cannot be told any more.
         """
         if self._spec is None:
             self.spec_head()
-        amendments = self._read_all(self._heads(self.paths.amendments), Amendment)
+        heads = self._heads(self.paths.amendments)
+        amendments = self._read_all(heads, Amendment)
+        if len(amendments) < len(heads):
+            raise SpecError(
+                Problem(
+                    f"the job of {self.uri} cannot be told, as one of {len(heads)} changes to it, "
+                    f"in {self.paths.amendments}, is damaged",
+                    DAMAGED_RECORD_HINT,
+                )
+            )
         if self._spec is None or self._spec[0] != len(amendments):
             self._spec = len(amendments), self._parse_spec(amendments)
         return self._spec[1]
 
     def _parse_spec(self, amendments: Sequence[Amendment]) -> JobSpec:
         where = f"{self.uri}/spec.json"
+        overrides = [o for amendment in amendments for o in amendment.overrides]
+        parse = partial(recorded_spec, overrides=overrides, where=where)
         try:
-            tree = json.loads(self.store.read(self.paths.spec))
-            if not isinstance(tree, dict):
-                raise ValueError("it holds no keys")
-            overrides = [o for amendment in amendments for o in amendment.overrides]
-            return parse_spec(apply_overrides(tree, overrides), where=where)
-        except ValueError as error:
+            return read_whole(self.store, self.paths.spec, parse, hint="")
+        except DamagedObject as error:
             raise SpecError(
                 Problem(
-                    f"{where} is not a job: {error}",
-                    f"the run cannot be used; remove it with: shoal delete {self.uri}",
+                    f"{where} is not a job: {error.__cause__}",
+                    f"{DAMAGED_RECORD_HINT}; remove this one with: shoal delete {self.uri}",
                 )
             ) from error
 

@@ -27,6 +27,8 @@ from pydantic import (
     model_validator,
 )
 
+from jobs.seal import sealed
+
 MAX_RUN_ID_CHARACTERS = 47
 """KubeRay derives other names from a RayJob's name; 47 keeps all of them under DNS-1035's 63."""
 RUN_ID_SUFFIX_CHARACTERS = 6
@@ -549,9 +551,9 @@ class JobSpec(SpecPart):
             return "validation/loss", "min", 0.0
         return stopping.metric, stopping.mode, stopping.min_delta
 
-    def to_json(self) -> str:
-        """The spec as the run folder keeps it: every key, defaults included."""
-        return self.model_dump_json(indent=1)
+    def to_bytes(self) -> bytes:
+        """The spec as the run folder keeps it: JSON of every key, defaults included, sealed."""
+        return sealed(self.model_dump(mode="json"))
 
     def digests(self) -> dict[str, str]:
         """sha256 of the groups of keys that decide what may change on a resume.

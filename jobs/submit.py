@@ -78,7 +78,7 @@ def submit_job(spec: JobSpec, *, run_id: str | None = None, foreground: bool) ->
             )
         )
     try:
-        store.write_if_absent(RunPaths(run_id).spec, spec.to_json().encode())
+        store.write_if_absent(RunPaths(run_id).spec, spec.to_bytes())
     except ObjectExists as error:
         uri = join_uri(store.uri, run_id)
         raise SpecError(

@@ -287,7 +287,7 @@ def assignment_of(spec: Any, run_id: str, *, generation: int = 1) -> Assignment:
 
     store = open_store(spec.store.uri, spec.store.access)
     try:
-        store.write_if_absent(RunPaths(run_id).spec, spec.to_json().encode())
+        store.write_if_absent(RunPaths(run_id).spec, spec.to_bytes())
     except ObjectExists:
         assert generation > 1, "a resumed run is a later generation"
     return Assignment(spec, run_id, generation, controls_seen=0)

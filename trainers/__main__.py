@@ -14,23 +14,23 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cluster.lease import Held, acquire
-from cluster.storage import ObjectExists, Store, open_store
+from cluster.storage import ObjectExists, Store, open_store, read_whole
 from jobs.errors import Problem, ShoalError, SpecError, render_error
 from jobs.parse import (
-    apply_overrides,
     check_run_id,
     load_spec,
     may_change_on_resume,
-    parse_spec,
+    recorded_spec,
     with_absolute_paths,
 )
-from jobs.record import Amendment, Outcome, RunPaths
+from jobs.record import DAMAGED_RECORD_HINT, Amendment, Outcome, RunPaths
 from jobs.spec import JobSpec
 from trainers.attempt import Assignment
 from trainers.controls import last_request
@@ -76,7 +76,7 @@ def _train(spec: JobSpec, run_id: str) -> int:
             assignment = Assignment(spec, run_id, generation=0, controls_seen=0)
             return _exit_code(train_worker(session, assignment))
         try:
-            store.write_if_absent(paths.spec, spec.to_json().encode())
+            store.write_if_absent(paths.spec, spec.to_bytes())
         except ObjectExists:
             _changes(store, paths, spec)  # refuses another job before it waits for the lease
         with acquire(store, paths.lease, ttl_seconds=_LEASE_SECONDS, wait=True) as lease:
@@ -159,10 +159,12 @@ def _changes(store: Store, paths: RunPaths, spec: JobSpec) -> list[tuple[str, An
 def _recorded(store: Store, paths: RunPaths) -> dict[str, Any]:
     """The run's job as it is now, as a tree of plain values: all amendments applied."""
     overrides: list[str] = []
+    hint = DAMAGED_RECORD_HINT
     for head in store.list(paths.amendments):
-        overrides += Amendment.model_validate_json(store.read(head.key)).overrides
-    tree = apply_overrides(json.loads(store.read(paths.spec)), overrides)
-    return parse_spec(tree, where=f"{store.uri}/{paths.spec}").model_dump(mode="json")
+        amendment = read_whole(store, head.key, Amendment.model_validate_json, hint=hint)
+        overrides += amendment.overrides
+    parse = partial(recorded_spec, overrides=overrides, where=f"{store.uri}/{paths.spec}")
+    return read_whole(store, paths.spec, parse, hint=hint).model_dump(mode="json")
 
 
 def _differences(

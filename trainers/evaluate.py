@@ -18,10 +18,17 @@ import pyarrow as pa
 import torch
 from pydantic import ValidationError
 
-from cluster.storage import ObjectMissing, Store, join_uri, open_store
+from cluster.storage import ObjectMissing, Store, join_uri, open_store, read_whole
 from jobs.errors import DataError, EnvironmentFault, Problem, SpecError
-from jobs.parse import spec_from_json
-from jobs.record import Manifest, Result, RunPaths, best_manifest, live_manifests
+from jobs.parse import recorded_spec
+from jobs.record import (
+    DAMAGED_RECORD_HINT,
+    Manifest,
+    Result,
+    RunPaths,
+    best_manifest,
+    live_manifests,
+)
 from jobs.spec import JobSpec
 from trainers.attempt import with_limit
 from trainers.data.cache import NodeCache, cache_folder
@@ -204,7 +211,7 @@ class _Texts:
 def _read_spec(store: Store, paths: RunPaths) -> JobSpec:
     """The run's job; what a resume may change of it does not matter here."""
     try:
-        return spec_from_json(store.read(paths.spec))
+        return read_whole(store, paths.spec, recorded_spec, hint=DAMAGED_RECORD_HINT)
     except ObjectMissing as error:
         raise SpecError(
             Problem(

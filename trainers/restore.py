@@ -24,6 +24,7 @@ from jobs.record import (
     RunPaths,
     live_manifests,
 )
+from jobs.seal import unsealed
 from trainers.consolidation import complete_weights
 from trainers.local_copy import DamagedPart, drop_copy, local_copy
 from trainers.loop import Progress
@@ -54,8 +55,7 @@ def _read_manifests(store: Store, paths: RunPaths) -> tuple[list[Manifest], list
 def _parse_manifest(key: str, text: bytes) -> Manifest:
     """Raises ValueError where it is damaged, EnvironmentFault where it is of another version."""
     try:
-        tree = json.loads(text)
-        Manifest.require_as_written(tree)
+        tree = unsealed(json.loads(text))
         version = tree["version"]
         if version != MANIFEST_VERSION:
             raise EnvironmentFault(

@@ -78,7 +78,7 @@ def test_a_run_waits_for_its_nodes_and_survives_workers_that_die_while_they_are_
     )
     runs, marks = open_store(tmp_path / "runs"), tmp_path / "marks"
     marks.mkdir()
-    runs.write(RunPaths("run").spec, spec.to_json().encode())
+    runs.write(RunPaths("run").spec, spec.to_bytes())
     reader = RunReader(runs, "run")
     with raylets(cpus=1) as cluster:
         driver = subprocess.Popen(

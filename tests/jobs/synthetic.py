@@ -114,7 +114,7 @@ class SyntheticRun:
         return self.spec.task.labels
 
     def submit(self) -> SyntheticRun:
-        self.store.write_if_absent(self.paths.spec, self.spec.to_json().encode())
+        self.store.write_if_absent(self.paths.spec, self.spec.to_bytes())
         return self
 
     def lines(self, kind: Any, source: Source, *lines: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import Problem, SpecError, render_error
-from jobs.parse import apply_overrides, load_spec, parse_spec, spec_from_json
+from jobs.parse import apply_overrides, load_spec, parse_spec, recorded_spec
 from jobs.spec import JobSpec
 
 GOOD = """\
@@ -98,7 +98,17 @@ class TestAGoodFile:
     def test_survives_the_way_through_the_run_folder(self) -> None:
         text = GOOD.replace("data: {", "data: {stream_memory: 1.5 GiB, lanes: 6, ")
         spec = load(text + "train: {early_stopping: null}\noptimizer: {betas: [0.8, 0.9]}\n")
-        assert spec_from_json(spec.to_json()) == spec
+        assert recorded_spec(spec.to_bytes()) == spec
+
+    def test_may_be_what_a_run_folder_holds_edited_or_not(self, tmp_path: Path) -> None:
+        spec = load(GOOD)
+        path = tmp_path / "spec.json"
+        path.write_bytes(spec.to_bytes())
+        assert load_spec(path) == spec
+        path.write_bytes(spec.to_bytes().replace(b'"sentiment"', b'"other"'))
+        assert load_spec(path).name == "other"
+        with pytest.raises(ValueError, match="its digest is another"):
+            recorded_spec(path.read_bytes())
 
 
 # --------------------------------------------------------------------------------- files
@@ -692,7 +702,7 @@ class TestSet:
 
 def test_a_spec_of_a_run_folder_that_is_wrong_names_its_place() -> None:
     with pytest.raises(SpecError, match=r"spec\.json: task is missing"):
-        spec_from_json(json.dumps({"name": "a"}))
+        recorded_spec(json.dumps({"name": "a"}))
 
 
 def test_a_tree_with_lists_and_one_with_tuples_give_the_same_spec() -> None:

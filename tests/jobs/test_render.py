@@ -202,7 +202,7 @@ def test_a_local_run_has_no_rayjob_until_it_is_moved(
 ) -> None:
     local = s3_shell.spec(cluster={"kind": "local"})
     store = open_store(s3_shell.store)
-    store.write(RunPaths("sentiment-1").spec, local.to_json().encode())
+    store.write(RunPaths("sentiment-1").spec, local.to_bytes())
     uri = f"{s3_shell.store}/sentiment-1"
     s3_shell.run("render", uri, code=2)
     assert f"the run {uri} was submitted with cluster.kind local" in s3_shell.error
@@ -236,7 +236,7 @@ def test_a_stopped_run_that_is_rendered_again_does_not_hear_the_old_request(
 
 def test_a_run_in_a_folder_cannot_move_to_kubernetes(shell: Shell, local_store: Store) -> None:
     local = shell.spec(cluster={"kind": "local"}, store=local_store.uri)
-    local_store.write(RunPaths("sentiment-1").spec, local.to_json().encode())
+    local_store.write(RunPaths("sentiment-1").spec, local.to_bytes())
     run = f"{local_store.uri}/sentiment-1"
     shell.run("resume", run, "--set", f"cluster={{kind: kuberay, image: '{IMAGE}'}}", code=2)
     assert f"store is {local_store.uri}, a path of this machine" in shell.error

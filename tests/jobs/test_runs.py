@@ -70,6 +70,23 @@ def test_amendments_change_the_job_that_a_reader_sees(local_store: Store) -> Non
     assert (reader.spec().workers.count, reader.spec().train.epochs) == (3, 5)
 
 
+@pytest.mark.parametrize("part", ["spec.json", "amendments/0001.json"])
+def test_a_job_one_bit_of_which_has_changed_is_not_taken_for_another(
+    local_store: Store, part: str
+) -> None:
+    made = SyntheticRun(local_store).submit()
+    amendment = Amendment(overrides=("workers.count=2",), made_at=START)
+    local_store.write(made.paths.amendment(1), amendment.to_bytes())
+    assert RunReader(local_store, made.run_id).spec().workers.count == 2
+    key = f"{made.run_id}/{part}"
+    held = local_store.read(key)
+    place = held.index(b"2", held.index(b"workers"))
+    local_store.write(key, held[:place] + b"3" + held[place + 1 :])
+    with pytest.raises(SpecError, match=r"is not a job: it is damaged|cannot be told") as caught:
+        RunReader(local_store, made.run_id).spec()
+    assert "put an older version of it back" in str(caught.value.problems[0].hint)
+
+
 def test_only_new_objects_are_fetched(local_store: Store) -> None:
     made = SyntheticRun(local_store).submit()
     counting = CountingStore(local_store)

@@ -385,8 +385,8 @@ def test_a_run_whose_data_stays_away_ends_and_says_how_to_go_on(scene: Scene) ->
 
 
 class AwayOnLastRank:
-    """The data set goes away, for good if not told otherwise, when the last rank reads a row group of the third step or a
-    later one, once it has done the first."""
+    """The data set goes away, for good if not told otherwise, when the last rank reads a row group
+    of the third step or a later one, once it has done the first."""
 
     def __init__(self, folder: str, *, seconds: float = 600) -> None:
         self.folder = folder

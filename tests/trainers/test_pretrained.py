@@ -177,7 +177,7 @@ def test_a_run_begins_with_the_weights_of_another(scene: Scene, trained: Path) -
 
 
 def test_a_run_that_has_not_ended_is_refused(scene: Scene) -> None:
-    scene.runs.write(scene.paths("going").spec, scene.job().to_json().encode())
+    scene.runs.write(scene.paths("going").spec, scene.job().to_bytes())
     for source in ("going", str(scene.run_folder("going"))):
         error, said = refused(scene, source)
         assert isinstance(error, SpecError)
