@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.errors import EnvironmentFault, Problem
@@ -19,19 +20,27 @@ _DIGEST_CHARACTERS = 8
 
 
 def start_driver(
-    run_uri: str, *, access: StoreAccess, past: Past, attended: bool
+    run_uri: str,
+    *,
+    access: StoreAccess,
+    past: Past,
+    attended: bool,
+    overrides: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
     """Starts `python -m jobs.run RUN_URI` in a session of its own, and returns at once.
 
     The driver outlives this process; if `attended`, it ends the run, with a checkpoint, should
     this process vanish. What it prints goes to the run folder; before it gets there, to a file
-    in the temporary folder that is named after the run.
+    in the temporary folder that is named after the run. `overrides` it records as changes of the
+    run's job.
     """
     command = [
         sys.executable, "-m", "jobs.run", run_uri,
         "--store-access", access.model_dump_json(exclude_defaults=True),
         "--past-controls", str(past.controls), "--past-generation", str(past.generation),
     ]  # fmt: skip
+    for override in overrides:
+        command += ["--set", override]
     if attended:
         command += ["--attended-by", str(os.getpid())]
     with driver_log(run_uri).open("ab") as log:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FrameType
@@ -31,7 +31,7 @@ from jobs.record import NOTHING_PAST, Failure, Lease, Outcome, Past, Result, Run
 from jobs.report import write_report
 from jobs.runs import RunReader
 from jobs.spec import KubeRayCluster, StoreAccess
-from jobs.submit import request_stop
+from jobs.submit import record_changes, request_stop
 from trainers.controls import ask_to_yield, last_attempt
 from trainers.patience import Patience
 from trainers.telemetry import Telemetry, impatient
@@ -54,12 +54,14 @@ log = logging.getLogger("shoal.run")
 @click.option("--store-access", default="{}", help="JSON of the store's access, without secrets.")
 @click.option("--past-controls", type=int, default=0, help="Requests up to this one are old.")
 @click.option("--past-generation", type=int, default=0, help="Ends up to this driver's are old.")
+@click.option("--set", "overrides", multiple=True, help="Changes of the run's job, for good.")
 @click.option("--attended-by", type=int, help="Stop the run if this process is gone.")
 def main(
     run_uri: str,
     store_access: str,
     past_controls: int,
     past_generation: int,
+    overrides: tuple[str, ...],
     attended_by: int | None,
 ) -> None:
     """Drive a run to its end; the exit code says how it ended."""
@@ -67,7 +69,7 @@ def main(
         parent, run_id = split_uri(run_uri)
         store = open_store(parent, StoreAccess.model_validate_json(store_access))
         past = Past(controls=past_controls, generation=past_generation)
-        code = drive(store, run_id, past=past, attended_by=attended_by)
+        code = drive(store, run_id, past=past, overrides=overrides, attended_by=attended_by)
     except ShoalError as error:
         click.echo(render_error(error), err=True)
         code = error.exit_code
@@ -75,9 +77,17 @@ def main(
 
 
 def drive(
-    store: Store, run_id: str, *, past: Past = NOTHING_PAST, attended_by: int | None = None
+    store: Store,
+    run_id: str,
+    *,
+    past: Past = NOTHING_PAST,
+    overrides: Sequence[str] = (),
+    attended_by: int | None = None,
 ) -> int:
     """Takes the run's lease, trains, and writes result and report; the exit code.
+
+    `overrides` change the run's job, once the lease is held: a driver that is refused leaves no
+    trace.
 
     Where a driver after `past` has ended the run for a reason that a restart would meet again,
     nothing is started.
@@ -85,8 +95,8 @@ def drive(
     from trainers.attempt import Assignment
     from trainers.finish import build_result, write_result
 
-    reader = RunReader(store, run_id)
-    spec, paths = reader.spec(), RunPaths(run_id)
+    reader, paths = RunReader(store, run_id), RunPaths(run_id)
+    reader.spec()
     ended_before = reader.result()
     if (
         ended_before is not None
@@ -96,6 +106,8 @@ def drive(
         sys.stderr.write(f"shoal: the run has ended: {ended_before.state}\n")
         return ended_before.exit_code
     with acquire(store, paths.lease, ttl_seconds=LEASE_SECONDS, wait=_say_waiting) as lease:
+        record_changes(store, run_id, overrides)
+        spec = reader.spec()
         with ExitStack() as stack:
             telemetry = stack.enter_context(
                 Telemetry(impatient(spec), paths, Source(lease.generation, None))

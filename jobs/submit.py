@@ -176,14 +176,16 @@ def rayjob_of_run(reader: RunReader) -> Manifest:
 def resume_run(
     store: Store, run_id: str, *, overrides: Sequence[str] = (), foreground: bool
 ) -> SubmittedRun:
-    """Records what `--set` changes and starts a driver for a run that has ended.
+    """Starts a driver for a run that has ended; what `--set` changes is recorded by it, once the
+    run is its own.
 
-    Raises SpecError where the run is done, a driver lives, or a key may not be changed by a resume.
+    On Kubernetes, where the driver starts later and in a pod that follows from the changed job, the
+    changes are recorded here. Raises SpecError where the run is done, a driver lives, or a key may
+    not be changed by a resume.
     """
     reader = RunReader(store, run_id)
     spec = reader.spec()
     _refuse_driven(reader, now=time.time())
-    paths = RunPaths(run_id)
     if overrides:
         check_resume_overrides(overrides)
         changed = apply_overrides(spec.model_dump(mode="json"), overrides)
@@ -191,10 +193,6 @@ def resume_run(
     # On Kubernetes a run is started again, never attended.
     on_kubernetes = isinstance(spec.cluster, KubeRayCluster)
     require_place(spec, foreground=foreground and not on_kubernetes)
-    if overrides:
-        amendment = Amendment(overrides=tuple(overrides), made_at=time.time())
-        number_before = sum(1 for _ in store.list(paths.amendments))  # they have no gaps
-        write_numbered(store, paths.amendment, amendment.to_bytes(), after=number_before)
     result = reader.result()
     if result is not None and result.state is State.SUCCEEDED and not overrides:
         raise SpecError(
@@ -204,9 +202,21 @@ def resume_run(
                 f"new run with model.source: {reader.uri}",
             )
         )
+    past = _past(reader)
     if on_kubernetes:
+        record_changes(store, run_id, overrides)
         return SubmittedRun(run_id, reader.uri, None, kubectl="replace --force")
-    return _start(store, spec, run_id, past=_past(reader), foreground=foreground)
+    return _start(store, spec, run_id, past=past, foreground=foreground, overrides=overrides)
+
+
+def record_changes(store: Store, run_id: str, overrides: Sequence[str]) -> None:
+    """Changes the run's job for good; nothing without overrides."""
+    if not overrides:
+        return
+    paths = RunPaths(run_id)
+    amendment = Amendment(overrides=tuple(overrides), made_at=time.time())
+    number_before = sum(1 for _ in store.list(paths.amendments))  # they have no gaps
+    write_numbered(store, paths.amendment, amendment.to_bytes(), after=number_before)
 
 
 def request_stop(store: Store, run_id: str, *, by: str) -> None:
@@ -241,10 +251,18 @@ def require_training() -> None:
 
 
 def _start(
-    store: Store, spec: JobSpec, run_id: str, *, past: Past, foreground: bool
+    store: Store,
+    spec: JobSpec,
+    run_id: str,
+    *,
+    past: Past,
+    foreground: bool,
+    overrides: Sequence[str] = (),
 ) -> SubmittedRun:
     uri = join_uri(store.uri, run_id)
-    process = start_driver(uri, access=spec.store.access, past=past, attended=foreground)
+    process = start_driver(
+        uri, access=spec.store.access, past=past, attended=foreground, overrides=overrides
+    )
     return SubmittedRun(run_id, uri, process if foreground else None)
 
 

@@ -1,4 +1,4 @@
-"""A driver whose own machine is taken."""
+"""A driver: what it records before it trains, and what it does when its own machine is taken."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from cluster.lease import acquire
 from cluster.storage import Store
 from jobs import run
-from jobs.record import Control, Outcome, RunPaths, State
+from jobs.errors import ClusterError
+from jobs.record import Control, Failure, Outcome, RunPaths, State
 from tests.ranks import assignment_of
 from tests.tiny import tiny_job
 from trainers.attempt import Assignment
@@ -125,3 +127,42 @@ def never() -> Outcome:
 def test_a_request_to_yield_names_its_attempt_and_its_driver(named: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="names its attempt and its generation"):
         Control(kind="yield", requested_at=0.0, **named)
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> list[Assignment]:
+    """What would have been trained."""
+    assignments: list[Assignment] = []
+
+    def fit(assignment: Assignment, *_: Any, **__: Any) -> Failure:
+        assignments.append(assignment)
+        return Failure(state=State.FAILED_INFRA, problems=(("a test", None),))
+
+    monkeypatch.setattr(run, "_fit", fit)
+    return assignments
+
+
+CHANGE = ("train.epochs=7",)
+
+
+def test_changes_are_recorded_by_the_driver_that_makes_them_hold(
+    local_store: Store, fitted: list[Assignment]
+) -> None:
+    assignment(local_store)
+    run.drive(local_store, "run", overrides=CHANGE)
+    run.drive(local_store, "run")
+    assert [a.spec.train.epochs for a in fitted] == [7, 7]
+    assert len(list(local_store.list(PATHS.amendments))) == 1
+
+
+def test_a_driver_that_is_refused_changes_nothing(
+    local_store: Store, fitted: list[Assignment]
+) -> None:
+    assignment(local_store)
+    with (
+        acquire(local_store, PATHS.lease, ttl_seconds=3),
+        pytest.raises(ClusterError, match="is driven by"),
+    ):
+        run.drive(local_store, "run", overrides=CHANGE)
+    assert not fitted
+    assert not list(local_store.list(PATHS.amendments))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from synthetic import running, succeeded
 
 from cluster.process import identify
-from cluster.storage import Store
+from cluster.storage import Store, open_store, split_uri
 from jobs import submit
 from jobs.errors import SpecError
 from jobs.retention import delete_run
@@ -21,9 +22,16 @@ CHANGE = ("workers.count=1",)
 
 @pytest.fixture(autouse=True)
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """URIs for which a driver would have been started."""
+    """URIs for which a driver would have been started; each records the changes, as the real one
+    does."""
     uris: list[str] = []
-    monkeypatch.setattr(submit, "start_driver", lambda uri, **_: uris.append(uri))
+
+    def start(uri: str, *, overrides: Sequence[str] = (), **_: Any) -> None:
+        uris.append(uri)
+        parent, run_id = split_uri(uri)
+        submit.record_changes(open_store(parent), run_id, overrides)
+
+    monkeypatch.setattr(submit, "start_driver", start)
     monkeypatch.setattr(submit, "require_place", lambda *_, **__: None)
     return uris
 
