@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import tenacity
 import torch
 from pydantic import ValidationError
 
@@ -21,6 +22,9 @@ from trainers.fence import Fence
 from trainers.restore import newest_restorable, read_attempts
 from trainers.session import Session
 from trainers.versions import versions
+
+_CLAIMS = 10
+"""How often the next free number is tried for an attempt."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,12 @@ def claim_attempt(
     )
 
 
+@tenacity.retry(
+    # A driver that does not know yet that this one has taken the run from it was faster.
+    retry=tenacity.retry_if_exception_type(ObjectExists),
+    stop=tenacity.stop_after_attempt(_CLAIMS),
+    reraise=True,
+)
 def _claim(
     assignment: Assignment, store: Store, paths: RunPaths, *, hosts: list[str], session: Session
 ) -> Claim | Outcome:
@@ -146,12 +156,7 @@ def _claim(
             of_job=assignment.spec.batching.max_tokens_per_microbatch,
         ),
     )
-    try:
-        store.write_if_absent(paths.attempt(number), attempt.to_bytes())
-    except ObjectExists as error:
-        raise EnvironmentFault(
-            Problem(f"attempt {number} was begun by another driver at the same time")
-        ) from error
+    store.write_if_absent(paths.attempt(number), attempt.to_bytes())
     seen = assignment.controls_seen
     return Claim(attempt, seen, restored, skipped, recovers=bool(own), crash=crash)
 

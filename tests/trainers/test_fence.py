@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from cluster.folder import FolderStore
 from cluster.storage import Store, open_store
 from jobs.record import (
     Attempt,
@@ -102,6 +103,22 @@ def test_no_rank_of_a_superseded_driver_begins_an_attempt(scene: Scene) -> None:
     for outcome in outcomes:
         assert_superseded(outcome)
     assert read_attempts(scene.runs, PATHS) == []
+
+
+def test_an_attempt_whose_number_a_superseded_driver_takes_first_gets_the_next(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_if_absent = FolderStore.write_if_absent
+
+    def be_late(store: FolderStore, key: str, data: bytes) -> str:
+        if key == PATHS.attempt(1) and store.head(key) is None:
+            write_if_absent(store, key, attempt(1, 1, None).to_bytes())
+        return write_if_absent(store, key, data)
+
+    monkeypatch.setattr(FolderStore, "write_if_absent", be_late)
+    assignment_of(scene.job(), "run")
+    assert scene.train(scene.job(), generation=2).state is State.SUCCEEDED
+    assert [(a.attempt, a.generation) for a in read_attempts(scene.runs, PATHS)] == [(1, 1), (2, 2)]
 
 
 def result(generation: int, state: State = State.SUCCEEDED) -> Result:
