@@ -223,7 +223,8 @@ def _watched(
     def ask(by: str) -> None:
         if not asked.is_set():
             asked.set()
-            threading.Thread(target=_ask_to_stop, args=(store, run_id, by), daemon=True).start()
+            ask_to_stop = partial(_ask_to_stop, store, run_id, ended, by=by)
+            threading.Thread(target=ask_to_stop, daemon=True).start()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGTERM or not isinstance(assignment.spec.cluster, KubeRayCluster):
@@ -253,11 +254,19 @@ def _watched(
             signal.signal(number, handler)
 
 
-def _ask_to_stop(store: Store, run_id: str, by: str) -> None:
-    try:
-        request_stop(store, run_id, by=by)
-    except StorageError as error:
-        sys.stderr.write(f"shoal: the request to stop cannot be written: {error}\n")
+def _ask_to_stop(store: Store, run_id: str, ended: threading.Event, *, by: str) -> None:
+    """Asks the run to stop; where its store is away, once it is back."""
+    is_told = False
+    while True:
+        try:
+            request_stop(store, run_id, by=by)
+            return
+        except StorageError as error:
+            if not is_told:
+                sys.stderr.write(f"shoal: the request to stop cannot be written yet: {error}\n")
+            is_told = True
+        if ended.wait(_WATCH_SECONDS):
+            return
 
 
 def _ask_to_give_way(assignment: Assignment, store: Store, ended: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from cluster.folder import FolderStore
 from cluster.lease import acquire
-from cluster.storage import Store
+from cluster.storage import Store, StoreAway
 from jobs import run
-from jobs.errors import ClusterError
+from jobs.errors import ClusterError, Problem
 from jobs.record import Control, Failure, Outcome, RunPaths, State
 from tests.ranks import assignment_of
 from tests.tiny import tiny_job
@@ -83,6 +85,25 @@ def test_elsewhere_a_sigterm_is_a_request_to_stop(local_store: Store) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(local_store, [("stop", None)])
         assert not taken.is_announced()
+
+
+@pytest.mark.usefixtures("looks")
+def test_a_stop_that_comes_while_the_store_is_away_is_asked_for_once_it_is_back(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = assignment(local_store)
+    tries, write = itertools.count(1), FolderStore.write_if_absent
+
+    def write_when_back(store: FolderStore, key: str, data: bytes) -> str:
+        if next(tries) <= 3:
+            raise StoreAway(Problem("the store is away"))
+        return write(store, key, data)
+
+    monkeypatch.setattr(FolderStore, "write_if_absent", write_when_back)
+    with run._watched(job, local_store, HeldLease(), attended_by=None):  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(local_store, [("stop", None)])
+    assert capsys.readouterr().err.count("cannot be written yet: the store is away") == 1
 
 
 @pytest.mark.usefixtures("looks")
