@@ -310,23 +310,28 @@ class S3Store:
         )
 
     def _head_object(self, key: str, **arguments: Any) -> dict[str, Any] | None:
+        def ask(client: S3Client) -> dict[str, Any]:
+            return dict(client.head_object(Bucket=self._bucket, Key=self._key(key), **arguments))
+
         def head(client: S3Client) -> dict[str, Any] | None:
             try:
-                answer = client.head_object(Bucket=self._bucket, Key=self._key(key), **arguments)
+                answer = ask(client)
             except ClientError as error:
                 if is_missing(error) and self._bucket_is_known:
                     return None
                 if is_transient(error):
                     raise
-                self._explain_head(client, key)
-                return None
+                if self._explain_head(client, key):
+                    return None
+                answer = ask(client)
             self._bucket_is_known = True
-            return dict(answer)
+            return answer
 
         return self._attempt(head, doing="read", key=key)
 
-    def _explain_head(self, client: S3Client, key: str) -> None:
-        """Raise why a head was refused, unless it was because the object is absent.
+    def _explain_head(self, client: S3Client, key: str) -> bool:
+        """Whether a head was refused because the object is absent; False where it can be read.
+        Raises why it cannot.
 
         The answer to a head has no body, and 404 stands for a missing bucket too: a read of one
         byte tells which.
@@ -339,6 +344,8 @@ class S3Store:
             if not is_missing(error):
                 raise
             self._bucket_is_known = True
+            return True
+        return False
 
     def list(self, prefix: str = "", *, after: str | None = None) -> Iterator[Head]:
         start = {"StartAfter": self._root + check_key(after)} if after is not None else {}

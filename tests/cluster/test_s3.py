@@ -246,6 +246,19 @@ def test_a_conditional_write_whose_answer_was_lost_has_still_won(
     assert shaky.head("k").etag == etag  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kind", ["denied", "not implemented"])
+def test_an_object_whose_head_is_refused_is_not_taken_for_absent(
+    proxy: FaultyProxy, shaky: Store, kind: Kind
+) -> None:
+    etag = shaky.write("k", b"1")
+    proxy.fail(kind, "HEAD")
+    assert shaky.head("k").etag == etag  # type: ignore[union-attr]
+    proxy.fail(kind, "HEAD", times=2)
+    with pytest.raises(StorageError) as caught:
+        shaky.head("k")
+    assert not isinstance(caught.value, ObjectMissing)
+
+
 def test_a_pause_that_the_store_asks_for_is_kept(proxy: FaultyProxy, shaky: Store) -> None:
     shaky.write("k", b"1")
     proxy.fail("throttle", "GET", times=2)
