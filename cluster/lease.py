@@ -113,7 +113,7 @@ def read_lease(store: Store, key: str) -> Found | None:
 
 def _is_free(lease: Lease) -> bool:
     holder = ProcessIdentity(host=lease.host, boot=lease.boot, pid=lease.pid, started=lease.started)
-    return lease.released or holder.has_ended
+    return lease.released or holder.has_ended is True
 
 
 def _watch(store: Store, key: str, found: Found) -> Found:

@@ -35,9 +35,15 @@ class ProcessIdentity:
         return (self.boot, self.started) == (_boot(), _started(self.pid)) and bool(self.started)
 
     @property
-    def has_ended(self) -> bool:
-        """True only where it is sure: a process of this machine, since its last start, is gone."""
-        return self.is_here and _started(self.pid) != self.started
+    def has_ended(self) -> bool | None:
+        """Whether it is gone. None where that cannot be told: it was a process of another machine
+        or before the last start of this one, or the system hides it from this user."""
+        if not self.is_here:
+            return None
+        started = _started(self.pid)
+        if not started and _is_hidden(self.pid):
+            return None
+        return started != self.started
 
 
 def identify(pid: int | None = None) -> ProcessIdentity:
@@ -56,7 +62,8 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """The start of a process that has not ended; empty for one that has, a zombie included.
+    """The start of a process that has not ended; empty for one that has, a zombie included, and
+    for one that is hidden from this user.
 
     Ticks since the boot where there is /proc: dates would move when the clock is set. A zombie
     whose other threads have not ended yet, as after SIGKILL for a moment, is there: they may
@@ -71,5 +78,16 @@ def _started(pid: int) -> str:
         if stat.exists():
             return stat.read_text().rpartition(")")[2].split()[_START_FIELD]
         return f"{process.create_time():.2f}"
-    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+    except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError, ProcessLookupError):
         return ""
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether there is a process of another user of which /proc tells nothing: proc(5), hidepid."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except ProcessLookupError:
+        pass
+    return False

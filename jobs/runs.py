@@ -280,6 +280,6 @@ def list_run_ids(store: Store) -> list[str]:
 
 
 def driver_has_ended(lease: Lease) -> bool | None:
-    """Whether the process that holds the lease is gone; None where its machine alone can tell."""
+    """Whether the process that holds the lease is gone; None where that cannot be told here."""
     holder = ProcessIdentity(host=lease.host, boot=lease.boot, pid=lease.pid, started=lease.started)
-    return holder.has_ended if holder.is_here else None
+    return holder.has_ended
