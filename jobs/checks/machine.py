@@ -27,7 +27,7 @@ from jobs.checks.model import ModelFacts
 from jobs.checks.stores import nearest_existing
 from jobs.checks.weights import Weights
 from jobs.spec import JobSpec, KubeRayCluster, Workers, format_bytes
-from trainers.data.cache import CACHE_VARIABLE, cache_folder
+from trainers.data.cache import CACHE_VARIABLE, cache_folder, shared_by
 
 _CGROUP = Path("/sys/fs/cgroup")
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
@@ -238,6 +238,20 @@ def disk_need(spec: JobSpec, sets: Iterable[DataSetFacts], model: ModelFacts | N
 
 def check_disk(need: DiskNeed) -> list[Finding]:
     """Whether the cache folder of this machine can be written and has the room."""
+    findings = _check_disk(need)
+    if kind := shared_by(cache_folder()):
+        findings.append(
+            warning(
+                "data.cache_gib",
+                f"{cache_folder()} is in a file system that machines share ({kind}), so that rows, "
+                "models and checkpoints that a node keeps go over the network again",
+                f"set {CACHE_VARIABLE} to a folder on a local disk of each node",
+            )
+        )
+    return findings
+
+
+def _check_disk(need: DiskNeed) -> list[Finding]:
     part, folder = "data.cache_gib", cache_folder()
     above = nearest_existing(folder)
     try:

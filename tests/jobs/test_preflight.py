@@ -694,6 +694,11 @@ def test_the_disk_of_the_cache_must_have_room(
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "file" / "cache"))
     (refused,) = check_disk(DiskNeed(rows_bytes=0, checkpoint_bytes=0, model_bytes=0))
     assert "cannot be written to" in refused.message
+    monkeypatch.setattr(machine, "shared_by", lambda _: "nfs4")
+    *_, shared = check_disk(DiskNeed(rows_bytes=0, checkpoint_bytes=0, model_bytes=0))
+    assert shared.verdict is Verdict.WARNING
+    assert "machines share (nfs4)" in shared.message
+    assert "a local disk of each node" in (shared.hint or "")
 
 
 def test_gpus_are_counted_within_those_that_are_visible(

@@ -13,15 +13,18 @@ file in `new` at most, which a later eviction removes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
+import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import psutil
 from filelock import FileLock
 
 from jobs.errors import EnvironmentFault, Problem
@@ -35,12 +38,47 @@ _KEPT_SHARE = 0.9
 _ABANDONED_SECONDS = 600.0
 """Age of a file in `new` after which its writer is taken for dead: bytes are written at once."""
 _USAGE_DIGITS = 20
+_SHARED_FILE_SYSTEMS = frozenset(
+    {
+        "afs", "beegfs", "ceph", "cifs", "gfs2", "glusterfs", "gpfs", "juicefs", "lustre",
+        "moosefs", "nfs", "nfs4", "ocfs2", "orangefs", "smb3", "sshfs", "weka", "wekafs",
+    }
+)  # fmt: skip
+"""Names in /proc/mounts, without the `fuse.` that some have in front."""
 
 _log = logging.getLogger(__name__)
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where this node caches: $SHOAL_CACHE, else $XDG_CACHE_HOME/shoal, else ~/.cache/shoal."""
+    """Where this node caches: $SHOAL_CACHE, else $XDG_CACHE_HOME/shoal, else ~/.cache/shoal.
+
+    In a file system that several machines share, a folder of this machine's own in that: what its
+    processes do under locks, and know by the start of the machine, others could spoil.
+    """
+    folder = _named_folder(environment)
+    return folder / f"node-{socket.gethostname()}" if shared_by(folder) else folder
+
+
+def shared_by(folder: Path) -> str | None:
+    """Kind of the folder's file system where several machines may share that, as over a network."""
+    kind = _file_system_of(folder)
+    return kind if kind.removeprefix("fuse.") in _SHARED_FILE_SYSTEMS else None
+
+
+@functools.cache
+def _file_system_of(folder: Path) -> str:
+    """Kind of the file system in which the folder is, or will be; empty where nobody says."""
+    place = folder.resolve()
+    kind, depth = "", -1
+    # Of two on one mount point the later one counts.
+    for mount in psutil.disk_partitions(all=True):
+        point = Path(mount.mountpoint)
+        if place.is_relative_to(point) and len(point.parts) >= depth:
+            kind, depth = mount.fstype, len(point.parts)
+    return kind
+
+
+def _named_folder(environment: Mapping[str, str]) -> Path:
     if named := environment.get(CACHE_VARIABLE):
         return Path(named).expanduser().absolute()
     if caches := environment.get("XDG_CACHE_HOME"):

@@ -8,16 +8,19 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from filelock import FileLock
 
 from jobs.errors import EnvironmentFault
-from trainers.data.cache import NodeCache, cache_folder
+from trainers.data.cache import NodeCache, _file_system_of, cache_folder
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -210,6 +213,36 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_a_hint(tmp_path):
     with pytest.raises(EnvironmentFault, match=r"cannot create .*file/cache") as raised:
         NodeCache(tmp_path / "file" / "cache", limit_bytes=10).get("a", fail)
     assert "SHOAL_CACHE" in str(raised.value.problems[0].hint)
+
+
+@pytest.fixture
+def mounts(monkeypatch):
+    """What is mounted where, as (mount point, kind), in the order in which it was."""
+
+    def have(*mounted):
+        partitions = [
+            SimpleNamespace(mountpoint=str(point), fstype=kind) for point, kind in mounted
+        ]
+        monkeypatch.setattr(psutil, "disk_partitions", lambda *, all: partitions)  # noqa: A006
+        _file_system_of.cache_clear()
+
+    yield have
+    monkeypatch.undo()
+    _file_system_of.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.juicefs"])
+def test_on_a_file_system_that_machines_share_each_has_a_folder_of_its_own(kind, mounts, tmp_path):
+    shared, named = tmp_path / "home", {"SHOAL_CACHE": str(tmp_path / "home" / "cache")}
+    mounts(("/", "ext4"), (shared, kind), (tmp_path / "home2", "ext4"))
+    assert cache_folder(named) == shared / "cache" / f"node-{socket.gethostname()}"
+    assert cache_folder({"SHOAL_CACHE": str(tmp_path / "home2")}) == tmp_path / "home2"
+    mounts(("/", kind), (shared, kind), (shared, "xfs"))
+    assert cache_folder(named) == shared / "cache"
+
+
+def test_a_local_disk_is_shared_with_nobody(tmp_path):
+    assert cache_folder({"SHOAL_CACHE": str(tmp_path)}) == tmp_path
 
 
 def test_the_folder_comes_from_the_environment():
