@@ -25,6 +25,8 @@ class Onlooker:
     clock: Callable[[], float] = time.monotonic
     unchanged_seconds: float = 0.0
     """For how long the lease was seen to stay as it is."""
+    was_renewed: bool = False
+    """Whether the driver that has it now was seen to renew it, whatever its clock says."""
     _seen: tuple[int, int] | None = None
     _answered_at: float = 0.0
 
@@ -34,6 +36,7 @@ class Onlooker:
         lease = reader.lease()
         seen = None if lease is None else (lease.generation, lease.renewals)
         if seen != self._seen:
+            self.was_renewed = bool(seen and self._seen and seen[0] == self._seen[0])
             self._seen, self.unchanged_seconds = seen, 0.0
         else:
             self.unchanged_seconds += min(asked_at - self._answered_at, LONGEST_LOOK_SECONDS)

@@ -17,6 +17,7 @@ from typing import Any
 
 from cluster.storage import Head, StorageError, Store, Unfinished
 from jobs.errors import Problem, SpecError
+from jobs.onlooker import Onlooker
 from jobs.record import CheckpointName, RunPaths, State
 from jobs.runs import RunReader
 from jobs.status import await_certainty, read_situation
@@ -37,7 +38,7 @@ def refuse_running(reader: RunReader, *, wait: Callable[[str], None]) -> None:
     head = reader.store.head(reader.paths.spec)
     if head is None:
         return
-    situation = await_certainty(reader, wait=wait)
+    [situation] = await_certainty([reader], wait=wait)
     if situation.is_over:
         return
     age_seconds = time.time() - head.modified_at
@@ -121,9 +122,12 @@ def find_garbage(
     """What nobody can use in a store of runs; nothing younger than the bound, nothing of a run
     that goes on, and nothing of a folder that is neither a run nor marked by a deletion.
 
-    `tell` hears of what could not be looked through.
+    Drivers that are silent are looked at, all at the same time and for as long as a lease lives at
+    most, before anything of their runs counts. `tell` hears of that, and of what could not be
+    looked through.
     """
     newest = now - older_than_seconds
+    silent: list[tuple[RunReader, list[Garbage]]] = []
     unfinished = defaultdict[str, list[Unfinished]](list)
     for each in find_unfinished(store, tell=tell):
         if each.last_sign_at < newest:
@@ -140,11 +144,22 @@ def find_garbage(
                 yield Garbage(run_id, "a deletion was cut off", "all", tuple(heads), True)
         elif paths.spec in keys:
             reader = RunReader(store, run_id)
-            if read_situation(reader, now=now).is_over:
-                yield from _garbage_of_run(reader, heads, newest=newest, tell=tell)
-                yield from _garbage_of_writers(run_id, left)
+            situation = read_situation(reader, now=now, onlooker=Onlooker())
+            if situation.is_over or situation.is_doubtful:
+                garbage = [
+                    *_garbage_of_run(reader, heads, newest=newest, tell=tell),
+                    *_garbage_of_writers(run_id, left),
+                ]
+                if situation.is_over:
+                    yield from garbage
+                elif garbage:
+                    silent.append((reader, garbage))
         elif run_id in of_lost_runs:
             yield from _garbage_of_writers(run_id, _of_checkpoints(left))
+    situations = await_certainty([reader for reader, _ in silent], wait=tell)
+    for situation, (_, garbage) in zip(situations, silent, strict=True):
+        if situation.is_over:
+            yield from garbage
 
 
 def _of_checkpoints(unfinished: Iterable[Unfinished]) -> list[Unfinished]:

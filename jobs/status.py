@@ -51,14 +51,16 @@ def derive_state(
     now: float,
     driver_has_ended: bool | None = None,
     unchanged_seconds: float | None = None,
+    was_renewed: bool = False,
     run: str = "RUN",
 ) -> Situation:
     """The state of a run, from what its folder says at `now` (Unix seconds).
 
     `driver_has_ended`: whether the driver's process is gone, where this machine knows.
     `unchanged_seconds`: for how long the lease was seen to stay as it is, where somebody looks on;
-    else a driver that has long been silent is taken for gone. `run` is the name that hints use. A
-    result counts only if no newer driver has taken the run since.
+    else a driver that has long been silent is taken for gone. `was_renewed`: whether it was seen to
+    be renewed there before, so that the driver lives and only its clock is another. `run` is the
+    name that hints use. A result counts only if no newer driver has taken the run since.
     """
     resume = f"shoal resume {run}"
     if result is not None and (lease is None or result.generation >= lease.generation):
@@ -67,15 +69,12 @@ def derive_state(
         return Situation(State.PENDING, "no driver has started yet", None, 0, is_over=False)
     silence_seconds = now - lease.renewed_at
     given_back = lease.released and silence_seconds > lease.ttl_seconds
+    is_watched = unchanged_seconds is not None and unchanged_seconds < lease.ttl_seconds
     is_silent = silence_seconds > LOST_AFTER_TTLS * lease.ttl_seconds
+    if is_watched and was_renewed:
+        is_silent = False
     heard = f"last heard of {format_seconds(silence_seconds)} ago"
-    if (
-        is_silent
-        and driver_has_ended is None
-        and not lease.released
-        and unchanged_seconds is not None
-        and unchanged_seconds < lease.ttl_seconds
-    ):
+    if is_silent and driver_has_ended is None and not lease.released and is_watched:
         return Situation(
             State.RECOVERING,
             f"its driver (process {lease.pid} on {lease.host}, {heard}) is gone, or the store was "
@@ -317,18 +316,26 @@ def read_situation(
     return _situation(reader, now=now, result=None, onlooker=onlooker)[0]
 
 
-def await_certainty(reader: RunReader, *, wait: Callable[[str], None]) -> Situation:
-    """The state of a run once it is certain whether a driver that is silent is gone.
+def await_certainty(
+    readers: Sequence[RunReader], *, wait: Callable[[str], object]
+) -> list[Situation]:
+    """The state of each run once it is certain whether its driver, if silent, is gone.
 
-    `wait` is told once of a wait, which lasts as long as a lease lives at most.
+    `wait` is told of each run that is waited for, all of them for about as long as one lease lives.
     """
-    onlooker, is_told = Onlooker(), False
-    while (situation := read_situation(reader, onlooker=onlooker)).is_doubtful:
-        if not is_told:
-            wait(str(situation.cause))
-            is_told = True
+    onlookers = [Onlooker() for _ in readers]
+    found: list[Situation | None] = [None] * len(readers)
+    while True:
+        for number, (reader, onlooker) in enumerate(zip(readers, onlookers, strict=True)):
+            before = found[number]
+            if before is None or before.is_doubtful:
+                found[number] = now = read_situation(reader, onlooker=onlooker)
+                if before is None and now.is_doubtful:
+                    wait(str(now.cause))
+        situations = [situation for situation in found if situation is not None]
+        if not any(situation.is_doubtful for situation in situations):
+            return situations
         time.sleep(LOOK_SECONDS)
-    return situation
 
 
 def _situation(
@@ -344,6 +351,7 @@ def _situation(
         now=time.time() if now is None else now,
         driver_has_ended=None if lease is None else runs.driver_has_ended(lease),
         unchanged_seconds=None if onlooker is None else onlooker.unchanged_seconds,
+        was_renewed=onlooker is not None and onlooker.was_renewed,
         run=reader.uri,
     )
     return situation, lease, result

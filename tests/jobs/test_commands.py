@@ -501,7 +501,7 @@ def test_a_job_file_names_the_store_too(
     shell: Shell, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = succeeded(shell.store)
-    tree = json.loads(made.spec.to_json()) | {"store": {"uri": shell.store.uri}}
+    tree = made.spec.model_dump(mode="json") | {"store": {"uri": shell.store.uri}}
     job = tmp_path / "job.yaml"
     job.write_text(json.dumps(tree))  # JSON is YAML
     monkeypatch.delenv("SHOAL_STORE")

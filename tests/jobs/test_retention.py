@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from synthetic import START, succeeded
+from synthetic import START, running, succeeded
 
 from cluster.storage import StorageError, Store
+from jobs import status
 from jobs.errors import SpecError
 from jobs.record import CheckpointName
 from jobs.retention import Garbage, collect, delete_run, find_garbage
@@ -105,3 +107,28 @@ def test_the_best_checkpoint_of_a_result_is_never_garbage(local_store: Store) ->
         [made.paths.manifest(CheckpointName(200, 2))]
     )  # the result names it as the best
     assert list(garbage_of(local_store, older_than_seconds=0, now=START + 10**9)) == []
+
+
+def test_a_run_whose_driver_is_silent_by_its_own_clock_alone_is_left_as_it_is(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "LOOK_SECONDS", 0.1)
+    slow, gone = (
+        running(local_store, now=START + 120, run_id=run_id) for run_id in ("slow", "gone")
+    )
+    for made in (slow, gone):
+        made.lease(renewed_at=START, ttl_seconds=1.5)
+        part = made.paths.checkpoint(CheckpointName(260, 1)) + "model.safetensors"
+        local_store.write(part, b"cut off")
+    told: list[str] = []
+    renewals = itertools.count(10)
+
+    def tell(sentence: str) -> None:
+        told.append(sentence)
+        # It is heard of, and its clock is years behind.
+        slow.lease(renewed_at=START, ttl_seconds=1.5, renewals=next(renewals))
+
+    found = find_garbage(local_store, older_than_seconds=0, now=time.time() + 60, tell=tell)
+    assert [garbage.run_id for garbage in found] == ["gone"]
+    assert len(told) == 2
+    assert all("or the store was away: it is looked at for" in sentence for sentence in told)
