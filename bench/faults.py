@@ -11,12 +11,14 @@
 3. Bits are flipped in the stored objects of the newest checkpoint and in shards: the checkpoint
    must be passed over, the rows refused. A bit that nothing reads is harmless.
 
-Exit code 1 where anything wrong is accepted. `--small`: ranks that are no workers of Ray.
+Exit code 1 where anything wrong is accepted, or where the run has not met each of the faults and
+outages that it was to meet. `--small`: ranks that are no workers of Ray, and fewer faults.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import sys
@@ -32,7 +34,7 @@ from typing import Any
 import lab
 from rich.table import Table
 
-from cluster.storage import Store, open_store
+from cluster.storage import Store, Transfer, open_store
 from jobs.record import RunPaths
 from jobs.runs import RunReader
 from jobs.spec import JobSpec
@@ -45,6 +47,8 @@ SLOW_BODIES = 2
 """Bodies of row groups that would take hours; each costs the minute after which it is given up."""
 WORKERS = 2
 START_SECONDS = 600
+SURE_WAIT_SECONDS = 1.5 * Transfer().retry_seconds
+"""An outage that is longer cannot be bridged by repeating single requests."""
 ENDPOINT = "AWS_ENDPOINT_URL_S3"
 
 
@@ -79,8 +83,9 @@ def main() -> None:
                 "seed": seed,
                 "share": arguments.share,
                 "outages_seconds": outages,
+                "is_small": arguments.small,
                 "run": sick_run(arena, proxy, share=arguments.share, outages=outages),
-                "bodies": flip_bodies(arena, proxy, flips=10 if arguments.small else 150),
+                "bodies": flip_bodies(arena, proxy, flips=4 if arguments.small else 30),
             }
         result["stored"] = flip_stored(arena, flips=24 if arguments.small else 200)
     result["is_right"] = is_right(result)
@@ -121,7 +126,8 @@ def sick_run(
     proxy.storm(share, (*SICK, *FLIPS), seed=arena.seed)
     if not arena.is_small:
         proxy.fail("trickle", "GET", "/train/shard", times=SLOW_BODIES)
-    away = threading.Thread(target=take_away, args=(arena, proxy, outages), daemon=True)
+    refused: list[int] = []
+    away = threading.Thread(target=take_away, args=(arena, proxy, outages, refused), daemon=True)
     away.start()
     sick_seconds = run(arena, "sick", endpoint=proxy.url)
     away.join()
@@ -136,6 +142,7 @@ def sick_run(
         "sick_seconds": round(sick_seconds, 1),
         "requests": len(proxy.requests),
         "injected": dict(proxy.injected.most_common()),
+        "refused_in_outages": refused,
         "same_weights": final_weights(arena.runs, "sick") == final_weights(arena.runs, "calm"),
         "same_batches": global_batches(arena.runs, "sick") == global_batches(arena.runs, "calm"),
         "rows_lost": sum(len(expected[epoch] - set(rows.get(epoch, {}))) for epoch in expected),
@@ -147,16 +154,19 @@ def sick_run(
     }
 
 
-def take_away(arena: Arena, proxy: FaultyProxy, outages: list[float]) -> None:
-    """The outages, each once another checkpoint is there."""
+def take_away(arena: Arena, proxy: FaultyProxy, outages: list[float], refused: list[int]) -> None:
+    """The outages, each once another checkpoint is there; adds how many requests met each."""
     seen = 0
     for seconds in outages:
         deadline = time.monotonic() + START_SECONDS
-        while (found := newest_step(arena.runs)) <= seen and time.monotonic() < deadline:
+        while (found := newest_step(arena.runs)) <= seen:
+            if time.monotonic() > deadline:
+                return
             time.sleep(0.2)
-        seen = found
+        seen, before = found, proxy.injected["away"]
         proxy.outage(seconds)
         time.sleep(seconds)
+        refused.append(proxy.injected["away"] - before)
 
 
 def newest_step(runs: Store) -> int:
@@ -202,8 +212,12 @@ def on_ray(spec: JobSpec, run_id: str) -> None:
 # --------------------------------------------------------------------------------- bits, flipped
 
 
-def flip_bodies(arena: Arena, proxy: FaultyProxy, *, flips: int) -> dict[str, Counter[str]]:
-    """What becomes of requests one bit of whose body differs, by what they are for."""
+def flip_bodies(arena: Arena, proxy: FaultyProxy, *, flips: int) -> dict[str, dict[str, int]]:
+    """What becomes of requests one bit of whose body differs, by what they are for.
+
+    Each use makes some requests, of which one after the other is hit, in an order that is drawn.
+    """
+    dice = random.Random(arena.seed)
     access = arena.spec.store.access.model_copy(update={"endpoint_url": proxy.url})
     data, runs = open_store(arena.data.uri, access), open_store(arena.runs.uri, access)
     newest = RunReader(arena.runs, "calm").live_manifests()[-1]
@@ -237,15 +251,28 @@ def flip_bodies(arena: Arena, proxy: FaultyProxy, *, flips: int) -> dict[str, Co
         "checkpoints restored": ("corrupt answer", "GET", newest.name.folder, a_checkpoint),
         "models fetched": ("corrupt answer", "GET", "/model/", a_model),
     }
-    counts: dict[str, Counter[str]] = {name: Counter() for name in ways}
-    for number in range(flips):
-        name = list(ways)[number % len(ways)]
-        kind, method, part, use = ways[name]
-        before = proxy.injected[kind]
-        proxy.fail(kind, method, part)
-        is_true = use()
-        assert proxy.injected[kind] == before + 1, f"no bit was flipped in {name}"
-        counts[name]["found" if is_true else "accepted"] += 1
+    counts: dict[str, dict[str, int]] = {}
+    for name, (kind, method, part, use) in ways.items():
+        asked_before = len(proxy.requests)
+        assert use(), f"{name}: wrong without a fault"
+        asked = [r for r in proxy.requests[asked_before:] if r.startswith(method) and part in r]
+        spoilt_before = len(proxy.spoilt)
+        found = Counter({"found": 0, "accepted": 0})
+        for place in itertools.islice(
+            itertools.cycle(dice.sample(range(len(asked)), len(asked))), flips
+        ):
+            spoilt = len(proxy.spoilt)
+            proxy.fail(kind, method, part, after=place)
+            found["found" if use() else "accepted"] += 1
+            assert len(proxy.spoilt) == spoilt + 1, f"no bit was flipped in {name}"
+        objects = set(asked)
+        hit = {f"{method} {path}" for path in proxy.spoilt[spoilt_before:]}
+        counts[name] = dict(found) | {
+            "requests": len(asked),
+            "requests_hit": min(len(asked), flips),
+            "objects": len(objects),
+            "objects_hit": len(objects & hit),
+        }
     arena.runs.delete(["flipped"])
     return counts
 
@@ -333,8 +360,30 @@ def is_right(result: dict[str, Any]) -> bool:
     return (
         bool(went["same_weights"] and went["same_batches"])
         and went["rows_lost"] == went["rows_repeated"] == 0
-        and not any(counts["accepted"] for counts in flipped)
+        and not any(counts.get("accepted") for counts in flipped)
+        and all(counts["found"] for counts in flipped)
+        and all(hits_enough(counts) for counts in result["bodies"].values())
+        and has_met_all(result)
     )
+
+
+def hits_enough(counts: dict[str, int]) -> bool:
+    """Whether bits were flipped in several objects, where one use reads several."""
+    return counts["objects_hit"] >= min(2, counts["objects"])
+
+
+def has_met_all(result: dict[str, Any]) -> bool:
+    """Whether the run met each outage and, in full size, each kind of fault; and said that it
+    waited where it had to."""
+    went, outages = result["run"], result["outages_seconds"]
+    met = went["injected"]
+    if len(went["refused_in_outages"]) < len(outages) or not all(went["refused_in_outages"]):
+        return False
+    if result["is_small"]:
+        return sum(met.values()) > met["away"]
+    must_wait = max(outages, default=0) > SURE_WAIT_SECONDS
+    has_waited = went["waits_told"] + went["saves_repeated"] > 0
+    return all(kind in met for kind in (*SICK, *FLIPS)) and (has_waited or not must_wait)
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -350,9 +399,19 @@ def tables(result: dict[str, Any]) -> list[Table]:
         "same_weights", "same_batches", "rows_lost", "rows_repeated",
     ):  # fmt: skip
         run_table.add_row(name.replace("_", " "), str(went[name]))
-    bits = Table("one bit differs in", "found", "harmless", "accepted", title="flipped bits")
+    columns = (
+        "found",
+        "harmless",
+        "accepted",
+        "requests",
+        "requests_hit",
+        "objects",
+        "objects_hit",
+    )
+    titles = (column.replace("_", " ") for column in columns)
+    bits = Table("one bit differs in", *titles, title="flipped bits")
     for name, counts in (result["bodies"] | result["stored"]).items():
-        bits.add_row(name, *(str(counts[word]) for word in ("found", "harmless", "accepted")))
+        bits.add_row(name, *(str(counts.get(column, "-")) for column in columns))
     return [run_table, bits]
 
 

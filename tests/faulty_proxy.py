@@ -91,7 +91,7 @@ _OWN_HEADERS = ("expect", "connection")
 
 @dataclass
 class Fault:
-    """Fails the next `times` requests of `method` whose URL contains `part`."""
+    """Fails `times` requests of `method` whose URL contains `part`, from the next one on."""
 
     kind: Kind
     method: str
@@ -99,6 +99,8 @@ class Fault:
     times: int = 1
     header: str = ""
     """Only requests that have this header."""
+    after: int = 0
+    """So many that fit are let through first."""
 
 
 @dataclass
@@ -111,6 +113,8 @@ class FaultyProxy:
     """`METHOD path` of each request, in order of arrival."""
     injected: Counter[Kind] = field(default_factory=Counter)
     """Faults by kind that were done; one that an answer without a body could not have is not."""
+    spoilt: list[str] = field(default_factory=list)
+    """The path of each request to which one was done."""
     ignored: Sequence[str] = ()
     """Headers of writing requests, in small letters, that are left out, as by a store that does not
     know them; the requests are signed anew, with the keys of the environment."""
@@ -159,10 +163,17 @@ class FaultyProxy:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def fail(
-        self, kind: Kind, method: str, part: str = "", *, times: int = 1, header: str = ""
+        self,
+        kind: Kind,
+        method: str,
+        part: str = "",
+        *,
+        times: int = 1,
+        header: str = "",
+        after: int = 0,
     ) -> None:
-        """Fail the next requests that fit."""
-        self.faults.append(Fault(kind, method, part, times, header))
+        """Fail the next requests that fit, but for the first `after` of them."""
+        self.faults.append(Fault(kind, method, part, times, header, after))
 
     def storm(self, share: float, kinds: Sequence[Kind], *, seed: int) -> None:
         """From now on fail this share of all requests, drawn one by one; 0 ends it.
@@ -194,6 +205,9 @@ class FaultyProxy:
                     and fault.part in path
                     and (not fault.header or fault.header.lower() in headers)
                 ):
+                    if fault.after:
+                        fault.after -= 1
+                        continue
                     fault.times -= 1
                     return fault.kind
             if self._random is None or self._random.random() >= self._share:
@@ -204,9 +218,10 @@ class FaultyProxy:
                 return None
             return kind
 
-    def done(self, kind: Kind) -> None:
+    def done(self, kind: Kind, path: str) -> None:
         with self._lock:
             self.injected[kind] += 1
+            self.spoilt.append(path)
 
     def flip(self, data: bytes) -> bytes:
         """The bytes with one bit changed: of the first one, or drawn in a storm."""
@@ -237,7 +252,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "corrupt request" and not body:
             fault = None
         if fault is not None and fault not in _BODY_KINDS:
-            owner.done(fault)
+            owner.done(fault, self.path)
         if fault == "hang":
             owner.wait()
         if fault == "late":
@@ -284,7 +299,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif fault == "error in 200":
             self._answer(200, _XML, _INTERNAL_ERROR)
         elif fault in _BODY_KINDS and data and answer.status < 300:
-            self.owner.done(fault)
+            self.owner.done(fault, self.path)
             if fault == "corrupt answer":
                 self._answer(answer.status, headers, self.owner.flip(data))
             else:
