@@ -399,19 +399,14 @@ def tables(result: dict[str, Any]) -> list[Table]:
         "same_weights", "same_batches", "rows_lost", "rows_repeated",
     ):  # fmt: skip
         run_table.add_row(name.replace("_", " "), str(went[name]))
-    columns = (
-        "found",
-        "harmless",
-        "accepted",
-        "requests",
-        "requests_hit",
-        "objects",
-        "objects_hit",
-    )
-    titles = (column.replace("_", " ") for column in columns)
-    bits = Table("one bit differs in", *titles, title="flipped bits")
+    words = ("found", "harmless", "accepted")
+    bits = Table("one bit differs in", *words, "requests hit", "objects hit", title="flipped bits")
     for name, counts in (result["bodies"] | result["stored"]).items():
-        bits.add_row(name, *(str(counts.get(column, "-")) for column in columns))
+        hit = [
+            f"{counts[f'{what}_hit']} of {counts[what]}" if what in counts else "-"
+            for what in ("requests", "objects")
+        ]
+        bits.add_row(name, *(str(counts.get(word, 0)) for word in words), *hit)
     return [run_table, bits]
 
 
