@@ -7,7 +7,8 @@ parts of a checkpoint and its manifest; of workers, of the driver, of a whole Ra
 the kills hit a second run, which goes on with another number of workers after each. Afterwards, in
 the lineage of the final weights, every row of every epoch must have been used exactly once; the
 first run must end with the bits of a run that was never killed, the second with the same sequence
-of global batches. Exit code 1 where any of this fails.
+of global batches. Exit code 1 where any of this fails, or where fewer kills met a moment than they
+should: 5 each of those above, two drivers and a node, of 50.
 
 `--small` kills ranks that are no workers of Ray, for CI: no drivers, no nodes.
 """
@@ -37,8 +38,9 @@ from rich.table import Table
 HOOKS = Path(__file__).parent / "hooks"
 INSIDE = ("step", "evaluation", "upload", "parts")
 """Moments of a rank; `parts` is between the parts of a checkpoint and its manifest."""
-LEAST_OF_EACH = 5
-LEAST_DRIVERS, LEAST_NODES = 2, 1
+WHOLE = 50
+LEAST = dict.fromkeys(INSIDE, 5) | {"driver": 2, "node": 1}
+"""How many of so many kills meet each moment at least."""
 MOST_STEPS_BEFORE = 30
 PATIENCE_SECONDS = 600
 LOOK_SECONDS = 0.5
@@ -121,8 +123,19 @@ def main() -> None:
         "moments": dict(Counter(kill.moment for kill in arena.kills)),
         "runs": [asdict(verdict) | {"is_right": verdict.is_right} for verdict in verdicts],
     }
+    result["is_right"] = is_right(result, kills=kills, is_small=arguments.small)
     lab.tell("chaos", result, tables=tables(result), json_file=arguments.json)
-    sys.exit(0 if all(verdict.is_right for verdict in verdicts) else 1)
+    sys.exit(0 if result["is_right"] else 1)
+
+
+def is_right(result: dict[str, Any], *, kills: int, is_small: bool) -> bool:
+    """Whether the runs are, and so many kills met so many of each moment."""
+    met, least = result["moments"], {} if is_small or kills < WHOLE else LEAST
+    return (
+        all(run["is_right"] for run in result["runs"])
+        and len(result["kills"]) == kills
+        and all(met.get(moment, 0) >= number for moment, number in least.items())
+    )
 
 
 # ------------------------------------------------------------------------------------- the scene
@@ -257,12 +270,8 @@ def on_ray(arena: Arena, kills: int) -> list[Verdict]:
 def next_moment(met: Counter[str], left: int, draw: random.Random, *, run_id: str) -> str:
     """What the next of `left` kills is to hit: anything, or what has been met too rarely so far."""
     if run_id == "steady":
-        least = dict.fromkeys(INSIDE, LEAST_OF_EACH) | {
-            "driver": LEAST_DRIVERS,
-            "node": LEAST_NODES,
-        }
-        lacking = [moment for moment in least for _ in range(least[moment] - met[moment])]
-        return draw.choice(lacking if len(lacking) >= left else [*INSIDE, *least])
+        lacking = [moment for moment in LEAST for _ in range(LEAST[moment] - met[moment])]
+        return draw.choice(lacking if len(lacking) >= left else [*INSIDE, *LEAST])
     # The successor of a driver has another number of workers.
     return "driver" if draw.random() < 0.5 else draw.choice(INSIDE)
 

@@ -13,6 +13,11 @@ uploaded and restored by Shoal, and the same bytes copied, and moved by parallel
 verify nothing. A restore ends in files of the cache's folder; it is measured on the disk and in
 memory (/dev/shm), each against GETs that end in files there too. GETs whose bytes are held and
 written nowhere are told beside them.
+
+Exit code 1 where training stands still for more than a tenth of what SYNC costs, the copy takes
+longer than 1.5 plain ones, or an upload, or a restore to the disk, has less than four fifths of the
+raw speed. A restore to memory is told and not judged: there both cores are busy with the raw GETs
+alone, so that it is as much slower as SHA-256 takes. In the small size nothing is judged.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from saved_model import MIB, Sizes
 
 VARIANTS = ("none", "shoal", "ray sync", "ray async")
 SMALL = Sizes(hidden=64, layers=2, vocabulary=2000, steps=12, every=4, rounds=1, moves=1)
+MOST_OF_SYNC, MOST_COPIES, LEAST_OF_RAW = 0.10, 1.5, 0.8
 FULL = Sizes(hidden=384, layers=6, vocabulary=30522, steps=200, every=25, rounds=3, moves=4)
 
 
@@ -45,7 +51,9 @@ def main() -> None:
     with lab.place() as place, lab.object_store(place, gives_way=True) as bucket:
         found = measure_on_ray(sizes, rounds, bucket, place)
     result = summarize(found, sizes)
+    result["is_right"] = arguments.small or is_right(result)
     lab.tell("checkpoint", result, tables=tables(result), json_file=arguments.json)
+    sys.exit(0 if result["is_right"] else 1)
 
 
 def measure_on_ray(sizes: Sizes, rounds: int, bucket: str, place: Path) -> dict[str, Any]:
@@ -172,6 +180,14 @@ def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
         },
         "restore_ratio_to_held": ratio(state["raw get, held"], state["shoal restore, in memory"]),
     }
+
+
+def is_right(result: dict[str, Any]) -> bool:
+    return (
+        result["still_share_of_ray_sync"] <= MOST_OF_SYNC
+        and result["copy_ratio"] <= MOST_COPIES
+        and min(result["upload_ratio"], result["restore_ratio"]["on disk"]) >= LEAST_OF_RAW
+    )
 
 
 def ratio(over: list[float], under: list[float]) -> float:

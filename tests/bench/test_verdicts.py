@@ -1,0 +1,154 @@
+"""What the experiments call right, and what not, by results that are made up."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.bench.small import ROOT
+
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A script of bench/ as a module."""
+    monkeypatch.syspath_prepend(str(BENCH))
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def broken(result: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """The result with one value changed; a path is `a/b/0/c`."""
+    changed = copy.deepcopy(result)
+    *above, last = path.split("/")
+    node: Any = changed
+    for key in above:
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    node[last] = value
+    return changed
+
+
+def test_faults(bench: Callable[[str], ModuleType]) -> None:
+    faults = bench("faults")
+    hit = {"found": 3, "accepted": 0, "requests": 9, "requests_hit": 3, "objects": 3}
+    right = {
+        "is_small": False,
+        "outages_seconds": [20.0, 75.0],
+        "run": {
+            "injected": {"away": 9, **dict.fromkeys((*faults.SICK, *faults.FLIPS), 1)},
+            "refused_in_outages": [4, 5],
+            "same_weights": True, "same_batches": True, "rows_lost": 0, "rows_repeated": 0,
+            "waits_told": 1, "saves_repeated": 0,
+        },
+        "bodies": {"rows read": hit | {"objects_hit": 2}},
+        "stored": {"shards": {"found": 5, "harmless": 1}},
+    }  # fmt: skip
+    assert faults.is_right(right)
+    for path, value in (
+        ("run/same_weights", False),
+        ("run/rows_lost", 1),
+        ("run/refused_in_outages", [4, 0]),
+        ("run/refused_in_outages", [9]),
+        ("run/waits_told", 0),
+        ("run/injected", {"away": 9, "late": 50}),
+        ("bodies/rows read/accepted", 1),
+        ("bodies/rows read/objects_hit", 1),
+        ("stored/shards", {"harmless": 6, "found": 0}),
+    ):
+        assert not faults.is_right(broken(right, path, value)), path
+
+
+def test_elastic(bench: Callable[[str], ModuleType]) -> None:
+    elastic = bench("elastic")
+    attempts = [
+        {"workers": workers, "gave_way": gave_way, "steps_lost": 0 if gave_way else 7}
+        for workers, gave_way in ((1, True), (2, False), (1, True), (1, True))
+    ]
+    right = {
+        "attempts": attempts,
+        "steps": 165,
+        "are_all_steps_there": True,
+        "global_batches_that_differ": 0,
+        "loss_difference_max": 1e-7,
+        "rows": {"lost": 0, "repeated": 0},
+        "evaluations": {"shared": 7, "not_each_row_once": 0, "loss_difference_max": 1e-7},
+        "polling_share_of_a_step": 0.004,
+    }
+    assert elastic.is_right(right, elastic.SMALL)
+    assert not elastic.is_right(right, elastic.FULL)
+    for path, value in (
+        ("attempts/0/gave_way", False),
+        ("attempts/1/gave_way", True),
+        ("attempts/2/steps_lost", 1),
+        ("attempts/1/workers", 1),
+        ("are_all_steps_there", False),
+        ("loss_difference_max", 1e-3),
+        ("evaluations/loss_difference_max", 1e-3),
+        ("evaluations/shared", 6),
+        ("polling_share_of_a_step", 0.006),
+    ):
+        assert not elastic.is_right(broken(right, path, value), elastic.SMALL), path
+
+
+def test_chaos(bench: Callable[[str], ModuleType]) -> None:
+    chaos = bench("chaos")
+    right = {
+        "runs": [{"is_right": True}, {"is_right": True}],
+        "moments": {"step": 20, "evaluation": 5, "upload": 8, "parts": 9, "driver": 6, "node": 2},
+        "kills": [{}] * 50,
+    }
+    assert chaos.is_right(right, kills=50, is_small=False)
+    for path, value in (
+        ("runs/1/is_right", False),
+        ("kills", [{}] * 49),
+        ("moments/upload", 4),
+        ("moments/driver", 1),
+        ("moments/node", 0),
+    ):
+        assert not chaos.is_right(broken(right, path, value), kills=50, is_small=False), path
+
+
+def test_recovery(bench: Callable[[str], ModuleType]) -> None:
+    ratios = {"worker_seconds": 1.1, "worker_steps_lost": 0.2, "node_steps_lost": 0.1}
+    recovery = bench("recovery")
+    assert recovery.is_right({"ratios": ratios})
+    for name, value in (
+        ("worker_seconds", 1.2),
+        ("worker_steps_lost", 1.0),
+        ("node_steps_lost", 1.0),
+    ):
+        assert not recovery.is_right({"ratios": ratios | {name: value}}), name
+
+
+def test_checkpoint(bench: Callable[[str], ModuleType]) -> None:
+    right = {
+        "still_share_of_ray_sync": 0.09,
+        "copy_ratio": 1.1,
+        "upload_ratio": 0.86,
+        "restore_ratio": {"on disk": 0.85, "in memory": 0.67},
+    }
+    checkpoint = bench("checkpoint")
+    assert checkpoint.is_right(right)
+    for path, value in (
+        ("still_share_of_ray_sync", 0.11),
+        ("copy_ratio", 1.6),
+        ("upload_ratio", 0.79),
+        ("restore_ratio/on disk", 0.79),
+    ):
+        assert not checkpoint.is_right(broken(right, path, value)), path
