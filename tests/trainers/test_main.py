@@ -140,18 +140,25 @@ def test_a_place_of_another_kind_is_recorded_whole(scene: Scene) -> None:
 
 
 FREEZES_BEFORE_A_MANIFEST = """
-import os, signal, sys
+import os, signal, sys, threading
 from cluster.folder import FolderStore
 from trainers import __main__ as module
 
-whole = FolderStore.write_if_absent
+whole, renew = FolderStore.write_if_absent, FolderStore.write_if_match
+# Frozen with the lock of a folder's lease it would keep everybody from that.
+is_renewing = threading.Lock()
 
 def freezing(self, key, data):
     if key.endswith("step-00000010-attempt-0001/manifest.json"):
-        os.kill(os.getpid(), signal.SIGSTOP)
+        with is_renewing:
+            os.kill(os.getpid(), signal.SIGSTOP)
     return whole(self, key, data)
 
-FolderStore.write_if_absent = freezing
+def renewing(self, key, data, *, etag):
+    with is_renewing:
+        return renew(self, key, data, etag=etag)
+
+FolderStore.write_if_absent, FolderStore.write_if_match = freezing, renewing
 module._LEASE_SECONDS = 3.0
 sys.argv[0] = "trainers"
 module.main()
@@ -181,6 +188,7 @@ def test_what_a_driver_commits_that_was_frozen_and_succeeded_is_ignored(scene: S
     checkpoints = scene.run_folder() / "checkpoints"
     late_manifest = checkpoints / "step-00000010-attempt-0001/manifest.json"
     frozen = started("-c", FREEZES_BEFORE_A_MANIFEST, job, "--run-id", "run")
+    processes = [frozen]
     try:
         wait_for(lambda: psutil.Process(frozen.pid).status() == psutil.STATUS_STOPPED, frozen)
         successor = subprocess.Popen(
@@ -188,18 +196,19 @@ def test_what_a_driver_commits_that_was_frozen_and_succeeded_is_ignored(scene: S
             stdout=subprocess.PIPE,
             text=True,
         )
+        processes.append(successor)
         assert successor.stdout is not None
         assert successor.stdout.readline() == "runs\n"
         assert not late_manifest.exists()
         frozen.send_signal(signal.SIGCONT)
         _, said = frozen.communicate(timeout=240)
+        assert frozen.returncode == 3
+        assert f"was lost to process {successor.pid} on" in said
+        assert successor.wait(timeout=240) == 0
     finally:
-        frozen.kill()
-        frozen.communicate()
-    assert frozen.returncode == 3
-    assert f"was lost to process {successor.pid} on" in said
-    assert successor.wait(timeout=240) == 0
-    successor.stdout.close()
+        for process in processes:
+            process.kill()
+            process.communicate()
 
     result = RunReader(scene.runs, "run").result()
     assert result is not None
