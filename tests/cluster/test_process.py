@@ -1,11 +1,10 @@
-"""Which process it was, and whether it has ended, for all that can be known."""
+"""Whether a process has ended, where this user may not see it; the rest is in test_lease.py."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,25 +23,6 @@ sys.path[:0] = {paths!r}
 from cluster.process import ProcessIdentity
 print(ProcessIdentity(*{fields!r}).has_ended)
 """
-
-
-def test_a_process_is_gone_once_it_has_ended_and_its_number_means_nothing() -> None:
-    me = identify()
-    assert me.has_ended is False
-    assert replace(me, started="1").has_ended is True
-    child = subprocess.Popen(["sleep", "60"])
-    other = identify(child.pid)
-    assert other.has_ended is False
-    child.kill()
-    child.wait()
-    assert other.has_ended is True
-
-
-def test_of_a_process_elsewhere_or_before_a_restart_nobody_can_tell() -> None:
-    me = identify()
-    assert replace(me, host="node-7").has_ended is None
-    assert replace(me, boot="another").has_ended is None
-    assert replace(me, boot="").has_ended is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide processes")
