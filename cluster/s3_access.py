@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import boto3.session
+import botocore.awsrequest
 import botocore.config
 import botocore.exceptions
 import botocore.loaders
@@ -168,12 +169,25 @@ def make_client(session: boto3.session.Session, settings: S3Settings) -> S3Clien
         options["proxies"] = {}
     if settings.anonymous:
         options["signature_version"] = botocore.UNSIGNED
-    return session.client(
+    client = session.client(
         "s3",
         endpoint_url=settings.endpoint_url,
         verify=settings.ca_bundle,
         config=botocore.config.Config(**options),
     )
+    client.meta.events.register("before-sign.s3.UploadPart", _sign_without_body)
+    return client
+
+
+def _sign_without_body(request: botocore.awsrequest.AWSRequest, **_: object) -> None:
+    """Signs a part by its headers alone, one of which is the checksum of its bytes.
+
+    botocore would do so over TLS where the checksum were its own; else it takes a SHA-256 of each
+    part, which costs as much as sending it. A checkpoint's parts have theirs in its manifest.
+    """
+    held = request.context["client_config"]
+    unsigned = botocore.config.Config(s3={**(held.s3 or {}), "payload_signing_enabled": False})
+    request.context["client_config"] = held.merge(unsigned)
 
 
 def make_filesystem(

@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import boto3
 import pytest
 
 from cluster.embedded import EmbeddedStore
+from cluster.s3 import S3Store
 from cluster.s3_transfer import Follower, Span, part_spans
 from cluster.storage import (
     ObjectExists,
@@ -124,6 +125,28 @@ def test_large_bytes_move_in_parts(proxy: FaultyProxy, shaky: Store) -> None:
     shaky.write("large", memoryview(data))
     assert sum("partNumber" in r for r in proxy.requests) == 2
     assert shaky.read("large") == data
+
+
+def test_parts_are_signed_by_their_checksums_and_one_that_arrives_damaged_is_sent_again(
+    proxy: FaultyProxy, shaky: Store
+) -> None:
+    """Their bytes are not hashed a second time for the signature; those of small objects are."""
+    signed: dict[str, set[str]] = {}
+
+    def note(request: Any, event_name: str, **_: object) -> None:
+        operation = event_name.rpartition(".")[2]
+        signed.setdefault(operation, set()).add(request.headers["X-Amz-Content-SHA256"].decode())
+
+    assert isinstance(shaky, S3Store)
+    shaky._connection.client().meta.events.register("before-send.s3", note)
+    data = os.urandom(6 * MIB)
+    proxy.fail("corrupt request", "PUT", "partNumber")
+    shaky.write("large", data)
+    shaky.write("small", b"x")
+    assert proxy.injected["corrupt request"] == 1
+    assert shaky.read("large") == data
+    assert signed["UploadPart"] == {"UNSIGNED-PAYLOAD"}
+    assert signed["PutObject"] == {hashlib.sha256(b"x").hexdigest()}
 
 
 def test_an_upload_that_fails_leaves_nothing_behind(
