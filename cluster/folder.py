@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import time
 import uuid
@@ -18,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 import filelock
 import tenacity
+import xxhash
 
 from cluster.storage import (
     OWN_FILE_PREFIX,
@@ -173,7 +173,7 @@ class FolderStore:
         return iter(sorted(name.removesuffix("/") for name in names if name.endswith("/")))
 
     def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
-        digest = hashlib.sha256() if hashed else None
+        digest = xxhash.xxh3_128() if hashed else None
 
         def fill(file: IO[bytes]) -> None:
             for block in self._told(_blocks_of_file(source)):
@@ -183,7 +183,7 @@ class FolderStore:
 
         with self._reading(key), self._file(key).open("rb") as source:
             write_whole(path, fill, flush=False)
-        return digest.hexdigest() if digest is not None else ""
+        return str(digest.hexdigest()) if digest is not None else ""
 
     def _told(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
         """The blocks; calls `on_part` whenever those of a part have been dealt with."""

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
 import boto3.session
@@ -186,7 +186,7 @@ def _sign_without_body(request: botocore.awsrequest.AWSRequest, **_: object) -> 
     part, which costs as much as sending it. A checkpoint's parts have theirs in its manifest.
     """
     held = request.context["client_config"]
-    unsigned = botocore.config.Config(s3={**(held.s3 or {}), "payload_signing_enabled": False})
+    unsigned = botocore.config.Config(s3=cast(Any, {**held.s3, "payload_signing_enabled": False}))
     request.context["client_config"] = held.merge(unsigned)
 
 

@@ -203,8 +203,9 @@ class Store(Protocol):
     def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
         """The object as a file, by parallel ranges; `path` appears whole or not at all.
 
-        Gives the hex sha256 of its bytes, taken while they arrive, if they are to be hashed, else
-        "". The file is not flushed to the disk: a machine that goes down may lose its bytes.
+        Gives the XXH3 of its bytes (128 bits, in hexadecimal), taken while they arrive, if they are
+        to be hashed, else "". The file is not flushed to the disk: a machine that goes down may
+        lose its bytes.
         """
         ...
 

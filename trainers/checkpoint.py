@@ -38,6 +38,7 @@ from typing import Any
 
 import tenacity
 import torch.distributed as dist
+import xxhash
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
@@ -299,7 +300,12 @@ class CheckpointWriter:
                 pool.submit(self._write_file, folder + name, data) for name, data in files.items()
             ]
             parts = tuple(
-                Part(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+                Part(
+                    name=name,
+                    bytes=len(data),
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    xxh3=xxhash.xxh3_128_hexdigest(data),
+                )
                 for name, data in sorted(files.items())
             )
             for write in written:

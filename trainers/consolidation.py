@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import xxhash
 from filelock import FileLock
 
 from cluster.storage import Store, open_store
@@ -79,12 +80,14 @@ def store_weights(
         descriptor = file.fileno()
         upload = pool.submit(to.upload, key, Path(f"/dev/fd/{descriptor}"))
         num_bytes = os.fstat(descriptor).st_size
-        digest = hashlib.sha256()
+        sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_128()
         for start in range(0, num_bytes, _BLOCK_BYTES):
-            digest.update(os.pread(descriptor, _BLOCK_BYTES, start))
+            block = os.pread(descriptor, _BLOCK_BYTES, start)
+            sha256.update(block)
+            xxh3.update(block)
         upload.result()
     watchdog.tick()
-    return Part(name=key, bytes=num_bytes, sha256=digest.hexdigest())
+    return Part(name=key, bytes=num_bytes, sha256=sha256.hexdigest(), xxh3=xxh3.hexdigest())
 
 
 def _weights_file(checkpoint: Store, parts: Sequence[Part], scratch: Path) -> BinaryIO:

@@ -40,10 +40,10 @@ reads_again = tenacity.retry(
 def local_copy(store: Store, parts: Sequence[Part], folder: Path) -> Path:
     """`folder`, holding all `parts` of the store (names relative to it).
 
-    A part whose sha256 is empty is checked by its bytes only. Processes of a node that ask at the
-    same time fetch once. A folder that is there is taken if its files have the bytes of the parts
-    and the machine has been up since, else it is fetched anew. Raises DamagedPart, ObjectMissing,
-    StorageError, or EnvironmentFault where the disk has no room.
+    A part without an xxh3 is checked by its number of bytes only. Processes of a node that ask at
+    the same time fetch once. A folder that is there is taken if its files have the bytes of the
+    parts and the machine has been up since, else it is fetched anew. Raises DamagedPart,
+    ObjectMissing, StorageError, or EnvironmentFault where the disk has no room.
     """
     for part in parts:
         _check_name(store, part)
@@ -139,8 +139,8 @@ def _fetch(store: Store, part: Part, folder: Path) -> None:
     """Fetches a part and verifies it; one whose bytes are wrong is fetched anew."""
     path = folder / part.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = store.download(part.name, path, hashed=bool(part.sha256))
-    if path.stat().st_size != part.bytes or digest != part.sha256:
+    digest = store.download(part.name, path, hashed=bool(part.xxh3))
+    if path.stat().st_size != part.bytes or digest != part.xxh3:
         raise DamagedPart(
             Problem(f"{store.uri}/{part.name} is damaged: its bytes are not those of its record")
         )

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import xxhash
+
 from cluster.storage import Store
 from jobs.parse import parse_spec
 from jobs.record import (
@@ -247,7 +249,14 @@ class SyntheticRun:
         ):
             self.store.write(folder + part, data)
             digest = hashlib.sha256(data).hexdigest()
-            parts.append(Part(name=part, bytes=len(data), sha256=digest))
+            parts.append(
+                Part(
+                    name=part,
+                    bytes=len(data),
+                    sha256=digest,
+                    xxh3=xxhash.xxh3_128_hexdigest(data),
+                )
+            )
         metrics = evaluation(self.labels, skill=self.skill(step), rows=800, seed=step)["metrics"]
         metric, mode, _ = self.spec.best
         sign = 1 if mode == "min" else -1

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from cluster.storage import ObjectMissing, Store, open_store
 from jobs.errors import EnvironmentFault
@@ -31,7 +32,12 @@ def source(tmp_path: Path) -> Store:
 @pytest.fixture
 def parts() -> list[Part]:
     return [
-        Part(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        Part(
+            name=name,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            xxh3=xxhash.xxh3_128_hexdigest(data),
+        )
         for name, data in CONTENT.items()
     ]
 
@@ -112,7 +118,7 @@ class Spoiling(Counting):
         data = bytearray(path.read_bytes())
         data[17] ^= 4
         path.write_bytes(data)
-        return hashlib.sha256(data).hexdigest() if hashed else ""
+        return xxhash.xxh3_128_hexdigest(data) if hashed else ""
 
 
 @pytest.mark.parametrize("times", [1, 2])
