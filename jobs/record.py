@@ -196,6 +196,8 @@ class Attempt(SealedRecord):
     device: str = "cpu"
     max_tokens_per_microbatch: int | None = None
     """Where memory has run out: what holds in place of the job's own; None: the job's own."""
+    launch_tokens: int | None = None
+    """What a micro-batch costs besides its tokens, where the job has it measured."""
     num_parameters: int = 0
     num_trained_parameters: int = 0
     total_steps: int = 0
@@ -300,6 +302,8 @@ class Manifest(SealedRecord):
     is_last_step: bool = False
     max_tokens_per_microbatch: int | None = None
     """As in the attempt: where memory had run out, what held in place of the job's own."""
+    launch_tokens: int | None = None
+    """As in the attempt."""
 
     @property
     def name(self) -> CheckpointName:

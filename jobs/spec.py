@@ -240,6 +240,9 @@ class Batching(SpecPart):
     max_tokens_per_microbatch: PositiveInt = 8192
     """Tokens, padding included, of one forward and backward pass of one worker. A step takes as
     many micro-batches as it needs."""
+    launch_tokens: NonNegativeInt | Literal["auto"] = "auto"
+    """What a micro-batch costs besides its tokens, in tokens: many make few micro-batches with more
+    padding. `auto`: measured before the first step, and kept for the whole run."""
 
 
 class Optimizer(SpecPart):

@@ -229,6 +229,7 @@ class RunStatus:
                     "last_step": o.step if o else None,
                     "broke_off": c.reason if (c := self.crashes.get(a.attempt)) else None,
                     "max_tokens_per_microbatch": a.max_tokens_per_microbatch,
+                    "launch_tokens": a.launch_tokens,
                 }
                 for a in self.attempts
             ],
@@ -246,6 +247,7 @@ _TRAIN_KEYS = (
     "grad_norm",
     "rows_per_second",
     "tokens_per_second",
+    "padding_share",
     "data_wait_share",
     "straggler",
 )

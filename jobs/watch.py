@@ -236,12 +236,13 @@ def _progress(status: RunStatus) -> RenderableType:
 def _numbers(status: RunStatus) -> RenderableType:
     train = status.train or {}
     grid = Table.grid(padding=(0, 3, 0, 0))
-    names = ["loss", "learning rate", "rows/s", "tokens/s", "data wait", "gradient norm"]
+    names = ["loss", "learning rate", "rows/s", "tokens/s", "padding", "data wait", "gradient norm"]
     values = [
         format_number(train.get("loss")),
         format_number(train.get("learning_rate")),
         format_number(train.get("rows_per_second")),
         format_number(train.get("tokens_per_second")),
+        format_percent(train.get("padding_share")),
         format_percent(train.get("data_wait_share")),
         format_number(train.get("grad_norm")),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,7 @@ def _claim(
             crash,
             of_job=assignment.spec.batching.max_tokens_per_microbatch,
         ),
+        launch_tokens=_measured_before(assignment.spec, before, restored),
     )
     store.write_if_absent(paths.attempt(number), attempt.to_bytes())
     seen = assignment.controls_seen
@@ -185,11 +187,27 @@ def microbatch_limit(
     return held if held < of_job else None
 
 
-def with_limit(spec: JobSpec, max_tokens_per_microbatch: int | None) -> JobSpec:
-    """The job with an attempt's own limit of a micro-batch, where it has one."""
-    if max_tokens_per_microbatch is None:
-        return spec
-    changes = {"max_tokens_per_microbatch": max_tokens_per_microbatch}
+def _measured_before(
+    spec: JobSpec, before: Sequence[Attempt], restored: Manifest | None
+) -> int | None:
+    """What a launch costs, as the run's state was trained with it; None where the job says it, or
+    nobody has measured it yet."""
+    if spec.batching.launch_tokens != "auto":
+        return None
+    known = [attempt.launch_tokens for attempt in reversed(before)]
+    if restored is not None:
+        known.insert(0, restored.launch_tokens)
+    return next((found for found in known if found is not None), None)
+
+
+def as_cut(spec: JobSpec, attempt: Attempt) -> JobSpec:
+    """The job with what an attempt has of its own: a smaller limit of a micro-batch, and what its
+    launch was measured to cost."""
+    own = {
+        "max_tokens_per_microbatch": attempt.max_tokens_per_microbatch,
+        "launch_tokens": attempt.launch_tokens,
+    }
+    changes = {key: value for key, value in own.items() if value is not None}
     return spec.model_copy(update={"batching": spec.batching.model_copy(update=changes)})
 
 

@@ -335,6 +335,7 @@ class CheckpointWriter:
             evaluation_pending=moment.progress.evaluation_pending,
             is_last_step=moment.progress.finished,
             max_tokens_per_microbatch=self._attempt.max_tokens_per_microbatch,
+            launch_tokens=self._attempt.launch_tokens,
         )
 
     def _commit(self, manifest: Manifest) -> None:

@@ -30,7 +30,7 @@ from jobs.record import (
     live_manifests,
 )
 from jobs.spec import JobSpec
-from trainers.attempt import with_limit
+from trainers.attempt import as_cut
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.index import Index, open_index
 from trainers.data.reader import VerifiedReader
@@ -38,7 +38,7 @@ from trainers.data.shard_workers import available_cores
 from trainers.data.stream import RankStream
 from trainers.evaluation import measure
 from trainers.memory import MicrobatchTooLarge
-from trainers.microbatch import IntArray
+from trainers.microbatch import Cutting, IntArray
 from trainers.parallel import compute_type
 from trainers.predictions import PredictionWriter
 from trainers.pretrained import model_of_checkpoint
@@ -72,7 +72,7 @@ def evaluate_run(store: Store, run_id: str, data_uri: str, output: Path | None) 
     paths = RunPaths(run_id)
     spec = _read_spec(store, paths)
     manifest = _best_manifest(store, paths)
-    spec = with_limit(spec, read_attempts(store, paths)[-1].max_tokens_per_microbatch)
+    spec = as_cut(spec, read_attempts(store, paths)[-1])
     data = _open_data(spec, data_uri)
     checkpoint = store.within(paths.checkpoint(manifest.name).rstrip("/"))
     folder = model_of_checkpoint(checkpoint, manifest, cache_folder())
@@ -134,7 +134,7 @@ def _measure(
             metrics,
             device=device,
             dtype=compute_type(spec.model, device),
-            max_tokens=spec.batching.max_tokens_per_microbatch,
+            cutting=Cutting.of(spec.batching),
             on_output=keep,
         )
     return metrics.compute(metrics.state())

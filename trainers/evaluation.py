@@ -18,7 +18,7 @@ from trainers import watchdog
 from trainers.agreement import Agreement
 from trainers.data.stream import RankBatch
 from trainers.memory import passes_over
-from trainers.microbatch import IntArray, cut_microbatches
+from trainers.microbatch import Cutting, IntArray, cut_microbatches
 from trainers.parallel import autocast
 from trainers.tasks.task import Batch, Metrics, Task
 
@@ -51,7 +51,7 @@ def measure(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    max_tokens: int,
+    cutting: Cutting,
     on_output: OnOutput | None = None,
     agreement: Agreement | None = None,
     asked: Callable[[], Requests] | None = None,
@@ -70,7 +70,7 @@ def measure(
     def run(own: _Pass) -> None:
         watchdog.tick("evaluates")
         batch = own.batch if own.batch is not None else task.empty_batch()
-        with passes_over(own.lengths, max_tokens=max_tokens):
+        with passes_over(own.lengths, cutting):
             on_device = move(batch, device)
             output = task.forward(model, on_device)
             if own.batch is not None:
@@ -78,7 +78,7 @@ def measure(
                 if on_output is not None:
                     on_output(own.rows, output, on_device)
 
-    passes = _passes(task, batches, max_tokens=max_tokens)
+    passes = _passes(task, batches, cutting)
     was_training = model.training
     model.eval()
     try:
@@ -109,11 +109,11 @@ class _Pass:
 _PLACE = _Pass(np.empty(0, dtype=np.int64), None, np.empty(0, dtype=np.int64))
 
 
-def _passes(task: Task, batches: Iterable[RankBatch], *, max_tokens: int) -> Iterator[_Pass]:
+def _passes(task: Task, batches: Iterable[RankBatch], cutting: Cutting) -> Iterator[_Pass]:
     for batch in batches:
         lengths = task.lengths(batch.items)
-        for cut in cut_microbatches(lengths, max_tokens=max_tokens):
-            with passes_over(lengths, max_tokens=max_tokens):
+        for cut in cut_microbatches(lengths, cutting):
+            with passes_over(lengths, cutting):
                 collated = task.collate(batch.items.take(cut))
             yield _Pass(batch.rows[cut], collated, lengths)
 

@@ -28,7 +28,7 @@ from trainers.data.lanes import NotNeeded
 from trainers.data.stream import RankBatch
 from trainers.evaluation import BrokenOff, move
 from trainers.memory import passes_over
-from trainers.microbatch import cut_microbatches
+from trainers.microbatch import Cutting, cut_microbatches, padded_tokens
 from trainers.optim import (
     clear_gradients,
     gradient_norm,
@@ -131,6 +131,9 @@ class StepFacts:
     """Of the last step that was not skipped."""
     rows: int
     tokens: int
+    """Without padding."""
+    computed_tokens: int
+    """With it."""
     steps: int
     busy: tuple[Busy, ...]
     """Of each rank, by rank: its own work in these steps, without waiting for other ranks."""
@@ -249,7 +252,8 @@ def train(
         with time.spent("compute"):
             facts = train_step(
                 spec, plan, trainee, coming.batch, coming.microbatches, decision,
-                step=progress.step, buffers=buffers, agreement=agreement, stopwatch=stopwatch,
+                computed_tokens=coming.computed_tokens, step=progress.step, buffers=buffers,
+                agreement=agreement, stopwatch=stopwatch,
             )  # fmt: skip
             statistics.average()
         progress = advanced
@@ -364,6 +368,7 @@ class _LocalFacts:
     weight: float
     rows: int
     tokens: int
+    computed_tokens: int
     learning_rate: float
 
 
@@ -375,6 +380,7 @@ def train_step(
     microbatches: list[Batch],
     decision: Decision,
     *,
+    computed_tokens: int,
     step: int,
     buffers: KeptBuffers,
     agreement: Agreement,
@@ -402,7 +408,7 @@ def train_step(
     loss_sum = torch.zeros((), device=trainee.device)
     buffers.keep()
     lengths = trainee.task.lengths(batch.items)
-    with passes_over(lengths, max_tokens=spec.batching.max_tokens_per_microbatch):
+    with passes_over(lengths, Cutting.of(spec.batching)):
         for number, microbatch in enumerate(passes):
             watchdog.tick()
             seed_generators(spec.data.seed, step, agreement.rank, number)
@@ -410,7 +416,7 @@ def train_step(
             # DDP asks in the forward pass already whether the backward pass is to reduce.
             with contextlib.nullcontext() if is_last else without_reduction(trainee.model):
                 with stopwatch.running():
-                    loss = _forward(trainee, move(microbatch, trainee.device))
+                    loss = forward(trainee, move(microbatch, trainee.device))
                 with stopwatch.running_until_gradients():
                     (loss * scale).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
@@ -429,11 +435,12 @@ def train_step(
         weight=float(trainee.task.weights(batch.items).sum()),
         rows=len(batch.rows),
         tokens=int(lengths.sum()),
+        computed_tokens=computed_tokens,
         learning_rate=rate,
     )
 
 
-def _forward(trainee: Trainee, batch: Batch) -> torch.Tensor:
+def forward(trainee: Trainee, batch: Batch) -> torch.Tensor:
     """The summed loss of one micro-batch, a scalar on the device."""
     with autocast(trainee.device, trainee.dtype):
         output = trainee.task.forward(trainee.model, batch)
@@ -516,14 +523,15 @@ class _Window:
         losses = [f.loss_sum for f in applied]
         loss = float(torch.stack(losses).sum().double().cpu()) if losses else 0.0
         weight = sum(f.weight for f in applied)
-        rows, tokens = (float(sum(getattr(f, name) for f in steps)) for name in ("rows", "tokens"))
+        counts = [
+            float(sum(getattr(f, name) for f in steps))
+            for name in ("rows", "tokens", "computed_tokens")
+        ]
         # A place for each rank's own work, which the others leave 0.
         busy = [0.0] * 2 * agreement.world_size
         own = 2 * agreement.rank
         busy[own : own + 2] = self._reading_seconds(), self._stopwatch.take()
-        total = agreement.sum(
-            torch.tensor([loss, weight, rows, tokens, *busy], dtype=torch.float64)
-        )
+        total = agreement.sum(torch.tensor([loss, weight, *counts, *busy], dtype=torch.float64))
         return StepFacts(
             progress=self._progress,
             loss=float(total[0] / total[1]) if applied else None,
@@ -531,8 +539,9 @@ class _Window:
             grad_norm=float(applied[-1].grad_norm) if applied else None,
             rows=int(total[2]),
             tokens=int(total[3]),
+            computed_tokens=int(total[4]),
             steps=len(steps),
-            busy=tuple(Busy(*seconds) for seconds in total[4:].reshape(-1, 2).tolist()),
+            busy=tuple(Busy(*seconds) for seconds in total[5:].reshape(-1, 2).tolist()),
         )
 
     def _reading_seconds(self) -> float:
@@ -563,6 +572,8 @@ class _Coming:
 
     batch: RankBatch | None
     microbatches: list[Batch]
+    computed_tokens: int
+    """Padding included."""
     pending: PendingDecision
     error: Exception | None
 
@@ -594,7 +605,8 @@ class _Feed:
             return None
         watchdog.tick("reads rows")
         asked = self._around.requests()
-        batch, microbatches, error, weight = None, list[Batch](), None, 0.0
+        batch, error, weight, computed = None, None, 0.0, 0
+        microbatches = list[Batch]()
         with self._time.spent("data_wait"):
             try:
                 if not asked.ends:
@@ -602,7 +614,7 @@ class _Feed:
                         self._rows = self._around.rows(progress)
                     batch = next(self._rows)
                     weight = float(self._task.weights(batch.items).sum())
-                    microbatches = self._collate(batch)
+                    microbatches, computed = self._collate(batch)
             except NotNeeded:
                 # The others wait for this rank: by its vote they hear of it.
                 asked |= self._around.requests()
@@ -619,11 +631,11 @@ class _Feed:
             yields=asked.yields,
             failed=error is not None,
         )
-        return _Coming(batch, microbatches, self._agreement.start(vote), error)
+        return _Coming(batch, microbatches, computed, self._agreement.start(vote), error)
 
-    def _collate(self, batch: RankBatch) -> list[Batch]:
-        cuts = cut_microbatches(
-            self._task.lengths(batch.items),
-            max_tokens=self._spec.batching.max_tokens_per_microbatch,
-        )
-        return [self._task.collate(batch.items.take(cut)) for cut in cuts]
+    def _collate(self, batch: RankBatch) -> tuple[list[Batch], int]:
+        """Micro-batches, and their tokens with padding."""
+        lengths = self._task.lengths(batch.items)
+        cuts = cut_microbatches(lengths, Cutting.of(self._spec.batching))
+        computed = sum(padded_tokens(lengths[cut]) for cut in cuts)
+        return [self._task.collate(batch.items.take(cut)) for cut in cuts], computed

@@ -9,7 +9,7 @@ import torch
 
 from jobs.errors import ClusterError, Problem, ShoalError, TrainingError
 from jobs.spec import JobSpec
-from trainers.microbatch import IntArray, cut_microbatches
+from trainers.microbatch import Cutting, IntArray, cut_microbatches, padded_tokens
 
 _OTHER_TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -31,7 +31,7 @@ class MicrobatchTooLarge(Exception):  # noqa: N818 - named for what it says
 
 
 @contextmanager
-def passes_over(lengths: IntArray, *, max_tokens: int) -> Iterator[None]:
+def passes_over(lengths: IntArray, cutting: Cutting) -> Iterator[None]:
     """Inside the block this rank's rows, of `lengths` tokens, go through the model, and what they
     have taught goes into the weights.
 
@@ -44,8 +44,8 @@ def passes_over(lengths: IntArray, *, max_tokens: int) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        cuts = cut_microbatches(lengths, max_tokens=max_tokens)
-        sizes = [(len(cut) * max(1, int(lengths[cut].max())), len(cut)) for cut in cuts]
+        cuts = cut_microbatches(lengths, cutting)
+        sizes = [(padded_tokens(lengths[cut]), len(cut)) for cut in cuts]
         tokens, rows = max(sizes, default=(0, 0))  # no rows at all: padding is tiny
         raise MicrobatchTooLarge(rows=rows, tokens=tokens) from error
 

@@ -35,16 +35,18 @@ from jobs.record import (
     by_merit,
 )
 from trainers.agreement import Agreement
-from trainers.attempt import Assignment, Claim, claim_attempt, with_limit
+from trainers.attempt import Assignment, Claim, as_cut, claim_attempt
 from trainers.checkpoint import CheckpointWriter, Moment, small_files
 from trainers.controls import ControlPoller, Requests, requests_to
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import BrokenOff, measure
 from trainers.fence import Fence, Superseded
+from trainers.launch_cost import measured_launch_tokens
 from trainers.local_copy import TICKING, DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
 from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, room_fault
+from trainers.microbatch import Cutting
 from trainers.parallel import plain, trained_parameters
 from trainers.patience import Patience
 from trainers.preparation import DataSet, build_model, prepare, replicated
@@ -100,7 +102,7 @@ def _work(session: Session, assignment: Assignment, watch: Watchdog) -> Outcome:
         claim = claim_attempt(session, assignment, agreement, patience.store(store), paths)
     if isinstance(claim, Outcome):
         return claim
-    spec = with_limit(spec, claim.attempt.max_tokens_per_microbatch)
+    spec = as_cut(spec, claim.attempt)
     assignment = replace(assignment, spec=spec, controls_seen=claim.controls_seen)
     source = Source(claim.attempt.attempt, session.rank)
     with Telemetry(impatient(spec), paths, source, rows=spec.train.log_rows) as telemetry:
@@ -190,6 +192,7 @@ class _Rank:
                     )
                 )
                 self._prepared = replicated(prepared, self._session)
+                self._measure_launch()
                 self._describe_attempt()
                 self._drop_checkpoint_copies()
                 # Now, as it needs a folder for temporary files: training does not.
@@ -206,6 +209,16 @@ class _Rank:
             if not is_out_of_memory(error):
                 raise
             raise self._without_room(error) from error
+
+    def _measure_launch(self) -> None:
+        """Finds out what a micro-batch costs besides its tokens, where the job leaves it open and
+        no attempt has done so."""
+        if self._spec.batching.launch_tokens == "auto":
+            found = measured_launch_tokens(
+                self._prepared.trainee, Cutting.of(self._spec.batching), self._agreement
+            )
+            self._attempt = self._attempt.model_copy(update={"launch_tokens": found})
+            self._spec = as_cut(self._spec, self._attempt)
 
     def _small_files(self) -> dict[str, bytes]:
         """Files of each checkpoint that the first rank writes."""
@@ -441,6 +454,8 @@ class _Rank:
                     "rows": facts.rows,
                     "rows_per_second": round(facts.rows / seconds, 3),
                     "tokens_per_second": round(facts.tokens / seconds, 3),
+                    "tokens": facts.tokens,
+                    "padding_share": round(1 - facts.tokens / max(1, facts.computed_tokens), 4),
                     "data_wait_share": round(min(1.0, waited / seconds), 4),
                     "total_steps": plan.total_steps,
                     "eta_seconds": round(
@@ -619,7 +634,7 @@ class _Rank:
                     metrics,
                     device=self._session.device,
                     dtype=self._prepared.trainee.dtype,
-                    max_tokens=self._spec.batching.max_tokens_per_microbatch,
+                    cutting=Cutting.of(self._spec.batching),
                     agreement=self._agreement,
                     asked=asked,
                 )

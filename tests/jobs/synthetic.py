@@ -216,6 +216,7 @@ class SyntheticRun:
             "rows": 32,
             "rows_per_second": rows_per_second,
             "tokens_per_second": rows_per_second * 38,
+            "padding_share": 0.04,
             "data_wait_share": 0.03,
             "total_steps": self.steps,
             "eta_seconds": (self.steps - step) * SECONDS_PER_STEP,

@@ -26,6 +26,7 @@ from trainers import loop, preparation, snapshot
 from trainers.attempt import microbatch_limit
 from trainers.evaluate import evaluate_run
 from trainers.memory import MicrobatchTooLarge, is_out_of_memory, passes_over
+from trainers.microbatch import Cutting
 from trainers.session import ProcessSession
 from trainers.tasks.text_classification import TextClassification
 from trainers.worker import train_worker
@@ -269,14 +270,14 @@ def test_the_largest_micro_batch_is_named_whichever_failed() -> None:
     lengths = np.array([4, 10, 10, 3, 9])
     with (
         pytest.raises(MicrobatchTooLarge) as raised,
-        passes_over(lengths, max_tokens=20),
+        passes_over(lengths, Cutting(max_tokens=20, launch_tokens=1000)),
     ):
         raise MemoryError
     assert (raised.value.rows, raised.value.tokens) == (2, 20)
 
 
 def test_errors_of_other_kinds_pass_through() -> None:
-    with pytest.raises(RuntimeError, match="shape"), passes_over(np.array([3]), max_tokens=8):
+    with pytest.raises(RuntimeError, match="shape"), passes_over(np.array([3]), Cutting(8, 1)):
         raise RuntimeError("shape mismatch")
 
 

@@ -1,17 +1,22 @@
-"""Micro-batches: every row once, within the token budget, longest rows first."""
+"""Micro-batches: every row once, within the token budget, at the least cost, longest rows first."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.microbatch import cut_microbatches
+from trainers.microbatch import Cutting, cut_microbatches
 
 
-def cut(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    cuts = cut_microbatches(np.array(lengths, dtype=np.int64), max_tokens=max_tokens)
+def cut(lengths: list[int], max_tokens: int, launch_tokens: int = 1000) -> list[list[int]]:
+    cuts = cut_microbatches(
+        np.array(lengths, dtype=np.int64),
+        Cutting(max_tokens=max_tokens, launch_tokens=launch_tokens),
+    )
     return [rows.tolist() for rows in cuts]
 
 
@@ -40,6 +45,32 @@ def test_a_row_longer_than_the_budget_goes_alone() -> None:
     assert cut([3, 50, 4], 8) == [[1], [2, 0]]
 
 
-@pytest.mark.parametrize("max_tokens", [12, 15])
-def test_a_microbatch_takes_as_many_rows_as_fit(max_tokens: int) -> None:
-    assert cut([4, 4, 4, 4, 4], max_tokens) == [[0, 1, 2], [3, 4]]
+def cost(lengths: Sequence[int], cuts: Sequence[Sequence[int]], launch_tokens: int) -> int:
+    return sum(launch_tokens + len(rows) * max(lengths[row] for row in rows) for rows in cuts)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 60), st.integers(0, 30))
+def test_no_cut_of_the_sorted_rows_costs_less(
+    lengths: list[int], max_tokens: int, launch_tokens: int
+) -> None:
+    """All ways to cut n rows in a line: each of the n - 1 gaps is a cut or is none."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    costs = []
+    for gaps in itertools.product((False, True), repeat=len(order) - 1):
+        bounds = [0, *(place + 1 for place, is_cut in enumerate(gaps) if is_cut), len(order)]
+        cuts = [order[low:high] for low, high in itertools.pairwise(bounds)]
+        if all(len(c) == 1 or len(c) * lengths[c[0]] <= max_tokens for c in cuts):
+            costs.append(cost(lengths, cuts, launch_tokens))
+    found = cut(lengths, max_tokens, launch_tokens)
+    assert cost(lengths, found, launch_tokens) == min(costs)
+
+
+def test_a_dear_launch_makes_few_microbatches_and_a_cheap_one_little_padding() -> None:
+    lengths = [100, 100, 10, 10, 10]
+    assert cut(lengths, 1000, launch_tokens=500) == [[0, 1, 2, 3, 4]]
+    assert cut(lengths, 1000, launch_tokens=100) == [[0, 1], [2, 3, 4]]
+
+
+def test_a_microbatch_has_at_most_so_many_rows_as_fit() -> None:
+    assert [len(rows) for rows in cut([4, 4, 4, 4, 4], 12)] == [2, 3]
+    assert [len(rows) for rows in cut([4, 4, 4, 4, 4], 15)] == [2, 3]

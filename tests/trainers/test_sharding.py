@@ -24,6 +24,7 @@ from trainers.agreement import Agreement
 from trainers.evaluation import measure
 from trainers.freezing import freeze
 from trainers.layout import rows_of
+from trainers.microbatch import Cutting
 from trainers.optim import (
     build_optimizer,
     clear_gradients,
@@ -142,7 +143,7 @@ class Measures:
         try:
             measure(
                 model, task, task.rows(first, stop, fails=self.fails == rank), task,
-                device=CPU, dtype=torch.float32, max_tokens=1, agreement=agreement,
+                device=CPU, dtype=torch.float32, cutting=Cutting(1, 1), agreement=agreement,
             )  # fmt: skip
         except StorageError as error:
             return str(error)
@@ -187,8 +188,8 @@ class RowsAsBatches:
     def collate(self, row: int) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.tensor([[5 + row, 6]])}
 
-    def empty_batch(self) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.tensor([[5, 5]])}
+    def empty_batch(self, *, rows: int = 1, tokens: int = 2) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.full((rows, tokens), 5)}
 
     def forward(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         logits: torch.Tensor = model(**batch).logits

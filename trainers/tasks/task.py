@@ -100,8 +100,9 @@ class Task(Protocol):
         """The items as CPU tensors, padded to the longest."""
         ...
 
-    def empty_batch(self) -> Batch:
-        """A smallest batch whose rows weigh nothing, for a rank that has none left."""
+    def empty_batch(self, *, rows: int = 1, tokens: int = 2) -> Batch:
+        """A batch whose rows weigh nothing, of `tokens` each where rows differ in length: the
+        smallest for a rank that has no rows left, larger ones to measure with."""
         ...
 
     def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:

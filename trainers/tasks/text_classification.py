@@ -232,24 +232,14 @@ class TextClassification:
 
     def collate(self, items: Items) -> Batch:
         """`input_ids` and `attention_mask` [n, longest], `label` and `weight` [n]."""
-        tokens = _ragged(items)
-        lengths = np.diff(tokens.offsets)
-        mask = np.arange(lengths.max(initial=1))[None, :] < lengths[:, None]
-        ids = np.full(mask.shape, self._pad_id, dtype=np.int64)
-        ids[mask] = tokens.values
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "label": torch.from_numpy(np.asarray(items.columns["label"])),
-            "weight": torch.ones(len(items)),
-        }
+        return padded_tokens(items, pad_id=self._pad_id) | {"weight": torch.ones(len(items))}
 
-    def empty_batch(self) -> Batch:
+    def empty_batch(self, *, rows: int = 1, tokens: int = 2) -> Batch:
         return {
-            "input_ids": torch.full((1, 2), self._pad_id),
-            "attention_mask": torch.ones(1, 2, dtype=torch.int64),
-            "label": torch.zeros(1, dtype=torch.int64),
-            "weight": torch.zeros(1),
+            "input_ids": torch.full((rows, tokens), self._pad_id),
+            "attention_mask": torch.ones(rows, tokens, dtype=torch.int64),
+            "label": torch.zeros(rows, dtype=torch.int64),
+            "weight": torch.zeros(rows),
         }
 
     # ------------------------------------------------------------------------- loss and metrics
@@ -302,6 +292,20 @@ class TextClassificationMetrics:
 
     def compute(self, state: torch.Tensor) -> Evaluation:
         return self._confusion.compute(state)
+
+
+def padded_tokens(items: Items, *, pad_id: int) -> Batch:
+    """`input_ids` and `attention_mask` [n, longest] and `label` [n] of items with both columns."""
+    tokens = _ragged(items)
+    lengths = np.diff(tokens.offsets)
+    mask = np.arange(lengths.max(initial=1))[None, :] < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = tokens.values
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+        "label": torch.from_numpy(np.asarray(items.columns["label"])),
+    }
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -34,7 +34,7 @@ from trainers.data.items import Items, Ragged
 from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import measure
 from trainers.loop import Plan, Trainee, train_step
-from trainers.microbatch import cut_microbatches
+from trainers.microbatch import Cutting, cut_microbatches
 from trainers.optim import build_optimizer
 from trainers.restore import read_attempts
 from trainers.stragglers import Stopwatch
@@ -88,7 +88,9 @@ class Subject:
         return self.task.build_model(self.scene.model, dropout=dropout, seed=0)
 
     def batches(self, items: Items, *, max_tokens: int = 10_000) -> list[Batch]:
-        cuts = cut_microbatches(self.task.lengths(items), max_tokens=max_tokens)
+        cuts = cut_microbatches(
+            self.task.lengths(items), Cutting(max_tokens=max_tokens, launch_tokens=max_tokens)
+        )
         return [self.task.collate(items.take(cut)) for cut in cuts]
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -240,7 +242,7 @@ def evaluation(subject: Subject, model: nn.Module, world_size: int) -> Evaluatio
         ) as stream:
             measure(
                 model, subject.task, stream.sequential(batch_rows=4), metrics,
-                device=CPU, dtype=torch.float32, max_tokens=48,
+                device=CPU, dtype=torch.float32, cutting=Cutting(48, 16),
             )  # fmt: skip
         states.append(metrics.state())
     return subject.task.metrics().compute(torch.stack(states).sum(0))

@@ -1,0 +1,88 @@
+"""What a micro-batch costs besides its tokens, measured with the model in training.
+
+A forward and a backward pass of one short row is nearly all launch: Python, kernels, the walk over
+the gradients. One of many rows tells what a token costs. Their ratio decides how finely rows are
+cut (`microbatch.cut_microbatches`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import torch
+
+from trainers import watchdog
+from trainers.agreement import Agreement
+from trainers.buffers import KeptBuffers
+from trainers.evaluation import move
+from trainers.loop import Trainee, forward
+from trainers.memory import passes_over
+from trainers.microbatch import Cutting
+from trainers.optim import clear_gradients
+from trainers.parallel import plain, without_reduction
+from trainers.tasks.task import Batch
+
+_ROW_TOKENS = 32
+_CPU_ROWS = 16
+"""Of the larger pass on a CPU, where a token's cost hardly depends on how many there are."""
+_REPEATS = 4
+"""Passes of each size; the first warms up, and of the others the quickest counts."""
+
+
+def measured_launch_tokens(trainee: Trainee, cutting: Cutting, agreement: Agreement) -> int:
+    """Tokens that cost as much as the launch of a micro-batch: a power of two, at most
+    `cutting.max_tokens`.
+
+    Of rank 0, told to the others. A power of two, so that two runs on like machines mostly cut
+    alike. Called by all ranks at the same point, before the first step: no weights change, and
+    generators are seeded by each pass of training anyway.
+
+    On a GPU the larger pass has half of `cutting.max_tokens`: with fewer its processors may not be
+    busy. Raises MicrobatchTooLarge, on this rank alone, where memory runs out.
+    """
+    rows = _CPU_ROWS
+    if trainee.device.type == "cuda":
+        rows = max(2, cutting.max_tokens // 2 // _ROW_TOKENS)
+    trainee.model.train()
+    buffers = KeptBuffers(plain(trainee.model))
+    buffers.keep()
+    with passes_over(np.full(rows, _ROW_TOKENS), cutting):
+        short = _seconds(trainee, trainee.task.empty_batch())
+        long = _seconds(trainee, trainee.task.empty_batch(rows=rows, tokens=_ROW_TOKENS))
+    clear_gradients(trainee.model, trainee.optimizer)
+    buffers.put_back(torch.ones((), device=trainee.device))
+    found: int = agreement.first(
+        launch_in_tokens(short, long, tokens=rows * _ROW_TOKENS, most=cutting.max_tokens)
+    )
+    return found
+
+
+def launch_in_tokens(short: float, long: float, *, tokens: int, most: int) -> int:
+    """The launch, from the seconds of a pass that is nearly all launch and of one of so many
+    tokens; `most` where tokens cost nothing that can be measured. Pure."""
+    of_token = (long - short) / tokens
+    if of_token <= 0 or short >= most * of_token:
+        return most
+    return 1 << max(0, round(math.log2(short / of_token)))
+
+
+def _seconds(trainee: Trainee, batch: Batch) -> float:
+    """Of a forward and a backward pass that reduces no gradients."""
+    taken = []
+    for _ in range(_REPEATS):
+        _wait_for(trainee.device)
+        began = time.perf_counter()
+        with without_reduction(trainee.model):
+            loss = forward(trainee, move(batch, trainee.device))
+            loss.backward()  # type: ignore[no-untyped-call]
+        _wait_for(trainee.device)
+        taken.append(time.perf_counter() - began)
+        watchdog.tick()
+    return min(taken[1:])
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
