@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from jobs.record import State
 from jobs.runs import RunReader
+from tests.evidence import final_weights
 from tests.ranks import assignment_of, run_ranks
 from tests.scene import Scene
 from trainers import launch_cost, worker
@@ -37,8 +37,8 @@ def test_measuring_leaves_no_trace(scene: Scene, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(launch_cost, "launch_in_tokens", lambda *_, **__: 16)
     for run_id, batching in (("measured", AUTO), ("said", {"launch_tokens": 16})):
         assert scene.train(scene.job(batching=batching), run_id).state is State.SUCCEEDED
-    measured, said = scene.weights("measured"), scene.weights("said")
-    assert all(torch.equal(measured[name], said[name]) for name in said)
+    measured, said = (final_weights(scene.runs, run_id) for run_id in ("measured", "said"))
+    assert measured == said
 
 
 def test_a_resume_cuts_as_the_run_did(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

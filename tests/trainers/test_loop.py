@@ -334,7 +334,7 @@ def test_statistics_of_a_skipped_batch_are_forgotten(scene: Scene) -> None:
         decision = Decision(weight, 1, stop=False, save=False, yields=False, failed=False)
         facts = train_step(
             scene.job(), PLAN, trainee, rows, [task.collate(items)], decision,
-            step=0, buffers=buffers, agreement=Agreement(rank=0, world_size=1),
+            computed_tokens=0, step=0, buffers=buffers, agreement=Agreement(rank=0, world_size=1),
             stopwatch=Stopwatch(trainee.model, trainee.device),
         )  # fmt: skip
         assert bool(facts.skipped) == math.isnan(weight)

@@ -286,6 +286,7 @@ def gradients(subject: Subject, model: nn.Module, *, ranks: int, max_tokens: int
             RankBatch(0, 0, ROWS, np.arange(len(share)), share),
             batches,
             decision,
+            computed_tokens=0,
             step=0,
             buffers=KeptBuffers(own),
             agreement=SimpleNamespace(rank=rank, world_size=ranks),
