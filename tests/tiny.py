@@ -176,7 +176,7 @@ def tiny_tree(
         "task": {"labels": list(LABELS), "max_tokens": MAX_TOKENS},
         "model": {"source": str(model)},
         "data": {**data, "stream_memory": "64 MiB", "cache_gib": 0.05},
-        # Few micro-batches. Measured, they and with them the last bits could differ from run to run.
+        # Few micro-batches. Measured, they and the last bits could differ from run to run.
         "batching": {
             "global_batch_size": 8,
             "max_tokens_per_microbatch": 256,
