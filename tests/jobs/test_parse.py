@@ -342,13 +342,13 @@ VALUES = [
     (
         "batching:",
         "batching is empty, but must be a group of keys",
-        "write its keys below it (global_batch_size, max_tokens_per_microbatch), "
+        "write its keys below it (global_batch_size, max_tokens_per_microbatch, launch_tokens), "
         "or remove batching:",
     ),
     (
         "batching: [1]",
         "batching is [1], but must be a group of keys",
-        "write its keys below it: global_batch_size, max_tokens_per_microbatch",
+        "write its keys below it: global_batch_size, max_tokens_per_microbatch, launch_tokens",
     ),
     (
         "batching: {global_batch_size: 1e3}",
