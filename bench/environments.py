@@ -1,6 +1,6 @@
 """Environments of peers: each has its own packages from PyPI, over those of this Python.
 
-    python = environments.python_of("litdata", needed=("litdata",))
+    python = environments.python_of("litdata")
 
 They lie in build/bench/environments and are kept. What this Python has and a peer can use (torch,
 numpy, boto3) is taken from here: all readers then decode with the same versions.
@@ -23,17 +23,17 @@ NEVER = frozenset({"torch", "torchvision", "transformers"})
 """Gigabytes, of which no reader uses anything that is not here."""
 
 
-def python_of(package: str, *, requirement: str | None = None) -> str:
+def python_of(package: str) -> str:
     """The Python of an environment with `package`, made if there is none; its path."""
     folder = lab.ROOT / "build" / "bench" / "environments" / package
     python = folder / "bin" / "python"
     done = folder / "installed.json"
     if not done.exists():
-        sys.stderr.write(f"installing {requirement or package} into {folder}\n")
+        sys.stderr.write(f"installing {package} into {folder}\n")
         venv.create(folder, clear=True, with_pip=False)
         site = Path(_asked(python, "import sysconfig; print(sysconfig.get_path('purelib'))"))
         (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        _install(python, "--no-deps", requirement or package)
+        _install(python, "--no-deps", package)
         _install(python, *_requirements(site, package))
         done.write_text(json.dumps({"version": version_of(package, site)}))
     return str(python)

@@ -34,8 +34,6 @@ Row = tuple[list[int], int]
 Batch = dict[str, torch.Tensor]
 
 LABELS = ("negative", "positive")
-MATRICES = 1
-"""Dimensions above which a parameter decays, as in Shoal."""
 
 
 def main() -> None:
@@ -79,8 +77,9 @@ def _train(asked: dict[str, Any], steps: Iterator[list[Batch]]) -> dict[str, Any
     if world_size > 1:
         dist.init_process_group("gloo")
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    matrices = [p for p in plain.parameters() if p.ndim > MATRICES]
-    others = [p for p in plain.parameters() if p.ndim <= MATRICES]
+    # As in Shoal: what has one dimension does not decay.
+    matrices = [p for p in plain.parameters() if p.ndim > 1]
+    others = [p for p in plain.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
         lr=asked["learning_rate"],
@@ -105,10 +104,15 @@ def _train(asked: dict[str, Any], steps: Iterator[list[Batch]]) -> dict[str, Any
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
         clock.step_done()
+    clock.stop()
+    tokens = torch.tensor([real, computed])
+    if world_size > 1:
+        dist.all_reduce(tokens)
     return {
         "rows_per_second": clock.steps * asked["global_batch_size"] / clock.seconds(),
-        "real_tokens": real,
-        "computed_tokens": computed,
+        "steps": asked["warm_steps"] + clock.steps,
+        "real_tokens": int(tokens[0]),
+        "computed_tokens": int(tokens[1]),
         "accuracy": _accuracy(plain, asked),
     }
 
@@ -177,6 +181,7 @@ def _trainer(asked: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     return {
         "rows_per_second": clock.steps * asked["global_batch_size"] / clock.seconds(),
+        "steps": asked["warm_steps"] + clock.steps,
         "real_tokens": tokens["real"],
         "computed_tokens": tokens["computed"],
         "accuracy": _accuracy(trainer.model, asked),

@@ -77,9 +77,15 @@ READERS = (
     Reader("Shoal", "shoal", resumes=True),
     Reader("Ray Data", "ray_data"),
     Reader("datasets, streaming", "hugging_face", "s3fs", resumes=True),
-    Reader("MosaicML Streaming", "mosaic_streaming", "mosaicml-streaming", True, True),
-    Reader("LitData", "lit_data", "litdata", True, True),
-    Reader("WebDataset", "web_dataset", "webdataset", True),
+    Reader(
+        "MosaicML Streaming",
+        "mosaic_streaming",
+        "mosaicml-streaming",
+        own_format=True,
+        resumes=True,
+    ),
+    Reader("LitData", "lit_data", "litdata", own_format=True, resumes=True),
+    Reader("WebDataset", "web_dataset", "webdataset", own_format=True),
     Reader("raw GET", "raw_get", is_limit=True),
     Reader("pyarrow, unshuffled", "pyarrow_read", is_limit=True),
 )
@@ -99,7 +105,10 @@ def main() -> int:
     readers = [r for r in READERS if r.module in {"shoal", *wanted}]
     with lab.place() as place, lab.object_store(place) as bucket:
         data = _prepare(place, bucket, readers, rows=rows)
-        result = _measure(place, data, readers, rows=rows, rounds=rounds)
+        result = _measure(
+            place, data, readers, rows=rows, rounds=rounds,
+            ranks_at_once=RANKS[:-1] if arguments.small else RANKS,
+        )  # fmt: skip
         shards = SHARDS[:-1] if arguments.small else SHARDS
         result["indexes"] = [growth.index_growth(bucket, shards=number) for number in shards]
         result["orders"] = [growth.order_growth(rows=number, lanes=8) for number in ROWS_OF_ORDER]
@@ -159,7 +168,13 @@ def _write_texts(folder: Path, words: Sequence[str], *, rows: int) -> None:
 
 
 def _measure(
-    place: Path, data: dict[str, str], readers: Sequence[Reader], *, rows: int, rounds: int
+    place: Path,
+    data: dict[str, str],
+    readers: Sequence[Reader],
+    *,
+    rows: int,
+    rounds: int,
+    ranks_at_once: Sequence[int],
 ) -> dict[str, Any]:
     index = open_index(open_store(data["shoal"]))
     passes = lab.interleaved(
@@ -167,7 +182,7 @@ def _measure(
         rounds=rounds,
     )
     ranks = lab.interleaved(
-        {str(n): partial(_ranks, place, data["shoal"], n) for n in RANKS}, rounds=rounds
+        {str(n): partial(_ranks, place, data["shoal"], n) for n in ranks_at_once}, rounds=rounds
     )
     lengths = row_lengths(open_store(data["shoal"]), index, start=0, end=rows)
     assert lengths is not None

@@ -13,7 +13,7 @@ from trainers.data.index import open_index
 from trainers.data.items import Items, Ragged
 from trainers.data.partition import fit_window
 from trainers.data.stream import RankStream
-from trainers.tasks.text_classification import padded_tokens
+from trainers.tasks.text_classification import padded
 
 
 def batches(reading: Reading) -> Iterator[Batch]:
@@ -43,7 +43,7 @@ def batches(reading: Reading) -> Iterator[Batch]:
             next_item=reading.from_row,
             global_batch_size=BATCH_ROWS * reading.world_size,
         ):
-            yield padded_tokens(batch.items, pad_id=0)
+            yield padded(batch.items, pad_id=0)
 
 
 def _encode(rows: pa.Table, first_row: int) -> Items:

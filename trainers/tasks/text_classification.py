@@ -232,7 +232,7 @@ class TextClassification:
 
     def collate(self, items: Items) -> Batch:
         """`input_ids` and `attention_mask` [n, longest], `label` and `weight` [n]."""
-        return padded_tokens(items, pad_id=self._pad_id) | {"weight": torch.ones(len(items))}
+        return padded(items, pad_id=self._pad_id) | {"weight": torch.ones(len(items))}
 
     def empty_batch(self, *, rows: int = 1, tokens: int = 2) -> Batch:
         return {
@@ -294,7 +294,7 @@ class TextClassificationMetrics:
         return self._confusion.compute(state)
 
 
-def padded_tokens(items: Items, *, pad_id: int) -> Batch:
+def padded(items: Items, *, pad_id: int) -> Batch:
     """`input_ids` and `attention_mask` [n, longest] and `label` [n] of items with both columns."""
     tokens = _ragged(items)
     lengths = np.diff(tokens.offsets)
