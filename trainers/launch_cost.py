@@ -36,8 +36,8 @@ def measured_launch_tokens(trainee: Trainee, cutting: Cutting, agreement: Agreem
     `cutting.max_tokens`.
 
     Of rank 0, told to the others. A power of two: more exact it is not, and two runs on like
-    machines often cut alike. Called by all ranks at the same point, before the first step: no weights change, and
-    generators are seeded by each pass of training anyway.
+    machines often cut alike. Called by all ranks at the same point, before the first step: no
+    weights change, and generators are seeded by each pass of training anyway.
 
     On a GPU the larger pass has half of `cutting.max_tokens`: with fewer its processors may not be
     busy. Raises MicrobatchTooLarge, on this rank alone, where memory runs out.

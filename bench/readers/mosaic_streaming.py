@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import transformers.feature_extraction_utils  # noqa: F401 - finds out that torchvision is absent
 from readers.batching import BATCH_ROWS, Batch, Reading, collated_columns
 from readers.formats import folder_for, rows_of
 
