@@ -301,7 +301,8 @@ def _tables(result: dict[str, Any]) -> list[Table]:
     )
     table.add_column("reader")
     for name in (
-        "rows/s, cold", "Shoal is", "rows/s, warm", "first batch, s", "resumed at 90 %, s",
+        "rows/s, cold", "Shoal is", "from the open", "rows/s, warm", "first batch, s",
+        "resumed at 90 %, s",
     ):  # fmt: skip
         table.add_column(name, justify="right")
     for reader in READERS:
@@ -316,6 +317,7 @@ def _tables(result: dict[str, Any]) -> list[Table]:
             reader.name,
             _median(rounds, "cold", "rows_per_second", "{:,.0f}"),
             "" if reader.module == "shoal" else f"{statistics.median(ratios):.2f} x",
+            _median(rounds, "cold", "rows_per_second_from_open", "{:,.0f}"),
             _median(rounds, "warm", "rows_per_second", "{:,.0f}"),
             _median(rounds, "cold", "first_batch_seconds", "{:.2f}"),
             _median(rounds, "resume", "first_batch_seconds", "{:.2f}"),
