@@ -9,8 +9,7 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	2>/dev/null && echo $$name && break; done)
 ARGS ?=
 # Files of tests go on side by side, three of them, each with a store of its own: those of whole runs
-# wait a lot.
-# In the order of their names the longest are not the last.
+# wait a lot. Their order is that of tests/conftest.py.
 PARALLEL ?= --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Settings of the caller's shell that would change what the targets do. Without byte code every

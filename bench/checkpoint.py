@@ -4,15 +4,16 @@
 
 One process trains a BERT with AdamW, as a worker of Ray Train, on an S3 server of this machine that
 gives way to it. The same steps are made without checkpoints, with Shoal's, and with
-`ray.train.report` and its default upload, SYNC and ASYNC: a part of them without, the same part
-with each, and so on, in orders that take turns, as the speed of a machine changes within minutes. A
-checkpoint is saved after the first step of each part, so that its upload goes on beside the rest of
-them: training stands still for (seconds of the part with it - seconds of the part without). What is
-still under way at the end of a part is waited for and told apart. Then the state alone: copied,
+`ray.train.report` and its default upload, SYNC and ASYNC: a part of them without, a part with one
+of these, a part without, and so on, in orders that take turns, as the speed of a machine changes
+within minutes. A checkpoint is saved after the first step of a part, so that its upload goes on
+beside the rest of them: training stands still for (seconds of the part with it - mean seconds of
+the parts without before and after it). What is still under way at the end of a part is waited for
+and told apart. Then the state alone: copied,
 uploaded and restored by Shoal, and the same bytes copied, and moved by parallel PUTs and GETs that
 verify nothing. A restore ends in files of the cache's folder; it is measured on the disk and in
-memory (/dev/shm), each against GETs that end in files there too. GETs whose bytes are held and
-written nowhere are told beside them.
+memory (/dev/shm), each against GETs that end in files there too, and each at its second time. GETs
+whose bytes are held and written nowhere are told beside them.
 
 Exit code 1 where training stands still for more than a tenth of what SYNC costs, the copy takes
 longer than 1.5 plain ones, or an upload, or a restore to the disk, has less than four fifths of the
@@ -26,17 +27,21 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lab
 from rich.table import Table
 from saved_model import MIB, Sizes
 
-VARIANTS = ("none", "shoal", "ray sync", "ray async")
+if TYPE_CHECKING:
+    from saved_model import Subject
+
+SAVERS = ("shoal", "ray sync", "ray async")
 SMALL = Sizes(hidden=64, layers=2, vocabulary=2000, steps=12, every=4, rounds=1, moves=1)
 MOST_OF_SYNC, MOST_COPIES, LEAST_OF_RAW = 0.10, 1.5, 0.8
 FULL = Sizes(hidden=384, layers=6, vocabulary=30522, steps=200, every=25, rounds=3, moves=4)
@@ -107,26 +112,34 @@ def worker(config: dict[str, Any]) -> None:
     sizes = Sizes(**config["sizes"])
     subject = Subject(sizes, config["bucket"], Path(config["place"]))
     subject.steps(max(3, sizes.steps // 20), every=0, save=None)  # optimizer state, warm caches
-    found: dict[str, Any] = {"bytes": subject.state_bytes, "steps": [], "state": []}
-    savers: dict[str, Callable[[int], None] | None] = {
-        "none": None,
+    found: dict[str, Any] = {"bytes": subject.state_bytes, "parts": [], "state": []}
+    savers: dict[str, Callable[[int], None]] = {
         "shoal": subject.save_with_shoal,
         "ray sync": subject.save_with_ray_sync,
         "ray async": subject.save_with_ray_async,
     }
     for name, save in savers.items():  # each once before it counts: buffers, connections, threads
-        if save is not None:
-            save(1)
-            subject.settle(name)
+        save(1)
+        subject.settle(name)
     for number in range(config["rounds"]):
+        before = _timed(subject)
         for part in range(sizes.steps // sizes.every):
-            turn = (number + part) % len(VARIANTS)
-            for name in VARIANTS[turn:] + VARIANTS[:turn]:
-                os.sync()  # what was written before is not paid for here
-                found["steps"].append({"variant": name, **subject.timed(name, savers[name])})
+            turn = (number + part) % len(SAVERS)
+            for name in SAVERS[turn:] + SAVERS[:turn]:
+                own = _timed(subject, name, savers[name])
+                after = _timed(subject)
+                found["parts"].append({"saver": name, "own": own, "calm": [before, after]})
+                before = after
         found["state"] += [subject.measure_state() for _ in range(sizes.moves)]
     subject.close()
     Path(config["answer"]).write_text(json.dumps(found))
+
+
+def _timed(
+    subject: Subject, name: str = "", save: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    os.sync()  # what was written before is not paid for here
+    return subject.timed(name, save)
 
 
 # --------------------------------------------------------------------------------------- results
@@ -134,20 +147,18 @@ def worker(config: dict[str, Any]) -> None:
 
 def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
     """The figures: medians over the parts, each against what was measured beside it."""
-    per_part = [found["steps"][k : k + len(VARIANTS)] for k in range(0, len(found["steps"]), 4)]
-    still: dict[str, list[float]] = {name: [] for name in VARIANTS[1:]}
-    slower: dict[str, list[float]] = {name: [] for name in VARIANTS[1:]}
-    first: dict[str, list[float]] = {name: [] for name in VARIANTS[1:]}
-    for entries in per_part:
-        by_name = {entry["variant"]: entry for entry in entries}
-        calm = by_name["none"]
-        calm_step = sorted(calm["step_seconds"])[len(calm["step_seconds"]) // 2]
-        for name in still:
-            own = by_name[name]
-            still[name].append(own["seconds"] - calm["seconds"])
-            after = own["step_seconds"][1 : 1 + max(1, sizes.every // 5)]
-            slower[name].append(sorted(after)[len(after) // 2] / calm_step)
-            first[name].append(own["step_seconds"][1] / calm_step)
+    still: dict[str, list[float]] = {name: [] for name in SAVERS}
+    slower: dict[str, list[float]] = {name: [] for name in SAVERS}
+    first: dict[str, list[float]] = {name: [] for name in SAVERS}
+    calm_seconds = []
+    for part in found["parts"]:
+        name, own, calm = part["saver"], part["own"], part["calm"]
+        calm_seconds.append(statistics.fmean(each["seconds"] for each in calm))
+        calm_step = statistics.median([s for each in calm for s in each["step_seconds"]])
+        still[name].append(own["seconds"] - calm_seconds[-1])
+        after = own["step_seconds"][1 : 1 + max(1, sizes.every // 5)]
+        slower[name].append(statistics.median(after) / calm_step)
+        first[name].append(own["step_seconds"][1] / calm_step)
     mib = found["bytes"] / MIB
     state = {name: [entry[name] for entry in found["state"]] for name in found["state"][0]}
     speeds = {
@@ -157,21 +168,20 @@ def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
     median = {name: lab.spread(values)["median"] for name, values in still.items()}
     return {
         "state_mib": mib,
-        "checkpoints": len(per_part),
-        "calm_seconds": lab.spread(
-            [e["seconds"] for entries in per_part for e in entries if e["variant"] == "none"]
-        ),
+        "checkpoints": len(still["shoal"]),
+        "calm_seconds": lab.spread(calm_seconds),
         "still_seconds": {name: lab.spread(values) for name, values in still.items()},
         "still_share_of_ray_sync": median["shoal"] / median["ray sync"],
         "left_seconds": {
             name: lab.spread(
-                [e["left"] for entries in per_part for e in entries if e["variant"] == name]
+                [part["own"]["left"] for part in found["parts"] if part["saver"] == name]
             )
             for name in still
         },
         "step_during_upload": {name: lab.spread(values) for name, values in slower.items()},
         "first_step_after_save": {name: lab.spread(values) for name, values in first.items()},
         "mib_per_second": speeds,
+        "state_seconds": state,
         "copy_ratio": ratio(state["shoal copy"], state["plain copy"]),
         "upload_ratio": ratio(state["raw put"], state["shoal upload"]),
         "restore_ratio": {

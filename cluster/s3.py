@@ -42,6 +42,7 @@ from cluster.s3_errors import (
 from cluster.s3_evidence import Digest, Evidence
 from cluster.s3_transfer import (
     WRITE_TOKEN,
+    Line,
     Outgoing,
     PartReader,
     ReadSpan,
@@ -95,6 +96,7 @@ class S3Connection:
 
     def __init__(self, settings: S3Settings, *, keys: Keys | None = None) -> None:
         self.settings = settings
+        self.line = Line(settings.transfer)
         self._keys = keys
         self._lock = threading.Lock()
         self._made: tuple[int, boto3.session.Session, S3Client] | None = None
@@ -492,6 +494,7 @@ class S3Store:
             num_bytes=num_bytes,
             read_part=read_part,
             transfer=self._connection.settings.transfer,
+            line=self._connection.line,
         )
 
     def _writing_arguments(self, key: str) -> dict[str, Any]:

@@ -43,7 +43,11 @@ Attempt = Callable[[Callable[["S3Client"], Any]], Any]
 _MAX_PARTS = 10_000
 _PAGE_UPLOADS = 1_000
 _BLOCK_BYTES = 2**18
-_SENT_BYTES = 2**15
+_SMALL_BLOCK_BYTES = 2**14
+_PARTS_THAT_TELL_BYTES = 2**20
+"""Of smaller ones the time is that of the answer."""
+_TIMES_SLOWER = 16
+"""A line may become so much slower while a large block is sent."""
 WRITE_TOKEN = "shoal-write"  # noqa: S105 - the name of a metadata entry
 """Metadata entry with a random value for each write. A write whose answer was lost is sent again
 and meets its own object: by this entry it is told from another writer's."""
@@ -64,12 +68,13 @@ def write_parts(
     num_bytes: int,
     read_part: ReadSpan,
     transfer: Transfer,
+    line: Line,
 ) -> str:
     """Write an object in parallel parts, each with its checksum; the object's ETag.
 
     It appears whole or not at all; after a failure the store is told to drop the parts.
     `arguments` are those of the object: bucket, key, encryption, content type; `token` is a
-    random text by which this write is known.
+    random text by which this write is known; `line` is shared by all that is sent to the store.
     """
     place = {name: arguments[name] for name in ("Bucket", "Key")}
     upload_id: str = attempt(
@@ -83,15 +88,19 @@ def write_parts(
         with _Turn() as turn:
             data = read_part(span)
             crc = checksum(data)
-            etag = attempt(
-                lambda client: client.upload_part(
-                    UploadId=upload_id,
-                    PartNumber=number,
-                    Body=cast(Any, Outgoing(data, transfer, on_sending=turn.end)),
-                    ChecksumCRC32=crc,
-                    **place,
-                )["ETag"]
-            )
+
+            def upload(client: S3Client) -> str:
+                body = Outgoing(data, transfer, block_bytes=line.block_bytes, on_sending=turn.end)
+                with line.watched(len(data)):
+                    return client.upload_part(
+                        UploadId=upload_id,
+                        PartNumber=number,
+                        Body=cast(Any, body),
+                        ChecksumCRC32=crc,
+                        **place,
+                    )["ETag"]
+
+            etag = attempt(upload)
         if transfer.on_part is not None:
             transfer.on_part()
         return {"PartNumber": number, "ETag": etag, "ChecksumCRC32": crc}
@@ -251,14 +260,39 @@ class _Turn:
         self.end()
 
 
+class Line:
+    """By what blocks bodies are sent to one store.
+
+    A socket's timeout (`connect_timeout_seconds`) is that of one block, whatever its size: small
+    ones let a slow line pass, and end where nobody takes any. But between two blocks a thread gives
+    the interpreter's lock away and takes it again, at the cost of whoever trains meanwhile. So the
+    blocks are as large as the newest part has shown that the line takes in a small share of the
+    timeout, and small again after a failure.
+    """
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._seconds = transfer.connect_timeout_seconds / _TIMES_SLOWER
+        self.block_bytes = _SMALL_BLOCK_BYTES
+
+    @contextlib.contextmanager
+    def watched(self, num_bytes: int) -> Iterator[None]:
+        """While a part of so many bytes is sent, and until the store has answered."""
+        began_at = time.monotonic()
+        try:
+            yield
+        except BaseException:
+            self.block_bytes = _SMALL_BLOCK_BYTES
+            raise
+        if num_bytes >= _PARTS_THAT_TELL_BYTES:
+            taken = int(num_bytes / max(1e-6, time.monotonic() - began_at) * self._seconds)
+            self.block_bytes = min(max(taken, _SMALL_BLOCK_BYTES), _BLOCK_BYTES)
+
+
 class Outgoing:
     """The body of a request that writes; its pace is watched while it is sent.
 
-    By small blocks: the socket's timeout (`connect_timeout_seconds`) is that of one block,
-    whatever its size; small ones let a slow line pass, and end where nobody takes any. Nothing is
-    copied, and it is signed by the larger blocks that botocore asks for: to copy holds the
-    interpreter's lock, and between two blocks a thread gives it away and takes it again, at the
-    cost of whoever trains meanwhile.
+    Nothing is copied, and it is signed by the larger blocks that botocore asks for: to copy holds
+    the interpreter's lock.
     """
 
     def __init__(
@@ -266,10 +300,13 @@ class Outgoing:
         data: bytes | memoryview,
         transfer: Transfer,
         *,
+        block_bytes: int = _SMALL_BLOCK_BYTES,
         on_sending: Callable[[], None] | None = None,
     ) -> None:
-        """`on_sending` is called for each block that goes to the socket, before it does."""
+        """It is sent by blocks of `block_bytes`, whatever the HTTP client asks for. `on_sending`
+        is called for each of them before it goes to the socket."""
         self._data = memoryview(data)
+        self._block_bytes = block_bytes
         self._on_sending = on_sending
         self._position = 0
         # A block is asked for once the one before was taken. What does not move is no block.
@@ -290,7 +327,7 @@ class Outgoing:
         if size is None or size < 0:
             size = len(self._data)
         elif size < PAYLOAD_BUFFER:
-            size = min(size, _SENT_BYTES)
+            size = self._block_bytes
             if self._on_sending is not None:
                 self._on_sending()
         end = self._position + size

@@ -13,6 +13,16 @@ from cluster.embedded import EmbeddedStore
 from cluster.storage import Store, open_store
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the longest time limits first: side by side, the last to end is a short one."""
+    limits = dict[Path, float]()
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        limit = float(marker.args[0]) if marker else 0.0
+        limits[item.path] = max(limits.get(item.path, 0.0), limit)
+    items.sort(key=lambda item: -limits[item.path])
+
+
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:
     """A running embedded store, found by every client through the AWS variables."""

@@ -240,6 +240,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     owner: FaultyProxy
     protocol_version = "HTTP/1.1"
 
+    def setup(self) -> None:
+        super().setup()
+        if any(fault.kind == "slow request" and fault.times for fault in self.owner.faults):
+            # Before any byte has come: later it would not become smaller.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BYTES)
+
     def handle(self) -> None:
         with contextlib.suppress(OSError):  # a client that was failed, or killed, has gone away
             super().handle()
@@ -273,24 +279,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return b""
         taken = b""
         if fault == "slow request":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BYTES)
             for _ in range(_SLOW_TURNS):
                 taken += self.rfile.read(min(SLOW_BYTES, num_bytes - len(taken)))
                 self.owner.wait(_SLOW_SECONDS)
-        return taken + self.rfile.read(num_bytes - len(taken))
+        taken += self.rfile.read(num_bytes - len(taken))
+        if len(taken) < num_bytes:
+            raise ConnectionResetError("the client has gone away")
+        return taken
 
     def _forward(self, body: bytes, fault: Kind | None) -> None:
-        connection = http.client.HTTPConnection(self.owner.target, timeout=30)
-        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         headers_in = [(k, v) for k, v in self.headers.items() if k.lower() not in _OWN_HEADERS]
         if self.command == "PUT" and any(k.lower() in self.owner.ignored for k, _ in headers_in):
             headers_in = self._without_conditions(headers_in)
-        for name, value in headers_in:
-            connection.putheader(name, value)
-        connection.endheaders(body)
-        answer = connection.getresponse()
-        data = answer.read()
-        connection.close()
+        connection = http.client.HTTPConnection(self.owner.target, timeout=30)
+        with contextlib.closing(connection):
+            connection.putrequest(
+                self.command, self.path, skip_host=True, skip_accept_encoding=True
+            )
+            for name, value in headers_in:
+                connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            data = answer.read()
         headers = [(k, v) for k, v in answer.getheaders() if k.lower() != "transfer-encoding"]
         if fault == "lose answer":
             self._close()

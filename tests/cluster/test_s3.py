@@ -357,6 +357,18 @@ def test_a_slow_line_takes_what_is_written(proxy: FaultyProxy, s3_store: Store) 
     assert gets_on
 
 
+def test_a_line_that_becomes_slow_takes_the_part_at_the_second_try(
+    proxy: FaultyProxy, s3_store: Store, tmp_path: Path
+) -> None:
+    """The first part goes fast, so that the blocks of the second are too large for its line."""
+    (tmp_path / "large").write_bytes(os.urandom(16 * MIB))
+    transfer = Transfer(part_bytes=8 * MIB, num_threads=1, connect_timeout_seconds=1.0)
+    proxy.fail("slow request", "PUT", "partNumber=2", times=3)
+    through(proxy, s3_store, transfer).upload("large", tmp_path / "large")
+    assert s3_store.read("large") == (tmp_path / "large").read_bytes()
+    assert proxy.injected["slow request"] == 2
+
+
 def test_a_write_that_nobody_takes_is_given_up_and_sent_again(
     proxy: FaultyProxy, s3_store: Store, tmp_path: Path
 ) -> None:

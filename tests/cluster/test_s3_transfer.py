@@ -1,4 +1,4 @@
-"""In which turns the parts of an object are made ready and sent; how they arrive: test_s3.py."""
+"""In which turns and blocks the parts of an object are sent; how they arrive: test_s3.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from botocore.auth import PAYLOAD_BUFFER
 
 from cluster import s3_transfer
-from cluster.s3_transfer import Span, write_parts
+from cluster.s3_transfer import Line, Span, write_parts
 from cluster.storage import Transfer
 
 PARTS = 4
@@ -49,6 +49,7 @@ def write(client: Client, read_part: Callable[[Span], bytes]) -> str:
         num_bytes=PARTS,
         read_part=read_part,
         transfer=TRANSFER,
+        line=Line(TRANSFER),
     )
 
 
@@ -83,3 +84,38 @@ def test_a_part_that_cannot_be_read_lets_the_next_take_its_turn() -> None:
         with pytest.raises(OSError, match="gone"):
             write(Client(on_part=lambda: None), broken)
     assert write(Client(on_part=lambda: None), lambda _: b"x") == "whole"
+
+
+SMALL, LARGE = 2**14, 2**18
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_second", "block_bytes"),
+    [(10 * SMALL, SMALL), (8 * MIB, LARGE), (2 * MIB, 2 * MIB // 16), (100 * MIB, LARGE)],
+)
+def test_blocks_are_what_the_line_takes_in_a_share_of_the_timeout(
+    bytes_per_second: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Line(Transfer(connect_timeout_seconds=1.0))
+    assert line.block_bytes == SMALL
+    times = iter([0.0, 16 * MIB / bytes_per_second])
+    monkeypatch.setattr(s3_transfer.time, "monotonic", lambda: next(times))
+    with line.watched(16 * MIB):
+        pass
+    assert line.block_bytes == block_bytes
+
+
+def test_blocks_are_small_after_a_failure_and_a_small_part_tells_nothing() -> None:
+    line = Line(TRANSFER)
+    with line.watched(16 * MIB):
+        pass
+    with line.watched(100):
+        pass
+    assert line.block_bytes == LARGE
+    with pytest.raises(OSError, match="timed out"), line.watched(16 * MIB):
+        raise OSError("timed out")
+    assert line.block_bytes == SMALL
+    with line.watched(100):
+        pass
+    assert line.block_bytes == SMALL
