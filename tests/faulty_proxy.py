@@ -254,11 +254,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         owner = self.owner
         names = [name.lower() for name in self.headers]
         fault = owner.take_fault(self.command, self.path, names)
-        body = self._take(int(self.headers.get("Content-Length", 0)), fault)
+        num_bytes = int(self.headers.get("Content-Length", 0))
+        body = self._take(num_bytes, fault)
         if fault == "corrupt request" and not body:
             fault = None
         if fault is not None and fault not in _BODY_KINDS:
             owner.done(fault, self.path)
+        if len(body) < num_bytes and fault != "stuck request":
+            raise ConnectionResetError("the client has gone away")
         if fault == "hang":
             owner.wait()
         if fault == "late":
@@ -282,10 +285,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for _ in range(_SLOW_TURNS):
                 taken += self.rfile.read(min(SLOW_BYTES, num_bytes - len(taken)))
                 self.owner.wait(_SLOW_SECONDS)
-        taken += self.rfile.read(num_bytes - len(taken))
-        if len(taken) < num_bytes:
-            raise ConnectionResetError("the client has gone away")
-        return taken
+        return taken + self.rfile.read(num_bytes - len(taken))
 
     def _forward(self, body: bytes, fault: Kind | None) -> None:
         headers_in = [(k, v) for k, v in self.headers.items() if k.lower() not in _OWN_HEADERS]
