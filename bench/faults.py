@@ -49,6 +49,9 @@ WORKERS = 2
 START_SECONDS = 600
 SURE_WAIT_SECONDS = 1.5 * Transfer().retry_seconds
 """An outage that is longer cannot be bridged by repeating single requests."""
+LEAST_OF_SHARE = 0.8
+"""Of the share of requests that was asked for: faults are drawn, and an answer that has no body,
+such as that of an object that is not there, cannot be cut."""
 ENDPOINT = "AWS_ENDPOINT_URL_S3"
 
 
@@ -383,7 +386,18 @@ def has_met_all(result: dict[str, Any]) -> bool:
         return sum(met.values()) > met["away"]
     must_wait = max(outages, default=0) > SURE_WAIT_SECONDS
     has_waited = went["waits_told"] + went["saves_repeated"] > 0
-    return all(kind in met for kind in (*SICK, *FLIPS)) and (has_waited or not must_wait)
+    return (
+        all(kind in met for kind in (*SICK, *FLIPS))
+        and (has_waited or not must_wait)
+        and spoilt_share(went) >= LEAST_OF_SHARE * result["share"]
+    )
+
+
+def spoilt_share(went: dict[str, Any]) -> float:
+    """Of the requests that came outside the outages, those that met a fault."""
+    met = went["injected"]
+    away = met.get("away", 0)
+    return (sum(met.values()) - away) / max(1, went["requests"] - away)
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -393,6 +407,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     )
     for kind, times in went["injected"].items():
         run_table.add_row(kind, str(times))
+    run_table.add_row("of the requests outside the outages", f"{spoilt_share(went):.1%}")
     run_table.add_section()
     for name in (
         "requests", "calm_seconds", "sick_seconds", "attempts", "waits_told", "saves_repeated",

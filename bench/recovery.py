@@ -9,8 +9,9 @@ both. The plain loop (bench/plain_ray_train.py) saves as Ray's documentation has
 each epoch; Shoal five times an epoch. So the table also says for how long training stands still for
 checkpoints. Ray misses a dead node as soon as it does here for both, by the same settings.
 
-Exit code 1 where Shoal takes longer than the plain loop to come back from a worker's death, or
-loses as much work; in the small size nothing is judged.
+Exit code 1 where Shoal takes longer than the plain loop to come back from a worker's death, by more
+than medians differ from one run of this to the next (1.15 times), or loses as much work; in the
+small size nothing is judged.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ resumed from there, again and again, by two ranks on a node that has nothing in 
 begins with the start of the ranks and ends with their first step; Python's imports are done by
 then. Data and checkpoints are in a real S3 server.
 
-Exit code 1 where it takes longer at 99 % than at 1 %; in the small size nothing is judged.
+Exit code 1 where it takes longer at 99 % than at 1 %, by more than medians differ from one run of
+this to the next (1.1 times); in the small size nothing is judged.
 """
 
 from __future__ import annotations

@@ -91,14 +91,18 @@ def write_parts(
 
             def upload(client: S3Client) -> str:
                 body = Outgoing(data, transfer, block_bytes=line.block_bytes, on_sending=turn.end)
-                with line.watched(len(data)):
-                    return client.upload_part(
-                        UploadId=upload_id,
-                        PartNumber=number,
-                        Body=cast(Any, body),
-                        ChecksumCRC32=crc,
-                        **place,
-                    )["ETag"]
+                try:
+                    with line.watched(len(data)):
+                        return client.upload_part(
+                            UploadId=upload_id,
+                            PartNumber=number,
+                            Body=cast(Any, body),
+                            ChecksumCRC32=crc,
+                            **place,
+                        )["ETag"]
+                finally:
+                    # Also where nothing could be sent: what waits to be sent again takes no turn.
+                    turn.end()
 
             etag = attempt(upload)
         if transfer.on_part is not None:
@@ -138,7 +142,7 @@ def _complete(
 def _abort(attempt: Attempt, *, place: dict[str, Any], upload_id: str) -> None:
     """Tell the store to drop the parts; what went wrong before matters more than a failure here."""
     try:
-        attempt(lambda client: client.abort_multipart_upload(UploadId=upload_id, **place))
+        drop_upload(attempt, bucket=place["Bucket"], key=place["Key"], upload_id=upload_id)
     except StorageError as error:
         logger.warning("parts of %s are left in the store: %s", place["Key"], error)
 

@@ -261,9 +261,9 @@ class Part(Record):
     bytes: int
     sha256: str
     """What `shoal checkpoints --verify` compares; part of what names the file's content."""
-    xxh3: str = ""
+    xxh3: str
     """XXH3 of 128 bits, which a restore compares while the bytes arrive, at a tenth of the time
-    that SHA-256 takes. Empty: the number of bytes alone is compared."""
+    that SHA-256 takes. Empty for a file that Shoal has not written: its bytes are counted."""
 
 
 class StreamPosition(Record):

@@ -212,11 +212,7 @@ class FaultyProxy:
                     return fault.kind
             if self._random is None or self._random.random() >= self._share:
                 return None
-            kind = self._random.choice(self._kinds)
-            has_content = method == "PUT" if kind == "corrupt request" else method == "GET"
-            if kind.startswith("corrupt") and (not has_content or "list-type" in path):
-                return None
-            return kind
+            return self._random.choice([k for k in self._kinds if _fits(k, method, path)])
 
     def done(self, kind: Kind, path: str) -> None:
         with self._lock:
@@ -234,6 +230,15 @@ class FaultyProxy:
     def wait(self, seconds: float | None = None) -> bool:
         """Until the proxy ends, or for so long; whether it has ended."""
         return self._closing.wait(seconds)
+
+
+def _fits(kind: Kind, method: str, path: str) -> bool:
+    """Whether a request of a storm can meet this fault, and somebody could find it out."""
+    if kind == "corrupt request":
+        return method == "PUT"
+    if kind == "corrupt answer" and "list-type" in path:
+        return False
+    return kind not in _BODY_KINDS or method == "GET"
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -244,12 +244,21 @@ class Nodes:
             process.wait(_END_SECONDS)
 
     def start_head(self, *, cpus: int) -> None:
-        head = self._place(cpus=cpus, drain_seconds=30)
+        self._place(cpus=cpus, drain_seconds=30)
+        self._start_head()
+
+    def replace_head(self) -> None:
+        """A new cluster in the place of a head that is gone. It has another port: nodes that lived
+        on do not belong to it before they are started anew."""
+        self.head.kill()
+        self._start_head()
+
+    def _start_head(self) -> None:
         port = _free_port()
         # Drivers of the same host find the head by the machine's own address.
-        self.address = f"{head.address if self.network else '127.0.0.1'}:{port}"
+        self.address = f"{self.head.address if self.network else '127.0.0.1'}:{port}"
         self.environment["RAY_ADDRESS"] = self.address
-        head.start()
+        self.head.start()
 
 
 @contextmanager

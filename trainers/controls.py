@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -55,7 +56,8 @@ def last_request(store: Store, paths: RunPaths) -> int:
 def last_attempt(store: Store, paths: RunPaths) -> int:
     """Number of the newest attempt of the run; 0 without any."""
     names = (head.key.rpartition("/")[2] for head in store.list(paths.attempts))
-    return max((int(name.partition(".")[0].partition("-")[0]) for name in names), default=0)
+    numbers = (re.match(r"(\d+)[-.]", name) for name in names)
+    return max((int(number[1]) for number in numbers if number), default=0)
 
 
 def ask_to_yield(store: Store, paths: RunPaths, *, attempt: int, generation: int, by: str) -> None:

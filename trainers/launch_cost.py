@@ -31,9 +31,11 @@ _REPEATS = 4
 """Passes of each size; the first warms up, and of the others the quickest counts."""
 
 
-def measured_launch_tokens(trainee: Trainee, cutting: Cutting, agreement: Agreement) -> int:
-    """Tokens that cost as much as the launch of a micro-batch: a power of two, at most
-    `cutting.max_tokens`.
+def measured_launch_tokens(
+    trainee: Trainee, cutting: Cutting, agreement: Agreement, *, most_row_tokens: int
+) -> int:
+    """Tokens that cost as much as the launch of a micro-batch: a power of two, or where that is
+    less, `cutting.max_tokens`. A row may have `most_row_tokens`.
 
     Of rank 0, told to the others. A power of two: more exact it is not, and two runs on like
     machines often cut alike. Called by all ranks at the same point, before the first step: no
@@ -42,30 +44,30 @@ def measured_launch_tokens(trainee: Trainee, cutting: Cutting, agreement: Agreem
     On a GPU the larger pass has half of `cutting.max_tokens`: with fewer its processors may not be
     busy. Raises MicrobatchTooLarge, on this rank alone, where memory runs out.
     """
-    rows = _CPU_ROWS
-    if trainee.device.type == "cuda":
-        rows = max(2, cutting.max_tokens // 2 // _ROW_TOKENS)
+    row_tokens = max(1, min(_ROW_TOKENS, most_row_tokens, cutting.max_tokens // 2))
+    rows = cutting.max_tokens // row_tokens
+    rows = max(2, rows // 2 if trainee.device.type == "cuda" else min(rows, _CPU_ROWS))
     trainee.model.train()
     buffers = KeptBuffers(plain(trainee.model))
     buffers.keep()
-    with passes_over(np.full(rows, _ROW_TOKENS), cutting):
+    with passes_over(np.full(rows, row_tokens), cutting):
         short = _seconds(trainee, trainee.task.empty_batch())
-        long = _seconds(trainee, trainee.task.empty_batch(rows=rows, tokens=_ROW_TOKENS))
+        long = _seconds(trainee, trainee.task.empty_batch(rows=rows, tokens=row_tokens))
     clear_gradients(trainee.model, trainee.optimizer)
     buffers.put_back(torch.ones((), device=trainee.device))
     found: int = agreement.first(
-        launch_in_tokens(short, long, tokens=rows * _ROW_TOKENS, most=cutting.max_tokens)
+        launch_in_tokens(short, long, tokens=rows * row_tokens, most=cutting.max_tokens)
     )
     return found
 
 
 def launch_in_tokens(short: float, long: float, *, tokens: int, most: int) -> int:
     """The launch, from the seconds of a pass that is nearly all launch and of one of so many
-    tokens; `most` where tokens cost nothing that can be measured. Pure."""
+    tokens; `most` where it is more, or tokens cost nothing that can be measured. Pure."""
     of_token = (long - short) / tokens
     if of_token <= 0 or short >= most * of_token:
         return most
-    return 1 << max(0, round(math.log2(short / of_token)))
+    return min(most, 1 << max(0, round(math.log2(short / of_token))))
 
 
 def _seconds(trainee: Trainee, batch: Batch) -> float:

@@ -37,16 +37,17 @@ def passes_over(lengths: IntArray, cutting: Cutting) -> Iterator[None]:
 
     Raises MicrobatchTooLarge in place of an error of memory. It names the largest micro-batch into
     which `cut_microbatches` cuts the rows, whichever of them failed: what the passes before it have
-    left behind counts too.
+    left behind counts too. A rank without rows, whose passes are of padding, has none to name: its
+    error is raised as it is.
     """
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or not len(lengths):
             raise
         cuts = cut_microbatches(lengths, cutting)
         sizes = [(padded_tokens(lengths[cut]), len(cut)) for cut in cuts]
-        tokens, rows = max(sizes, default=(0, 0))  # no rows at all: padding is tiny
+        tokens, rows = max(sizes)
         raise MicrobatchTooLarge(rows=rows, tokens=tokens) from error
 
 

@@ -7,6 +7,7 @@ run's states, and needs the number of restarts for the next controller.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import threading
 from collections import Counter
@@ -19,6 +20,8 @@ from jobs.record import State
 from trainers.telemetry import Telemetry
 
 POLL_SECONDS = 0.5
+
+_log = logging.getLogger(__name__)
 
 Kind = Literal["running", "waiting", "failure", "preemption", "resize", "warning"]
 """running: workers have been started. waiting: for room in the cluster. failure, preemption: the
@@ -78,7 +81,12 @@ class NoticeReader:
                 whole, newline, _ = file.read().rpartition(b"\n")
             self._read_bytes += len(whole) + len(newline)
             for line in whole.splitlines():
-                self._pass_on(Notice(**json.loads(line)))
+                try:
+                    notice = Notice(**json.loads(line))
+                except (ValueError, TypeError):
+                    _log.warning("a notice of Ray's controller cannot be read: %r", line)
+                else:
+                    self._pass_on(notice)
 
     def _pass_on(self, notice: Notice) -> None:
         self.counts[notice.kind] += 1
@@ -92,4 +100,7 @@ class NoticeReader:
 
     def _run(self) -> None:
         while not self._closing.wait(POLL_SECONDS):
-            self.look()
+            try:
+                self.look()
+            except OSError as error:
+                _log.warning("notices of Ray's controller cannot be read at present: %s", error)

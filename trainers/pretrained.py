@@ -67,7 +67,7 @@ def _in_store(store: Store, spec: JobSpec, cache_folder: Path) -> Path | None:
     _require_weights([h.key for h in files], spec.model.source, legacy=names)
     identity = repr([(store.uri, h.key, h.etag, h.num_bytes) for h in files])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:24]
-    parts = [Part(name=h.key, bytes=h.num_bytes, sha256="") for h in files]
+    parts = [Part(name=h.key, bytes=h.num_bytes, sha256="", xxh3="") for h in files]
     return local_copy(store, parts, cache_folder / "models" / digest)
 
 

@@ -7,6 +7,7 @@ RunFailurePolicy says there which budget a failure counts for.
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from functools import cached_property
@@ -50,6 +51,8 @@ from trainers.patience import Patience
 
 _LOOK_SECONDS = 1.0
 _POLL_SECONDS = 0.25
+
+_log = logging.getLogger(__name__)
 
 
 class EndedWhileWaiting(Exception):  # noqa: N818 - not an error: it was asked for
@@ -236,7 +239,11 @@ class RunController(ControllerCallback, WorkerGroupCallback):
 
     def _tell(self, kind: Kind, message: str) -> None:
         self._said = message
-        write_notice(self._notices, kind, message)
+        try:
+            write_notice(self._notices, kind, message)
+        except OSError as error:
+            # Ray would end the run for it: one line less is told.
+            _log.warning("%s (it cannot be told: %s)", message, error)
 
     def _tell_once(self, kind: Kind, message: str) -> None:
         if message != self._said:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -215,7 +215,10 @@ class _Rank:
         no attempt has done so."""
         if self._spec.batching.launch_tokens == "auto":
             found = measured_launch_tokens(
-                self._prepared.trainee, Cutting.of(self._spec.batching), self._agreement
+                self._prepared.trainee,
+                Cutting.of(self._spec.batching),
+                self._agreement,
+                most_row_tokens=self._spec.task.max_tokens,
             )
             self._attempt = self._attempt.model_copy(update={"launch_tokens": found})
             self._spec = as_cut(self._spec, self._attempt)
@@ -325,8 +328,7 @@ class _Rank:
         if progress.best_step in (None, progress.step):
             return own
         metric, mode, _ = self._spec.best
-        live = self._together(lambda: read_live_manifests(self._store, self._paths))
-        for manifest in by_merit(live, metric=metric, mode=mode):
+        for manifest in self._by_merit(metric, mode):
             if manifest.step == progress.step:
                 return own
             model = self._together(partial(self._model_of, manifest))
@@ -341,6 +343,20 @@ class _Rank:
                     step=manifest.step,
                 )
         return own
+
+    def _by_merit(self, metric: str, mode: Literal["min", "max"]) -> list[Manifest]:
+        """The checkpoints that were evaluated, the best first, as rank 0 finds them: others might
+        read one badly, and then test another model than it does."""
+
+        def read() -> list[Manifest]:
+            if self._session.rank:
+                return []
+            live = read_live_manifests(self._store, self._paths)
+            return by_merit(live, metric=metric, mode=mode)
+
+        found = self._together(read)
+        told = self._agreement.first([manifest.model_dump(mode="json") for manifest in found])
+        return [Manifest.model_validate(manifest) for manifest in told]
 
     def _tested_on(self) -> tuple[DataSet | None, str]:
         if self._prepared.test is not None:
@@ -389,8 +405,9 @@ class _Rank:
     def commit(self, progress: Progress, evaluation: Evaluation | None) -> None:
         with self._account.spent("checkpoint"):
             if self._spec.train.log_rows:
-                # What led to this state is durable before the state itself is. (The writer of rank
-                # 0 sees to its lines; the other ranks have none but these.)
+                # What led to this state is to be durable before the state itself. (The writer of
+                # rank 0 sees to its lines; the other ranks have none but these, and do not keep
+                # the state from being saved where the store takes no lines.)
                 self._telemetry.flush()
             self._saving.save(
                 self._prepared.trainee,
@@ -753,10 +770,12 @@ class _Rank:
             )
 
     def _drop_checkpoint_copies(self) -> None:
-        """Removes local copies of checkpoints once all ranks of the node have loaded them."""
+        """Removes local copies of checkpoints once all ranks of the node have loaded them, and
+        before any makes another one."""
         self._agreement.barrier()
         if self._session.local_rank == 0:
             drop_checkpoint_copies(self._paths.run_id, cache_folder=cache_folder())
+        self._agreement.barrier()
 
     def _describe_attempt(self) -> None:
         """Records what the attempt found out about its model and data."""

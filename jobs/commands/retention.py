@@ -45,6 +45,8 @@ def delete(run: str, store: str | None, yes: bool) -> None:
                 )
             )
         click.confirm(f"delete {reader.uri} ({what})?", abort=True, err=True)
+        # It may have been resumed while the question stood.
+        refuse_running(reader, wait=lambda reason: click.echo(reason, err=True))
     delete_run(reader.store, reader.run_id, tell=_warn)
     click.echo(f"deleted {reader.uri}: {what}", err=True)
 

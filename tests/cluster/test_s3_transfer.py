@@ -86,6 +86,38 @@ def test_a_part_that_cannot_be_read_lets_the_next_take_its_turn() -> None:
     assert write(Client(on_part=lambda: None), lambda _: b"x") == "whole"
 
 
+def test_a_part_that_cannot_be_sent_takes_no_turn_while_it_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All parts are tried once before any is tried again, though one alone may be made ready."""
+    monkeypatch.setattr(s3_transfer._Turn, "_free", threading.Semaphore(1))
+    meet = threading.Barrier(PARTS)
+
+    class Away(Client):
+        def upload_part(self, **_: Any) -> dict[str, str]:
+            raise OSError("no connection")
+
+    def attempt(action: Callable[[Any], Any]) -> Any:
+        try:
+            return action(Away(on_part=lambda: None))
+        except OSError:
+            meet.wait(timeout=30)
+            return action(Client(on_part=lambda: None))
+
+    assert (
+        write_parts(
+            attempt,
+            arguments={"Bucket": "b", "Key": "k"},
+            token="t",
+            num_bytes=PARTS,
+            read_part=lambda _: b"x",
+            transfer=TRANSFER,
+            line=Line(TRANSFER),
+        )
+        == "whole"
+    )
+
+
 SMALL, LARGE = 2**14, 2**18
 MIB = 2**20
 

@@ -1,8 +1,9 @@
 """One run on several Ray nodes that fail, each in its own way, while it goes on.
 
 A node is frozen for longer than it takes to miss it, and woken; one is cut off from everything, and
-comes back; one is killed. What is left at the end is compared with the order of rows that one
-undisturbed rank reads.
+comes back; one is killed; at last the head is killed with the driver, while the nodes of workers
+live on, and the run is resumed under a new head. What is left at the end is compared with the order
+of rows that one undisturbed rank reads.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def play(folder: Path, runs: Store) -> Story:
     """Three nodes with room for one worker each; two workers are wanted, and one is enough."""
     with nodes(cpus=0, env={"HF_HUB_OFFLINE": "1"}) as cluster:
         cluster.add_several(3, cpus=1)
-        with driver(cluster, folder) as run:
+        with driver(cluster, folder, "run", "job.yaml", "--run-id", RUN) as run:
             play = Play(cluster, runs, run, folder / "said.log")
             first = play.await_attempt(workers=2)
 
@@ -117,6 +118,16 @@ def play(folder: Path, runs: Store) -> Story:
             killed.kill()
             # Ray counts nodes that have just joined now or a while later.
             fourth = play.await_attempt(after=third)
+            cluster.head.kill()
+            run.wait(WAIT_SECONDS)
+
+        cluster.replace_head()
+        orphan = play.node_of(fourth, rank=0)
+        killed.start()
+        with driver(cluster, folder, "resume", join_uri(runs.uri, RUN)) as run:
+            play = Play(cluster, runs, run, folder / "said.log")
+            fifth = play.await_attempt(after=fourth)
+            left_by_orphan = play.await_end_of(orphan)
             request_stop(runs, RUN, by="the test")
             code = run.wait(WAIT_SECONDS)
     return Story(
@@ -126,6 +137,7 @@ def play(folder: Path, runs: Store) -> Story:
             "frozen": Failure(frozen.host, first, second, left_by_frozen),
             "cut off": Failure(cut.host, second, third, left_by_cut),
             "killed": Failure(killed.host, third, fourth),
+            "left by its head": Failure(orphan.host, fourth, fifth, left_by_orphan),
         },
         exit_code=code,
         said=(folder / "said.log").read_text(),
@@ -133,10 +145,10 @@ def play(folder: Path, runs: Store) -> Story:
 
 
 @contextmanager
-def driver(cluster: Nodes, folder: Path) -> Iterator[subprocess.Popen[Any]]:
+def driver(cluster: Nodes, folder: Path, *command: str) -> Iterator[subprocess.Popen[Any]]:
     with (folder / "said.log").open("wb") as said:
         process = cluster.popen(
-            [sys.executable, "-m", "jobs.cli", "run", "job.yaml", "--run-id", RUN],
+            [sys.executable, "-m", "jobs.cli", *command],
             cwd=folder,
             stdout=said,
             stderr=subprocess.STDOUT,
@@ -206,7 +218,7 @@ def is_worker(process: psutil.Process) -> bool:
 # ------------------------------------------------------------------------------- what it must show
 
 
-@pytest.mark.parametrize("how", ["frozen", "cut off", "killed"])
+@pytest.mark.parametrize("how", ["frozen", "cut off", "killed", "left by its head"])
 def test_a_run_goes_on_without_a_node_that_is(how: str, story: Story) -> None:
     if how == "cut off" and story.shared is not None:
         pytest.skip(f"nodes share the network of this host, as {story.shared}: it was frozen too")

@@ -533,7 +533,7 @@ def run_with_checkpoint(store: Store, model: Path, spec: bytes) -> None:
     parts = []
     for file in model.iterdir():
         store.upload(f"{paths.checkpoint(CheckpointName(7, 1))}model/{file.name}", file)
-        parts.append(Part(name=f"model/{file.name}", bytes=file.stat().st_size, sha256=""))
+        parts.append(Part(name=f"model/{file.name}", bytes=file.stat().st_size, sha256="", xxh3=""))
     position = StreamPosition(
         order_version=1,
         index_digest="",
@@ -579,7 +579,7 @@ def test_a_run_can_be_the_source_once_it_has_a_model(
         assert "checkpoint of step 7" in of(checked, Verdict.OK, "model")[0].message
     manifest = RunPaths("old").manifest(CheckpointName(7, 1))
     whole = Manifest.model_validate_json(runs.read(manifest))
-    layout = Part(name="shards/layout.json", bytes=1, sha256="")
+    layout = Part(name="shards/layout.json", bytes=1, sha256="", xxh3="")
     small = [part for part in whole.parts if part.name != "model/model.safetensors"]
     cut = whole.model_copy(update={"parts": (*small, layout)})
     runs.write(manifest, cut.to_bytes())

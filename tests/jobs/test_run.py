@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster.folder import FolderStore
@@ -130,6 +133,51 @@ def test_workers_of_a_taken_machine_are_not_waited_for_longer_than_there_is(
     assert ended.state is State.FAILED_INFRA
     assert not ended.state.ends_retries
     assert "have not saved their state in 0 s" in ended.problems[0][0]  # type: ignore[union-attr]
+
+
+FROZEN_DRIVER = """
+import subprocess, sys, time
+from cluster.lease import acquire
+from cluster.storage import open_store
+from jobs import run
+from tests.ranks import assignment_of
+from tests.tiny import tiny_job
+
+store = open_store(sys.argv[1])
+job = assignment_of(tiny_job("s3://models/tiny", {"train": "s3://lake/train"}, store.uri), "run")
+with acquire(store, "run/lease.json", ttl_seconds=float(sys.argv[2])) as lease:
+    with run._watched(job, store, lease, attended_by=None):
+        # A worker, as far as the driver knows it.
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        print(child.pid, flush=True)
+        time.sleep(600)
+        store.write("written by a driver without its lease", b"")
+"""
+
+
+def test_a_driver_that_was_frozen_and_succeeded_ends_with_its_workers(s3_store: Store) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", FROZEN_DRIVER, s3_store.uri, "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert driver.stdout is not None
+        worker = psutil.Process(int(driver.stdout.readline()))
+        driver.send_signal(signal.SIGSTOP)
+        with acquire(s3_store, "run/lease.json", ttl_seconds=60, wait=True) as held:
+            driver.send_signal(signal.SIGCONT)
+            _, said = driver.communicate(timeout=60)
+            held.confirm()
+    finally:
+        driver.kill()
+        driver.communicate()
+    assert driver.returncode == 3
+    assert "shoal: the lease " in said
+    assert said.endswith("; ending at once\n")
+    assert psutil.wait_procs([worker], timeout=10)[1] == []
+    assert not [head.key for head in s3_store.list() if "written by" in head.key]
 
 
 @pytest.mark.usefixtures("looks")

@@ -221,6 +221,9 @@ def test_the_newest_attempt_is_asked_to_give_way_by_a_request_of_its_own(
         local_store.write(PATHS.attempt(number), b"{}")
     local_store.write(PATHS.outcome(1), b"{}")
     assert last_attempt(local_store, PATHS) == 2
+    for foreign in (".nfs0001", "notes.json", "9 copy.json"):
+        local_store.write(f"{PATHS.attempts}{foreign}", b"")
+    assert last_attempt(local_store, PATHS) == 2
     for _ in range(2):
         ask_to_yield(local_store, PATHS, attempt=2, generation=4, by="a test")
     keys = [head.key for head in local_store.list(PATHS.control)]

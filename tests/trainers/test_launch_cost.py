@@ -13,6 +13,7 @@ from tests.ranks import assignment_of, run_ranks
 from tests.scene import Scene
 from trainers import launch_cost, worker
 from trainers.launch_cost import launch_in_tokens
+from trainers.tasks.text_classification import TextClassification
 
 AUTO = {"launch_tokens": "auto"}
 
@@ -30,6 +31,33 @@ AUTO = {"launch_tokens": "auto"}
 )
 def test_the_launch_is_a_power_of_two_of_tokens(short: float, long: float, expected: int) -> None:
     assert launch_in_tokens(short, long, tokens=500, most=8192) == expected
+
+
+def test_the_launch_is_at_most_what_a_microbatch_may_hold() -> None:
+    assert launch_in_tokens(0.590, 0.640, tokens=500, most=6000) == 6000  # 5,900, rounded to 8,192
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "limit"), [(8, 4096), (32, 48), (32, 1)], ids=["short rows", "few", "one row"]
+)
+def test_it_is_measured_with_what_the_job_allows(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, max_tokens: int, limit: int
+) -> None:
+    shapes = list[tuple[int, int]]()
+    whole = TextClassification.empty_batch
+
+    def empty_batch(task: TextClassification, *, rows: int = 1, tokens: int = 2) -> Any:
+        shapes.append((rows, tokens))
+        return whole(task, rows=rows, tokens=tokens)
+
+    monkeypatch.setattr(TextClassification, "empty_batch", empty_batch)
+    spec = scene.job(
+        batching=AUTO | {"max_tokens_per_microbatch": limit}, task={"max_tokens": max_tokens}
+    )
+    assert scene.train(spec).state is State.SUCCEEDED
+    rows, tokens = max(shapes)
+    assert tokens <= max_tokens
+    assert rows * tokens <= max(limit, 2)
 
 
 def test_measuring_leaves_no_trace(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

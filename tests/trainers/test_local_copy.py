@@ -142,10 +142,10 @@ def test_a_part_that_comes_spoilt_each_time_is_given_up(
 
 
 def test_a_part_without_a_digest_is_checked_by_its_bytes(source: Store, folder: Path) -> None:
-    wrong = Part(name="config.json", bytes=3, sha256="")
+    wrong = Part(name="config.json", bytes=3, sha256="", xxh3="")
     with pytest.raises(DamagedPart):
         local_copy(source, [wrong], folder)
-    right = Part(name="config.json", bytes=2, sha256="")
+    right = Part(name="config.json", bytes=2, sha256="", xxh3="")
     assert held(local_copy(source, [right], folder)) == {"config.json": b"{}"}
 
 
@@ -178,7 +178,7 @@ def test_a_part_that_would_lie_elsewhere_is_refused_before_anything_is_made(
     source: Store, parts: list[Part], folder: Path, name: str
 ) -> None:
     with pytest.raises(DamagedPart, match="no name of a file"):
-        local_copy(source, [*parts, Part(name=name, bytes=1, sha256="")], folder)
+        local_copy(source, [*parts, Part(name=name, bytes=1, sha256="", xxh3="")], folder)
     assert not folder.parent.exists()
 
 

@@ -66,6 +66,18 @@ def test_notices_are_counted_over_all_starts_and_passed_on_once(
     assert len(told.lines) == 2
 
 
+def test_a_line_that_nobody_understands_does_not_hide_the_others(
+    reader: NoticeReader, told: Told
+) -> None:
+    write_notice(reader.path, "failure", "rank 1 failed")
+    with reader.path.open("ab") as file:
+        file.write(b'{"kind": \n')
+    write_notice(reader.path, "preemption", "a node was taken")
+    reader.look()
+    assert reader.counts == {"failure": 1, "preemption": 1}
+    assert len(told.lines) == 2
+
+
 def test_a_line_that_is_not_whole_yet_is_read_once_it_is(reader: NoticeReader, told: Told) -> None:
     write_notice(reader.path, "failure", "rank 0 failed")
     line = reader.path.read_bytes()

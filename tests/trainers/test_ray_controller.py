@@ -154,6 +154,64 @@ def test_requests_that_are_old_do_not_end_a_wait_for_nodes(
         controller._await_room()
 
 
+def test_a_notice_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    controller, _ = waiting(tmp_path, monkeypatch)
+    controller._notices = tmp_path / "gone" / "notices"
+    controller._tell("waiting", "for a node")
+    assert "for a node (it cannot be told: " in caplog.text
+
+
+# -------------------------------------------------------------------- before another number of them
+
+
+def resizing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, errors: dict[int, Exception]
+) -> tuple[RunController, FolderStore]:
+    """A controller whose workers, of attempt 3, give nothing but `errors`."""
+    controller, store = waiting(tmp_path, monkeypatch, hang_minutes=0.005)
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    controller._attempt_before = 2
+    store.write(PATHS.attempt(3), b"{}")
+    controller._group = SimpleNamespace(poll_status=lambda timeout: SimpleNamespace(errors=errors))
+    return controller, store
+
+
+@pytest.mark.parametrize(
+    ("errors", "problem"),
+    [({}, "it was not durable in time"), ({1: lost(taken=False)}, "a worker failed")],
+    ids=["workers that do not answer", "a worker that dies"],
+)
+def test_a_save_before_a_resize_is_waited_for_within_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: dict[int, Exception], problem: str
+) -> None:
+    controller, store = resizing(tmp_path, monkeypatch, errors=errors)
+    controller._save_before_resize(SimpleNamespace(num_workers=1))
+    assert json.loads(store.read(PATHS.control_request(1)))["attempt"] == 3
+    told = [json.loads(line) for line in (tmp_path / "notices").read_text().splitlines()]
+    assert [notice["kind"] for notice in told] == ["resize", "warning"]
+    assert f"was not saved before the number of workers changed ({problem})" in told[1]["message"]
+
+
+def test_a_resize_goes_on_once_the_attempt_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, store = resizing(tmp_path, monkeypatch, errors={})
+    store.write(PATHS.outcome(3), b"{}")
+    controller._save_before_resize(SimpleNamespace(num_workers=1))
+    assert "warning" not in (tmp_path / "notices").read_text()
+
+
+def test_workers_that_have_not_begun_have_nothing_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, store = resizing(tmp_path, monkeypatch, errors={})
+    controller._attempt_before = 3
+    controller._save_before_resize(SimpleNamespace(num_workers=1))
+    assert not list(store.list(PATHS.control))
+
+
 # -------------------------------------------------------------- workers that are not started
 
 
@@ -226,7 +284,11 @@ def test_what_ray_drops_of_a_group_whose_start_broke_off_is_ended_once() -> None
 
 
 def waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, minutes: float = 5
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    minutes: float = 5,
+    hang_minutes: float = 10,
 ) -> tuple[RunController, FolderStore]:
     """The controller of a cluster without nodes, for which it waits so long."""
     data = {"train": str(tmp_path / "train")}
@@ -234,7 +296,7 @@ def waiting(
         tmp_path / "model",
         data,
         str(tmp_path / "runs"),
-        retries={"wait_minutes": minutes},
+        retries={"wait_minutes": minutes, "hang_minutes": hang_minutes},
         workers={"count": 2},
     )
     controller = RunController(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from safetensors.numpy import load, load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -17,14 +18,14 @@ from cluster.folder import FolderStore
 from cluster.storage import Store, StoreAway
 from jobs.checkpoints import consolidate
 from jobs.errors import Problem
-from jobs.record import Attempt, Manifest, Source, State
+from jobs.record import Attempt, Manifest, Part, Source, State
 from jobs.runs import RunReader
 from jobs.spec import JobSpec
 from tests.evidence import final_weights, global_batches
 from tests.ranks import Kill, assignment_of, break_group, on_ranks, run_group, run_ranks
 from tests.scene import Scene
 from trainers import consolidation, saving
-from trainers.checkpoint import CheckpointWriter, Moment, small_files
+from trainers.checkpoint import CheckpointWriter, Moment, StoredParts, small_files
 from trainers.consolidation import make_whole, read_layout
 from trainers.fence import Fence
 from trainers.finish import build_result
@@ -145,6 +146,20 @@ class SpoilsOnTheWay:
             return data
 
         FolderStore.read = read  # type: ignore[method-assign]
+
+
+def test_a_bit_that_changes_in_what_a_rank_has_told_is_found_or_changes_nothing() -> None:
+    parts = (Part(name="shards/model-0001-of-0002", bytes=12, sha256="0" * 64, xxh3="1" * 32),)
+    told = StoredParts(parts=parts).to_bytes()
+    found = 0
+    for bit in range(8 * len(told)):
+        spoilt = bytearray(told)
+        spoilt[bit // 8] ^= 1 << bit % 8
+        try:
+            assert StoredParts.model_validate_json(bytes(spoilt)).parts == parts
+        except ValidationError:
+            found += 1
+    assert found > 4 * len(told)
 
 
 class DiesStoring:
