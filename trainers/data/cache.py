@@ -97,6 +97,7 @@ class NodeCache:
         self.folder = folder
         self.limit_bytes = limit_bytes
         self._lock = threading.Lock()
+        self._reserving = threading.Lock()
         self._is_prepared = False
         self._keeps = True
 
@@ -166,7 +167,11 @@ class NodeCache:
 
         A file has its size before it has its content, so that another process that counts sees it.
         """
-        with FileLock(self.folder / "usage.lock").acquire(poll_interval=_POLL_SECONDS):
+        # Threads of this process wait for each other without looking again and again.
+        with (
+            self._reserving,
+            FileLock(self.folder / "usage.lock").acquire(poll_interval=_POLL_SECONDS),
+        ):
             used = self._recorded_usage()
             if used is None or used + num_bytes > self.limit_bytes:
                 used = self._evict(num_bytes)
