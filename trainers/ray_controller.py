@@ -242,7 +242,7 @@ class RunController(ControllerCallback, WorkerGroupCallback):
         try:
             write_notice(self._notices, kind, message)
         except OSError as error:
-            # Ray would end the run for it: one line less is told.
+            # Ray would end the run for it. One line less is told, and a restart less counted.
             _log.warning("%s (it cannot be told: %s)", message, error)
 
     def _tell_once(self, kind: Kind, message: str) -> None:
