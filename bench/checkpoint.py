@@ -9,11 +9,11 @@ of these, a part without, and so on, in orders that take turns, as the speed of 
 within minutes. A checkpoint is saved after the first step of a part, so that its upload goes on
 beside the rest of them: training stands still for (seconds of the part with it - mean seconds of
 the parts without before and after it). What is still under way at the end of a part is waited for
-and told apart. Then the state alone: copied,
-uploaded and restored by Shoal, and the same bytes copied, and moved by parallel PUTs and GETs that
-verify nothing. A restore ends in files of the cache's folder; it is measured on the disk and in
-memory (/dev/shm), each against GETs that end in files there too, and each at its second time. GETs
-whose bytes are held and written nowhere are told beside them.
+and told apart. Then the state alone: copied, uploaded and restored by Shoal, and the same bytes
+copied, and moved by parallel PUTs and GETs that verify nothing. A restore ends in files of the
+cache's folder; it is measured on the disk and in memory (/dev/shm), each against GETs that end in
+files there too, and each at its second time. GETs whose bytes are held and written nowhere are told
+beside them.
 
 Exit code 1 where training stands still for more than a tenth of what SYNC costs, the copy takes
 longer than 1.5 plain ones, or an upload or a restore has less than four fifths of the raw speed. In
