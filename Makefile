@@ -45,7 +45,7 @@ test: $(INSTALLED)
 # One after the other: each takes all cores. All of them run, and their exit codes are joined.
 chaos: $(INSTALLED)
 	@mkdir -p build/bench; failed=; \
-	for name in chaos faults elastic recovery resume checkpoint; do \
+	for name in chaos faults elastic recovery resume checkpoint start; do \
 		$(PY) bench/$$name.py --json build/bench/$$name.json $(ARGS) || failed="$$failed $$name"; \
 	done; \
 	[ -z "$$failed" ] || { echo "error: failed:$$failed" >&2; exit 1; }

@@ -166,7 +166,7 @@ def judge(arena: Arena, run_id: str, *, calm: str, same_workers: bool) -> Verdic
     from jobs.record import RunPaths
     from jobs.runs import RunReader
     from tests.evidence import final_weights, global_batches, rows_by_epoch
-    from trainers.restore import read_attempts
+    from trainers.records import read_attempts
 
     runs = open_store(f"{arena.store}/runs")
     reader = RunReader(runs, run_id)

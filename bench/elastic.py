@@ -300,7 +300,7 @@ def _poll() -> dict[str, float]:
     import ray.train
 
     from trainers.agreement import Agreement, Vote
-    from trainers.fit import RaySession
+    from trainers.ray_worker import RaySession
 
     session = RaySession(use_gpu=False)
     agreement = Agreement(rank=session.rank, world_size=session.world_size)

@@ -2,6 +2,8 @@
 
     python bench/plain_ray_train.py '{"model": ..., "rows": ..., "storage": ..., ...}'
 
+Attaches where RAY_ADDRESS points, or starts Ray.
+
 A pretrained classifier of `transformers`, a `DataLoader`, `prepare_model`, `prepare_data_loader`,
 `ray.train.report` with a checkpoint after every `checkpoint_every` steps, and `max_failures` for
 the restarts, which go on from the last checkpoint. By the book, except that a checkpoint within an
@@ -12,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -68,9 +69,10 @@ def train_func(config: dict[str, Any]) -> None:
         with Path(config["starts"]).open("a") as starts:
             starts.write(f"{step}\n")
 
-    while True:
+    while step < config["steps"]:
         loader.sampler.set_epoch(epoch)
-        for batch in itertools.islice(loader, batches_done, None):
+        last = batches_done + config["steps"] - step
+        for batch in itertools.islice(loader, batches_done, last):
             loss = model(**batch).loss
             optimizer.zero_grad()
             loss.backward()
@@ -96,7 +98,7 @@ def train_func(config: dict[str, Any]) -> None:
 
 def main() -> None:
     config = json.loads(sys.argv[1])
-    ray.init(address=os.environ["RAY_ADDRESS"])
+    ray.init()
     TorchTrainer(
         train_func,
         train_loop_config=config,

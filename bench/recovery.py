@@ -137,7 +137,8 @@ class Arena:
                 "model": str(self.model), "labels": LABELS, "max_tokens": MAX_TOKENS,
                 "rows": join_uri(self.data, "shard-00000.parquet"),
                 "global_batch_size": GLOBAL_BATCH, "workers": WORKERS,
-                "learning_rate": 3e-4, "checkpoint_every": STEPS_PER_EPOCH, "name": run_id,
+                "learning_rate": 3e-4, "checkpoint_every": STEPS_PER_EPOCH,
+                "steps": sys.maxsize, "name": run_id,
                 "storage": join_uri(self.bucket, "plain"), "starts": str(self.starts(run_id)),
             }  # fmt: skip
             return [sys.executable, str(HERE / "plain_ray_train.py"), json.dumps(config)]

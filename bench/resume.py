@@ -33,7 +33,7 @@ from jobs.record import RunPaths
 from jobs.spec import JobSpec
 from tests.ranks import Kill, assignment_of, run_ranks
 from tests.tiny import prepare_rows, review_rows, tiny_job, tiny_model
-from trainers.restore import read_attempts
+from trainers.records import read_attempts
 
 PARTS = {"1 %": 0.01, "50 %": 0.5, "99 %": 0.99}
 SMALL_PARTS = ("1 %", "99 %")

@@ -37,6 +37,11 @@ _JOIN_SECONDS = 5.0
 log = logging.getLogger(__name__)
 
 
+def is_attached() -> bool:
+    """Whether Ray runs by itself, and this process is its guest; else it is started here."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def ray_cluster(workers: Workers) -> Iterator[None]:
     """A Ray cluster for the workers, inside the block.
@@ -66,6 +71,7 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
                 ray.init(
                     address="local",
                     num_gpus=None if workers.gpus else 0,
+                    include_dashboard=False,
                     object_store_memory=_OBJECT_STORE_BYTES,
                     logging_level=logging.WARNING,
                 )

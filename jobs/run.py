@@ -37,7 +37,7 @@ from trainers.patience import Patience
 from trainers.telemetry import Telemetry, impatient
 
 if TYPE_CHECKING:
-    from trainers.attempt import Assignment
+    from trainers.assignment import Assignment
 
 LEASE_SECONDS = 60.0
 """How long a new driver waits to see whether one on another machine lives."""
@@ -92,7 +92,7 @@ def drive(
     Where a driver after `past` has ended the run for a reason that a restart would meet again,
     nothing is started.
     """
-    from trainers.attempt import Assignment
+    from trainers.assignment import Assignment
     from trainers.finish import build_result, write_result
 
     reader, paths = RunReader(store, run_id), RunPaths(run_id)

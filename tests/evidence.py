@@ -19,7 +19,7 @@ from typing import Any
 from cluster.storage import Store
 from jobs.record import RunPaths, Source, in_lineage, lineage
 from jobs.runs import RunReader
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 
 
 def global_batches(store: Store, run_id: str) -> dict[int, list[int]]:

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from jobs.record import Outcome, RunPaths
-from trainers.attempt import Assignment
+from trainers.assignment import Assignment
 from trainers.session import Session
 
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -32,7 +32,7 @@ from jobs.parse import (
 )
 from jobs.record import DAMAGED_RECORD_HINT, Amendment, Outcome, RunPaths
 from jobs.spec import JobSpec
-from trainers.attempt import Assignment
+from trainers.assignment import Assignment
 from trainers.controls import last_request
 from trainers.finish import build_result, write_result
 from trainers.patience import Patience

@@ -10,36 +10,23 @@ from typing import Any
 
 import tenacity
 import torch
-from pydantic import ValidationError
 
-from cluster.storage import ObjectExists, ObjectMissing, Store, read_whole
+from cluster.storage import ObjectExists, Store
 from jobs.errors import EnvironmentFault, Problem, ShoalError
 from jobs.record import Attempt, Crash, Failure, Manifest, Outcome, RunPaths, rightful
 from jobs.spec import JobSpec
 from trainers.agreement import Agreement
+from trainers.assignment import Assignment
 from trainers.controls import last_attempt
 from trainers.data.cache import cache_folder
 from trainers.fence import Fence
-from trainers.restore import newest_restorable, read_attempts
+from trainers.records import outcome_of, read_attempts, read_crash
+from trainers.restore import newest_restorable
 from trainers.session import Session
 from trainers.versions import versions
 
 _CLAIMS = 10
 """How often the next free number is tried for an attempt."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What a rank is to do; pickles, and holds no secret.
-
-    The generation and the requests seen of rank 0 count: `claim_attempt` tells them to the others.
-    """
-
-    spec: JobSpec
-    run_id: str
-    generation: int
-    controls_seen: int
-    """Number of the last control request that does not concern this generation."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +125,7 @@ def _claim(
         if ended is not None and ended.state.is_final:
             return ended
     number = last_attempt(store, paths) + 1
-    crash = _read_crash(store, paths, number - 1)
+    crash = read_crash(store, paths, number - 1)
     restored, skipped = newest_restorable(store, paths, cache_folder=cache_folder())
     attempt = Attempt(
         attempt=number,
@@ -161,14 +148,6 @@ def _claim(
     store.write_if_absent(paths.attempt(number), attempt.to_bytes())
     seen = assignment.controls_seen
     return Claim(attempt, seen, restored, skipped, recovers=bool(own), crash=crash)
-
-
-def last_crash(store: Store, paths: RunPaths, *, generation: int) -> Crash | None:
-    """Why the newest attempt of a driver broke off, as far as it could tell."""
-    attempts = read_attempts(store, paths)
-    if not attempts or attempts[-1].generation != generation:
-        return None
-    return _read_crash(store, paths, attempts[-1].attempt)
 
 
 def microbatch_limit(
@@ -214,29 +193,6 @@ def as_cut(spec: JobSpec, attempt: Attempt) -> JobSpec:
 def _can_halve(crash: Crash) -> bool:
     """Whether smaller micro-batches may help, or memory was not the cause."""
     return crash.out_of_memory is None or crash.out_of_memory.rows > 1
-
-
-def _read_crash(store: Store, paths: RunPaths, attempt: int) -> Crash | None:
-    try:
-        return Crash.model_validate_json(store.read(paths.crash(attempt)))
-    except (ObjectMissing, ValidationError):
-        return None  # as after a kill, of which nobody can tell
-
-
-def outcome_of(store: Store, paths: RunPaths, attempt: int) -> Outcome | None:
-    """How the attempt ended by itself; None where it goes on or was killed.
-
-    Raises DamagedObject where it cannot be told.
-    """
-    try:
-        return read_whole(
-            store,
-            paths.outcome(attempt),
-            Outcome.model_validate_json,
-            hint="let another driver take the run over: shoal resume RUN",
-        )
-    except ObjectMissing:
-        return None
 
 
 def _device_name(device: torch.device) -> str:

@@ -42,7 +42,7 @@ from trainers.microbatch import Cutting, IntArray
 from trainers.parallel import compute_type
 from trainers.predictions import PredictionWriter
 from trainers.pretrained import model_of_checkpoint
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 from trainers.tasks.task import Batch, Evaluation, Task, build_task
 
 PREDICTIONS = "predictions.parquet"

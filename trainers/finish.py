@@ -18,7 +18,7 @@ from jobs.record import (
     live_manifests,
 )
 from trainers.fence import Superseded
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 
 _WRITE_ATTEMPTS = 5
 

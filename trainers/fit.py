@@ -1,6 +1,6 @@
-"""Ray Train: the job's workers as a TorchTrainer, and the Session over it. Only here is it built.
+"""Ray Train: the job's workers, started as often as they must be.
 
-fit -> [Ray] _train_on_ray -> worker.train_worker
+fit -> ray_trainer.RunTrainer -> [Ray] ray_worker.train_on_ray -> worker.train_worker
 
 Who starts workers again: Ray's controller where one of them died, or where the cluster has room for
 another number of them; `fit` where an attempt has saved its state and given way to the next, and
@@ -10,45 +10,34 @@ where the group was not set up yet when a worker died.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import ray.train
-import torch
-from ray.train.torch import TorchConfig
-from ray.train.v2._internal.callbacks import DatasetsCallback
+import ray.exceptions
 from ray.train.v2._internal.exceptions import RayTrainError
-from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 # From where they are: for type checkers `ray.train` has their predecessors.
-from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
-from ray.train.v2.api.preemption import PreemptionInfo
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from cluster.ray_runtime import resources_of
+from cluster.ray_runtime import is_attached, resources_of
 from cluster.storage import is_s3, open_store
 from jobs.errors import ShoalError
 from jobs.record import Failure, Outcome, RunPaths, State
 from jobs.spec import JobSpec, Retries
-from trainers.attempt import Assignment, last_crash
+from trainers.assignment import Assignment
 from trainers.controls import last_attempt
 from trainers.notices import Kind, NoticeReader, write_notice
 from trainers.ray_controller import (
     EndedWhileWaiting,
     RunController,
-    RunFailurePolicy,
     cause_of_failure,
     restart_notice,
 )
-from trainers.restore import read_live_manifests
-from trainers.session import JOIN_TIMEOUT
+from trainers.ray_trainer import GroupConfig, RunTrainer, train
+from trainers.records import last_crash, read_live_manifests
 from trainers.telemetry import Telemetry
-from trainers.worker import train_worker
 
 
 @dataclass(frozen=True)
@@ -127,15 +116,13 @@ def _fit_once(
     run_config = _run_config(
         assignment, controller, notices.counts, start=start, given_way=given_way
     )
-    trainer = _Trainer(
-        _train_on_ray,
+    trainer = RunTrainer(
+        train,
+        is_own_cluster=not is_attached(),
         train_loop_config={"assignment": assignment},
         scaling_config=_scaling(spec),
         run_config=run_config,
-        torch_config=TorchConfig(
-            backend="nccl" if spec.workers.gpus else "gloo",
-            timeout_s=int(JOIN_TIMEOUT.total_seconds()),
-        ),
+        backend_config=GroupConfig("nccl" if spec.workers.gpus else "gloo"),
     )
     try:
         result = trainer.fit()
@@ -190,67 +177,6 @@ def _run_config(
         ),
         callbacks=[controller],  # type: ignore[list-item]  # internal ones are taken as well
     )
-
-
-class _Trainer(TorchTrainer):
-    """Ray's, but for two parts that it has no parameters for."""
-
-    def _initialize_and_run_controller(self, **parts: Any) -> ray.train.Result:
-        policy = RunFailurePolicy(parts["failure_policy"].failure_config)
-        return super()._initialize_and_run_controller(**parts | {"failure_policy": policy})
-
-    def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        """Without Ray Data: its manager is a process that each group would wait for, unused."""
-        return [
-            callback
-            for callback in super()._create_default_callbacks()
-            if not isinstance(callback, DatasetsCallback)
-        ]
-
-
-def _train_on_ray(config: dict[str, Any]) -> str:
-    """The function of each worker; the outcome as JSON."""
-    session = RaySession(use_gpu=bool(config["assignment"].spec.workers.gpus))
-    return train_worker(session, config["assignment"]).model_dump_json()
-
-
-class RaySession:
-    """The Session of a worker of Ray Train; the process group is set up by Ray."""
-
-    def __init__(self, *, use_gpu: bool) -> None:
-        context = ray.train.get_context()
-        self.rank: int = context.get_world_rank()
-        self.world_size: int = context.get_world_size()
-        self.local_rank: int = context.get_local_rank()
-        self.local_world_size: int = context.get_local_world_size()
-        self.device = ray.train.torch.get_device() if use_gpu else torch.device("cpu")
-        self._preemption = get_internal_train_context().preemption_context
-
-    def stop_requested(self) -> bool:
-        """Ray gives workers no signal of their own; requests come through the run folder."""
-        return False
-
-    def yield_requested(self) -> str | None:
-        """The notice that Ray has put into this process, of a node of the group that is taken.
-
-        `ray.train.get_preemption_info` tells the same, with a barrier of all ranks; here the ranks
-        agree on it with the votes on the next step.
-        """
-        info = self._preemption.preemption_info
-        return None if info is None else preemption_notice(info, now=time.time())
-
-    def report(self, metrics: Mapping[str, float]) -> None:
-        ray.train.report(dict(metrics))
-
-
-def preemption_notice(info: PreemptionInfo, *, now: float) -> str:
-    """`the node of rank 1 is taken in 28 s`; `now` in Unix seconds."""
-    ranks = info.preempted_ranks
-    shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-    when = (
-        "" if info.deadline_ms is None else f" in {max(0.0, info.deadline_ms / 1000 - now):.0f} s"
-    )
-    return f"the node of {shown} is taken{when}"
 
 
 def _ended(assignment: Assignment, state: State) -> Outcome:

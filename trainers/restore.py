@@ -10,80 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.storage import DamagedObject, ObjectMissing, Store, read_whole
-from jobs.errors import EnvironmentFault, Problem
-from jobs.record import (
-    DAMAGED_RECORD_HINT,
-    MANIFEST_VERSION,
-    Attempt,
-    Manifest,
-    RunPaths,
-    live_manifests,
-)
-from jobs.seal import unsealed
+from cluster.storage import ObjectMissing, Store
+from jobs.record import Manifest, RunPaths, live_manifests
 from trainers.consolidation import complete_weights
 from trainers.local_copy import DamagedPart, drop_copy, local_copy
 from trainers.loop import Progress
-
-
-def read_manifests(store: Store, paths: RunPaths) -> list[Manifest]:
-    """All manifests of a run that can be read, by step.
-
-    Raises EnvironmentFault where one is of another version: going on would destroy its checkpoint.
-    """
-    return _read_manifests(store, paths)[0]
-
-
-def _read_manifests(store: Store, paths: RunPaths) -> tuple[list[Manifest], list[str]]:
-    """(manifests by step, what is wrong with each damaged one)."""
-    manifests, damaged = [], []
-    for folder in store.list_folders(paths.checkpoints):
-        key = f"{paths.checkpoints}{folder}/manifest.json"
-        try:
-            manifests.append(read_whole(store, key, partial(_parse_manifest, key), hint=""))
-        except ObjectMissing:
-            continue  # parts without a manifest are no checkpoint
-        except DamagedObject as error:
-            damaged.append(str(error))
-    return sorted(manifests, key=lambda m: m.name), damaged
-
-
-def _parse_manifest(key: str, text: bytes) -> Manifest:
-    """Raises ValueError where it is damaged, EnvironmentFault where it is of another version."""
-    try:
-        tree = unsealed(json.loads(text))
-        version = tree["version"]
-        if version != MANIFEST_VERSION:
-            raise EnvironmentFault(
-                Problem(
-                    f"{key} has version {version}, this Shoal reads {MANIFEST_VERSION}",
-                    "install the Shoal that wrote it",
-                )
-            )
-        return Manifest.model_validate_json(text)
-    except (KeyError, TypeError) as error:
-        raise ValueError("it is no manifest") from error
-
-
-def read_attempts(store: Store, paths: RunPaths) -> list[Attempt]:
-    """All attempts of a run, by number.
-
-    Raises DamagedObject where one cannot be read: it may decide which checkpoints count.
-    """
-    return [
-        read_whole(store, head.key, Attempt.model_validate_json, hint=DAMAGED_RECORD_HINT)
-        for head in store.list(paths.attempts)
-        if paths.is_attempt(head.key)
-    ]
-
-
-def read_live_manifests(store: Store, paths: RunPaths) -> list[Manifest]:
-    """Manifests of a run that no later attempt has superseded, by step."""
-    return live_manifests(read_manifests(store, paths), read_attempts(store, paths))
+from trainers.records import read_attempts, read_manifests_and_damage
 
 
 def newest_restorable(
@@ -95,7 +30,7 @@ def newest_restorable(
     in `cache_folder` for `checkpoint_copy`. An attempt before this one that was thought dead may
     save and apply retention meanwhile: where that takes a checkpoint away, it is looked for anew.
     """
-    manifests, damaged = _read_manifests(store, paths)
+    manifests, damaged = read_manifests_and_damage(store, paths)
     skipped = [f"a checkpoint is skipped: {reason}" for reason in damaged]
     live = live_manifests(manifests, read_attempts(store, paths))
     for manifest in reversed(live):

@@ -22,7 +22,7 @@ from jobs.record import (
     rightful,
 )
 from jobs.spec import JobSpec
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 from trainers.telemetry import Telemetry
 
 

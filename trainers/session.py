@@ -1,7 +1,7 @@
 """A rank's place in the group of workers, and what its platform tells it.
 
 The worker is written over `Session`. Implementations: `ProcessSession` here (one process, or one
-of those that torchrun started) and the one over Ray Train in `trainers.fit`.
+of those that torchrun started) and the one over Ray Train in `trainers.ray_worker`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,19 @@ class Session(Protocol):
         ...
 
 
+def join_group(
+    backend: str, where: str | None = None, *, rank: int = -1, world_size: int = -1
+) -> None:
+    """Sets up the process group, which meets at the URL `where`; by default as torchrun says."""
+    dist.init_process_group(backend, where, rank=rank, world_size=world_size, timeout=JOIN_TIMEOUT)
+
+
+def leave_group() -> None:
+    """Takes the process group down, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class ProcessSession:
     """One process alone, or one of a group that torchrun started (RANK, WORLD_SIZE, ...).
 
@@ -83,9 +96,7 @@ class ProcessSession:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            dist.init_process_group(
-                "nccl" if self.device.type == "cuda" else "gloo", timeout=JOIN_TIMEOUT
-            )
+            join_group("nccl" if self.device.type == "cuda" else "gloo")
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._on_signal)
@@ -99,8 +110,7 @@ class ProcessSession:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        if self.world_size > 1:
-            dist.destroy_process_group()
+        leave_group()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop.is_set():

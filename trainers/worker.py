@@ -35,7 +35,8 @@ from jobs.record import (
     by_merit,
 )
 from trainers.agreement import Agreement
-from trainers.attempt import Assignment, Claim, as_cut, claim_attempt
+from trainers.assignment import Assignment
+from trainers.attempt import Claim, as_cut, claim_attempt
 from trainers.checkpoint import CheckpointWriter, Moment, small_files
 from trainers.controls import ControlPoller, Requests, requests_to
 from trainers.data.cache import NodeCache, cache_folder
@@ -51,7 +52,8 @@ from trainers.parallel import plain, trained_parameters
 from trainers.patience import Patience
 from trainers.preparation import DataSet, build_model, prepare, replicated
 from trainers.pulse import Pulse
-from trainers.restore import checkpoint_copy, drop_checkpoint_copies, read_live_manifests
+from trainers.records import read_live_manifests
+from trainers.restore import checkpoint_copy, drop_checkpoint_copies
 from trainers.saving import Saving
 from trainers.session import Session
 from trainers.stragglers import Straggler, Stragglers

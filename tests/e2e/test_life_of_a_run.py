@@ -25,7 +25,7 @@ from jobs.record import RunPaths, State
 from jobs.runs import RunReader
 from tests.evidence import final_weights, losses, rows_by_epoch
 from tests.tiny import tiny_model, tiny_reviews, tiny_tree
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 
 pytestmark = pytest.mark.timeout(900)
 

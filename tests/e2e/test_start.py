@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.storage import open_store
@@ -22,16 +25,15 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 
-from ray.train.torch.config import TorchConfig, _TorchBackend
-
 import trainers.fit
 from cluster.storage import open_store
 from jobs.run import drive
+from trainers.ray_trainer import Group, GroupConfig
 
 RUNS, MARKS = sys.argv[1], Path(sys.argv[2])
 
 
-class Breaking(_TorchBackend):
+class Breaking(Group):
     def on_start(self, worker_group, backend_config):
         start = len(list(MARKS.iterdir())) + 1
         (MARKS / str(start)).touch()
@@ -50,24 +52,85 @@ def refuse():
     raise ConnectionResetError("reset by a peer")
 
 
-class BreakingConfig(TorchConfig):
+class BreakingConfig(GroupConfig):
     @property
     def backend_cls(self):
         return Breaking
 
 
-trainers.fit.TorchConfig = BreakingConfig
+trainers.fit.GroupConfig = BreakingConfig
 sys.exit(drive(open_store(RUNS), "run"))
 """
 
 
-@pytest.mark.timeout(900)
-def test_a_run_waits_for_its_nodes_and_survives_workers_that_die_while_they_are_set_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# A driver on a machine of its own, which says what it has loaded.
+ALONE = """
+import sys
+
+from cluster.storage import open_store
+from jobs.run import drive
+
+code = drive(open_store(sys.argv[1]), "run")
+loaded = [name for name in ("torch", "transformers") if name in sys.modules]
+print("LOADED", loaded)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _of_this_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+
+@pytest.mark.timeout(300)
+def test_a_start_on_this_machine_has_no_processes_of_ray_train_but_workers_and_where_they_meet(
+    tmp_path: Path,
+) -> None:
+    data = tiny_reviews(str(tmp_path / "data"), rows=40, rows_per_group=8, held_out=8)
+    spec = tiny_job(
+        tiny_model(tmp_path / "model"), data, str(tmp_path / "runs"), workers={"count": 2}
+    )
+    runs = open_store(tmp_path / "runs")
+    runs.write(RunPaths("run").spec, spec.to_bytes())
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    seen = Counter[str]()
+    with subprocess.Popen(
+        [sys.executable, "-c", ALONE, runs.uri],
+        env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    ) as driver:  # fmt: skip
+        assert driver.stdout is not None
+        try:
+            while driver.poll() is None:
+                seen |= actors_of(driver.pid)
+                time.sleep(0.1)
+            said = driver.stdout.read()
+        finally:
+            driver.kill()
+    assert driver.returncode == 0
+    assert seen == {"RayTrainWorker": 2, "SynchronizationActor": 1}
+    # Its workers need them, the driver would load them in vain.
+    assert said.splitlines()[-1] == "LOADED []"
+
+
+def actors_of(pid: int) -> Counter[str]:
+    """How many processes of each class of actors run below a driver, by their titles: `ray::Class`
+    and `ray::Class.method`."""
+    titles = []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                titles += process.cmdline()[:1]
+    names = [title.removeprefix("ray::").partition(".")[0] for title in titles if "::" in title]
+    own = ("IDLE", "DashboardAgent", "RuntimeEnvAgent")
+    return Counter(name for name in names if name[:1].isupper() and name not in own)
+
+
+@pytest.mark.timeout(900)
+def test_a_run_waits_for_its_nodes_and_survives_workers_that_die_while_they_are_set_up(
+    tmp_path: Path,
+) -> None:
     data = tiny_reviews(str(tmp_path / "data"), rows=40, rows_per_group=8, held_out=8)
     spec = tiny_job(
         tiny_model(tmp_path / "model"),

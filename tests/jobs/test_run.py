@@ -23,7 +23,7 @@ from jobs.errors import ClusterError, Problem
 from jobs.record import Control, Failure, Outcome, RunPaths, State
 from tests.ranks import assignment_of
 from tests.tiny import tiny_job
-from trainers.attempt import Assignment
+from trainers.assignment import Assignment
 
 PATHS = RunPaths("run")
 

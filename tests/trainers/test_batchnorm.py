@@ -16,7 +16,7 @@ from tests.ranks import Kill, assignment_of, on_ranks, run_ranks
 from tests.scene import Scene
 from trainers.buffers import SharedStatistics
 from trainers.layout import WEIGHTS
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 from trainers.session import Session
 from trainers.tasks.text_classification import TextClassification
 

@@ -18,7 +18,7 @@ from tests.scene import Scene
 from trainers import evaluation, worker
 from trainers.controls import ask_to_yield
 from trainers.evaluation import _next_number
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 
 
 @dataclass(frozen=True)

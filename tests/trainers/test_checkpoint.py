@@ -40,14 +40,13 @@ from trainers.fence import Fence
 from trainers.layout import OPTIMIZER, WEIGHTS
 from trainers.loop import Progress, Trainee, judge
 from trainers.optim import optimizer_tensors
+from trainers.records import read_live_manifests, read_manifests
 from trainers.restore import (
     _parse_manifest,
     checkpoint_copy,
     drop_checkpoint_copies,
     load_progress,
     newest_restorable,
-    read_live_manifests,
-    read_manifests,
 )
 from trainers.retention import superfluous
 from trainers.snapshot import Snapshot, TensorFile

@@ -16,7 +16,7 @@ from tests.faulty_proxy import proxy_to
 from tests.scene import Scene
 from trainers.consolidation import store_model, store_weights
 from trainers.layout import WEIGHTS
-from trainers.restore import read_manifests
+from trainers.records import read_manifests
 
 NAME = "model.safetensors"
 

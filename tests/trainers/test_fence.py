@@ -25,7 +25,7 @@ from tests.scene import Scene
 from trainers import controls, worker
 from trainers.fence import Fence, Superseded
 from trainers.finish import write_result
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 
 PATHS = RunPaths("run")
 

@@ -7,18 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import cloudpickle
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
-from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from jobs.errors import ClusterError, Problem
 from jobs.record import Failure, Outcome, State
@@ -26,10 +22,11 @@ from tests.ranks import assignment_of
 from tests.tiny import tiny_job
 from tests.trainers.test_notices import Told
 from trainers import fit as module
-from trainers.attempt import Assignment
-from trainers.fit import fit, preemption_notice
+from trainers.assignment import Assignment
+from trainers.fit import fit
 from trainers.notices import NoticeReader, write_notice
 from trainers.ray_controller import RunController
+from trainers.ray_worker import preemption_notice
 
 
 def assignment(tmp_path: Path, **parts: Any) -> Assignment:
@@ -126,15 +123,14 @@ class TrainerStub:
             error = self.errors.pop(0)
             if not isinstance(error, WorkerGroupError):
                 error = ControllerError(error)
-            # As Ray hands it on from the process of its controller.
-            raise cloudpickle.loads(cloudpickle.dumps(error))
+            raise error
         outcome = Outcome(attempt=1, state=State.SUCCEEDED, step=5)
         return SimpleNamespace(return_value=outcome.model_dump_json())
 
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> type[TrainerStub]:
-    monkeypatch.setattr(module, "_Trainer", TrainerStub)
+    monkeypatch.setattr(module, "RunTrainer", TrainerStub)
     TrainerStub.errors, TrainerStub.budgets = [], []
     return TrainerStub
 
@@ -255,14 +251,3 @@ def test_the_notice_of_a_node_that_is_taken_says_when() -> None:
     assert preemption_notice(info, now=1000.0) == "the node of rank 1 is taken in 30 s"
     info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"n": [0], "m": [2]})
     assert preemption_notice(info, now=1000.0) == "the node of ranks 0, 2 is taken"
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
-def test_a_group_starts_nothing_of_ray_data() -> None:
-    def callbacks(trainer: type[TorchTrainer]) -> list[type]:
-        own = trainer(lambda: None, scaling_config=ScalingConfig(num_workers=1))
-        return [type(callback) for callback in own._create_default_callbacks()]
-
-    rays = callbacks(TorchTrainer)
-    assert DatasetsCallback in rays
-    assert callbacks(module._Trainer) == [kind for kind in rays if kind is not DatasetsCallback]

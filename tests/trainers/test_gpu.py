@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from tests.evidence import final_weights, losses, rows_by_epoch
 from tests.scene import Scene
 from tests.tiny import tiny_model, tiny_reviews, tiny_tree
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 from trainers.snapshot import Snapshot
 from trainers.state import saved_state
 

@@ -43,7 +43,7 @@ from trainers.loop import (
     train_step,
 )
 from trainers.optim import build_optimizer
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 from trainers.stragglers import Stopwatch
 from trainers.tasks.task import Evaluation
 from trainers.tasks.text_classification import TextClassification

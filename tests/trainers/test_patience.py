@@ -34,12 +34,12 @@ from tests.ranks import assignment_of, on_ranks, run_group, run_ranks
 from tests.scene import Scene
 from trainers import patience as module
 from trainers import worker
-from trainers.attempt import Assignment
+from trainers.assignment import Assignment
 from trainers.data.reader import VerifiedReader
 from trainers.data.stream import RankBatch, RankStream
 from trainers.loop import Progress
 from trainers.patience import Patience
-from trainers.restore import read_manifests
+from trainers.records import read_manifests
 from trainers.session import Session
 from trainers.watchdog import Watchdog
 

@@ -13,10 +13,9 @@ from jobs.errors import render_error
 from jobs.record import Attempt, Lease, Outcome, RunPaths, SealedRecord, State
 from jobs.runs import RunReader
 from tests.scene import Scene
-from trainers.attempt import outcome_of
 from trainers.fence import Fence
 from trainers.finish import build_result
-from trainers.restore import read_attempts
+from trainers.records import outcome_of, read_attempts
 
 PATHS = RunPaths("run")
 ATTEMPT = Attempt(attempt=2, generation=1, world_size=2, restored_step=40, started_at=1.5)

@@ -26,7 +26,7 @@ from tests.ranks import (
 )
 from tests.tiny import tiny_job, tiny_model, tiny_reviews
 from trainers import worker
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 from trainers.watchdog import HUNG_EXIT_CODE
 
 ROWS = 90

@@ -16,7 +16,7 @@ from tests.evidence import final_weights, rows_by_epoch
 from tests.ranks import assignment_of, run_group
 from tests.scene import Scene
 from trainers import saving
-from trainers.restore import read_manifests
+from trainers.records import read_manifests
 
 
 class SavesFail:

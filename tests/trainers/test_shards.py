@@ -34,7 +34,8 @@ from trainers.local_copy import DamagedPart
 from trainers.patience import Patience
 from trainers.preparation import prepare
 from trainers.pretrained import model_of_checkpoint
-from trainers.restore import newest_restorable, read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
+from trainers.restore import newest_restorable
 from trainers.session import ProcessSession, Session
 from trainers.telemetry import Telemetry
 

@@ -19,7 +19,8 @@ from tests.ranks import assignment_of, run_group
 from tests.scene import Scene
 from trainers import preparation, worker
 from trainers.data.stream import RankBatch, RankStream
-from trainers.restore import newest_restorable, read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
+from trainers.restore import newest_restorable
 from trainers.session import ProcessSession
 
 

@@ -15,7 +15,7 @@ from tests.faulty_proxy import proxy_to
 from tests.ranks import Kill, assignment_of, run_ranks
 from tests.scene import Scene
 from tests.tiny import tiny_job, tiny_model, tiny_reviews
-from trainers.restore import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

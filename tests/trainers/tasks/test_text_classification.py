@@ -36,7 +36,7 @@ from trainers.evaluation import measure
 from trainers.loop import Plan, Trainee, train_step
 from trainers.microbatch import Cutting, cut_microbatches
 from trainers.optim import build_optimizer
-from trainers.restore import read_attempts
+from trainers.records import read_attempts
 from trainers.stragglers import Stopwatch
 from trainers.tasks.task import Batch, Evaluation, Task, build_task
 

@@ -1,0 +1,197 @@
+"""Ray Train's trainer with its controller in the driver's own process, and the workers as a group.
+
+Ray runs the controller in a process of its own, and helpers in more of them, each of which imports
+Ray Train anew: on a small machine that is half of what a start costs. Here the driver is the
+controller: where it ends, its workers do, as they would with Ray's. torch is loaded in the workers
+only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import (
+    PlacementGroupCleanerCallback,
+)
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.callback import RayTrainCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from trainers.ray_controller import RunFailurePolicy
+
+_LEAVE_SECONDS = 30.0
+"""How long workers may take to leave their group, which ends with their processes anyway."""
+
+_log = logging.getLogger(__name__)
+
+
+class RunTrainer(DataParallelTrainer):
+    """Ray's, but for where its controller runs, and for the helpers that nobody needs here."""
+
+    def __init__(
+        self, train_func: Callable[[dict[str, Any]], Any], *, is_own_cluster: bool, **parts: Any
+    ) -> None:
+        """`is_own_cluster`: this machine is all there is, for as long as the driver lives. No node
+        comes, and none is taken without the driver."""
+        super().__init__(train_func, **parts)
+        self._is_own_cluster = is_own_cluster
+
+    def _initialize_and_run_controller(self, **parts: Any) -> ray.train.Result:
+        parts["failure_policy"] = RunFailurePolicy(parts["failure_policy"].failure_config)
+        asked = parts["scaling_policy"]
+        if self._is_own_cluster and isinstance(asked, FixedScalingPolicy):
+            parts["scaling_policy"] = _UnannouncedPolicy(asked.scaling_config)
+        controller = _Controller(**parts, watches_nodes=not self._is_own_cluster)
+        asyncio.run(controller.run())  # type: ignore[no-untyped-call]
+        return controller.get_result()
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        """Without the manager of Ray Data, which nobody uses, and without who would clean up after
+        a controller that died apart from the driver."""
+        needless = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, needless)]
+
+
+class _UnannouncedPolicy(FixedScalingPolicy):
+    """Asks no autoscaler for nodes."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Nothing: Ray's would start a process that passes the request on."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Nothing."""
+
+
+class _WorkerGroup(WorkerGroup):
+    """One whose workers are given no handle of a controller: it is no actor."""
+
+    def _init_train_context_on_workers(
+        self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
+    ) -> None:
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{name: values[number] for name, values in train_context_args.items()},
+                )
+                for number, worker in enumerate(workers)
+            ]
+        )
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _Controller(TrainController):
+    """Ray's, as a plain object."""
+
+    worker_group_cls = _WorkerGroup
+
+    def __init__(self, *, watches_nodes: bool, **parts: Any) -> None:
+        super().__init__(**parts)
+        if not watches_nodes:
+            self._worker_group_callbacks_to_propagate = [
+                callback
+                for callback in self._worker_group_callbacks_to_propagate
+                if not isinstance(callback, PreemptionCallback)
+            ]
+
+
+# ------------------------------------------------------------------------------------ the group
+
+
+@dataclass
+class GroupConfig(BackendConfig):
+    """The workers as a process group of torch, with `backend` (gloo or nccl)."""
+
+    backend: str
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return Group
+
+
+class Group(Backend):
+    """Sets the process group up, and takes it down."""
+
+    share_cuda_visible_devices = True  # NCCL connects the GPUs of a node by their numbers.
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Raises what a worker's part of it raises, or that worker's death."""
+        # All begin to load torch before rank 0 has.
+        loading = worker_group.execute_async(load)
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        ray.get(loading)
+        where = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+        joining = [
+            worker_group.execute_single_async(
+                rank, join, backend_config.backend, where, rank, len(worker_group)
+            )
+            for rank in range(len(worker_group))
+        ]
+        ray.get(joining)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        try:
+            ray.get(worker_group.execute_async(leave), timeout=_LEAVE_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            _log.warning("the workers did not leave their group within %g s", _LEAVE_SECONDS)
+
+
+def load() -> None:
+    """In a worker: loads what training needs."""
+    with without_collections():
+        import trainers.ray_worker  # noqa: F401
+
+
+def join(backend: str, where: str, rank: int, world_size: int) -> None:
+    """In a worker: becomes a rank of the group that meets at the URL `where`."""
+    from trainers.session import join_group
+
+    join_group(backend, where, rank=rank, world_size=world_size)
+
+
+def leave() -> None:
+    """In a worker: leaves its group."""
+    from trainers.session import leave_group
+
+    leave_group()
+
+
+def train(config: dict[str, Any]) -> str:
+    """In a worker: what it trains; the outcome as JSON."""
+    from trainers.ray_worker import train_on_ray
+
+    return train_on_ray(config["assignment"])
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Inside the block the garbage collector rests, and looks through nothing of it afterwards.
+
+    Modules make a great many objects that stay: to look through them again and again takes a fifth
+    of the time to load them, and a while in each collection of training.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

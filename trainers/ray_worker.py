@@ -1,0 +1,62 @@
+"""A worker of Ray Train: the Session over it. Only the workers load this."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from trainers.assignment import Assignment
+from trainers.worker import train_worker
+
+
+def train_on_ray(assignment: Assignment) -> str:
+    """Trains as the rank that Ray Train has made of this process; the outcome as JSON."""
+    session = RaySession(use_gpu=bool(assignment.spec.workers.gpus))
+    return train_worker(session, assignment).model_dump_json()
+
+
+class RaySession:
+    """The Session of a worker of Ray Train; the process group is set up (`ray_trainer.Group`)."""
+
+    def __init__(self, *, use_gpu: bool) -> None:
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.local_rank: int = context.get_local_rank()
+        self.local_world_size: int = context.get_local_world_size()
+        self.device = ray.train.torch.get_device() if use_gpu else torch.device("cpu")
+        if use_gpu:
+            torch.cuda.set_device(self.device)
+        self._preemption = get_internal_train_context().preemption_context
+
+    def stop_requested(self) -> bool:
+        """Ray gives workers no signal of their own; requests come through the run folder."""
+        return False
+
+    def yield_requested(self) -> str | None:
+        """The notice that Ray has put into this process, of a node of the group that is taken.
+
+        `ray.train.get_preemption_info` tells the same, with a barrier of all ranks; here the ranks
+        agree on it with the votes on the next step.
+        """
+        info = self._preemption.preemption_info
+        return None if info is None else preemption_notice(info, now=time.time())
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        ray.train.report(dict(metrics))
+
+
+def preemption_notice(info: PreemptionInfo, *, now: float) -> str:
+    """`the node of rank 1 is taken in 28 s`; `now` in Unix seconds."""
+    ranks = info.preempted_ranks
+    shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    when = (
+        "" if info.deadline_ms is None else f" in {max(0.0, info.deadline_ms / 1000 - now):.0f} s"
+    )
+    return f"the node of {shown} is taken{when}"

@@ -1,0 +1,113 @@
+"""A run's records, as its driver and its ranks read them: attempts, how they ended, manifests.
+
+Nothing here needs torch: a driver imports it.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+from pydantic import ValidationError
+
+from cluster.storage import DamagedObject, ObjectMissing, Store, read_whole
+from jobs.errors import EnvironmentFault, Problem
+from jobs.record import (
+    DAMAGED_RECORD_HINT,
+    MANIFEST_VERSION,
+    Attempt,
+    Crash,
+    Manifest,
+    Outcome,
+    RunPaths,
+    live_manifests,
+)
+from jobs.seal import unsealed
+
+
+def read_manifests(store: Store, paths: RunPaths) -> list[Manifest]:
+    """All manifests of a run that can be read, by step.
+
+    Raises EnvironmentFault where one is of another version: going on would destroy its checkpoint.
+    """
+    return read_manifests_and_damage(store, paths)[0]
+
+
+def read_manifests_and_damage(store: Store, paths: RunPaths) -> tuple[list[Manifest], list[str]]:
+    """(manifests by step, what is wrong with each damaged one)."""
+    manifests, damaged = [], []
+    for folder in store.list_folders(paths.checkpoints):
+        key = f"{paths.checkpoints}{folder}/manifest.json"
+        try:
+            manifests.append(read_whole(store, key, partial(_parse_manifest, key), hint=""))
+        except ObjectMissing:
+            continue  # parts without a manifest are no checkpoint
+        except DamagedObject as error:
+            damaged.append(str(error))
+    return sorted(manifests, key=lambda m: m.name), damaged
+
+
+def _parse_manifest(key: str, text: bytes) -> Manifest:
+    """Raises ValueError where it is damaged, EnvironmentFault where it is of another version."""
+    try:
+        tree = unsealed(json.loads(text))
+        version = tree["version"]
+        if version != MANIFEST_VERSION:
+            raise EnvironmentFault(
+                Problem(
+                    f"{key} has version {version}, this Shoal reads {MANIFEST_VERSION}",
+                    "install the Shoal that wrote it",
+                )
+            )
+        return Manifest.model_validate_json(text)
+    except (KeyError, TypeError) as error:
+        raise ValueError("it is no manifest") from error
+
+
+def read_attempts(store: Store, paths: RunPaths) -> list[Attempt]:
+    """All attempts of a run, by number.
+
+    Raises DamagedObject where one cannot be read: it may decide which checkpoints count.
+    """
+    return [
+        read_whole(store, head.key, Attempt.model_validate_json, hint=DAMAGED_RECORD_HINT)
+        for head in store.list(paths.attempts)
+        if paths.is_attempt(head.key)
+    ]
+
+
+def read_live_manifests(store: Store, paths: RunPaths) -> list[Manifest]:
+    """Manifests of a run that no later attempt has superseded, by step."""
+    return live_manifests(read_manifests(store, paths), read_attempts(store, paths))
+
+
+def outcome_of(store: Store, paths: RunPaths, attempt: int) -> Outcome | None:
+    """How the attempt ended by itself; None where it goes on or was killed.
+
+    Raises DamagedObject where it cannot be told.
+    """
+    try:
+        return read_whole(
+            store,
+            paths.outcome(attempt),
+            Outcome.model_validate_json,
+            hint="let another driver take the run over: shoal resume RUN",
+        )
+    except ObjectMissing:
+        return None
+
+
+def last_crash(store: Store, paths: RunPaths, *, generation: int) -> Crash | None:
+    """Why the newest attempt of a driver broke off, as far as it could tell."""
+    attempts = read_attempts(store, paths)
+    if not attempts or attempts[-1].generation != generation:
+        return None
+    return read_crash(store, paths, attempts[-1].attempt)
+
+
+def read_crash(store: Store, paths: RunPaths, attempt: int) -> Crash | None:
+    """Why an attempt broke off, as far as it could tell; None where nobody has told."""
+    try:
+        return Crash.model_validate_json(store.read(paths.crash(attempt)))
+    except (ObjectMissing, ValidationError):
+        return None  # as after a kill, of which nobody can tell
