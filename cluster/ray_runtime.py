@@ -28,6 +28,10 @@ _SETTINGS = {
     # Repeated lines of workers are wanted: they go to the run's log, not to a terminal.
     "RAY_DEDUP_LOGS": "0",
 }
+_OWN_SETTINGS = {
+    # Of a Ray that is started here: no processes ahead of time, as workers are not made of them.
+    "RAY_prestart_worker_first_driver": "0",
+}
 _OBJECT_STORE_BYTES = 200 * 2**20
 """Nothing large goes through Ray's object store: rows come from storage, states go there."""
 _LOOK_SECONDS = 1.0
@@ -50,7 +54,7 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
     Raises ClusterError where it is not reached or does not start, or where this machine, which can
     never grow, is too small.
     """
-    for name, value in _SETTINGS.items():
+    for name, value in (_SETTINGS if is_attached() else _SETTINGS | _OWN_SETTINGS).items():
         os.environ.setdefault(name, value)
     import ray
 

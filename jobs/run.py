@@ -23,7 +23,7 @@ import click
 import psutil
 
 from cluster.lease import Held, acquire
-from cluster.ray_runtime import own_node_watched, ray_cluster
+from cluster.ray_runtime import is_attached, own_node_watched, ray_cluster
 from cluster.storage import StorageError, Store, open_store, split_uri
 from jobs.capture import captured_output
 from jobs.errors import ShoalError, render_error
@@ -33,6 +33,7 @@ from jobs.runs import RunReader
 from jobs.spec import KubeRayCluster, StoreAccess
 from jobs.submit import record_changes, request_stop
 from trainers.controls import ask_to_yield, last_attempt
+from trainers.fork_server import fork_server
 from trainers.patience import Patience
 from trainers.telemetry import Telemetry, impatient
 
@@ -145,12 +146,18 @@ def _fit(
     """The workers' outcome. Signals, and the loss of who attends, become requests to the run."""
     with _watched(assignment, store, lease, attended_by=attended_by) as taken:
         try:
-            with ray_cluster(assignment.spec.workers), own_node_watched(taken.announce):
+            with ExitStack() as stack:
+                # On a cluster that is there, workers are on other machines.
+                python = None if is_attached() else stack.enter_context(fork_server())
+                stack.enter_context(ray_cluster(assignment.spec.workers))
+                stack.enter_context(own_node_watched(taken.announce))
                 from trainers.fit import fit
 
                 # Not in the main thread: there Ray Train would take SIGINT for an abort without
                 # a checkpoint.
-                work = partial(fit, assignment, telemetry, is_taken=taken.is_announced)
+                work = partial(
+                    fit, assignment, telemetry, python=python, is_taken=taken.is_announced
+                )
                 return _in_thread(work, taken=taken)
         except Exception as error:
             return Failure.of(error, where="driver")

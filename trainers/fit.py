@@ -53,7 +53,11 @@ class BrokenStart:
 
 
 def fit(
-    assignment: Assignment, telemetry: Telemetry, *, is_taken: Callable[[], bool] = lambda: False
+    assignment: Assignment,
+    telemetry: Telemetry,
+    *,
+    python: str | None = None,
+    is_taken: Callable[[], bool] = lambda: False,
 ) -> Outcome | Failure:
     """Trains on the Ray cluster to which this process is attached, to the end of the run.
 
@@ -61,12 +65,13 @@ def fit(
     were not set up yet, which Ray takes for the end; a Failure says what ended the last try. Where
     an attempt has saved its state and given way, as its node is taken, the workers are started
     again here, `retries.preemptions` times; unless this process's own machine is taken
-    (`is_taken`). What the run's own decisions end is an Outcome, and is not tried again.
+    (`is_taken`). `python` is the command by which workers are started, where it is not the
+    interpreter. What the run's own decisions end is an Outcome, and is not tried again.
     """
     given_way = 0
     with NoticeReader(telemetry) as notices:
         for start in itertools.count(1):
-            ended = _fit_once(assignment, notices, start=start, given_way=given_way)
+            ended = _fit_once(assignment, notices, start=start, given_way=given_way, python=python)
             notices.look()
             left = partial(_has_left, assignment.spec.retries, notices.counts, given_way=given_way)
             if isinstance(ended, BrokenStart):
@@ -102,7 +107,12 @@ def _has_left(retries: Retries, counts: Mapping[str, int], kind: Kind, *, given_
 
 
 def _fit_once(
-    assignment: Assignment, notices: NoticeReader, *, start: int, given_way: int
+    assignment: Assignment,
+    notices: NoticeReader,
+    *,
+    start: int,
+    given_way: int,
+    python: str | None,
 ) -> Outcome | Failure | BrokenStart:
     """One start of Ray Train's controller; within it Ray starts the workers as often as it must."""
     spec = assignment.spec
@@ -114,7 +124,7 @@ def _fit_once(
         notices=notices.path,
     )
     run_config = _run_config(
-        assignment, controller, notices.counts, start=start, given_way=given_way
+        assignment, controller, notices.counts, start=start, given_way=given_way, python=python
     )
     trainer = RunTrainer(
         train,
@@ -154,6 +164,7 @@ def _run_config(
     *,
     start: int,
     given_way: int,
+    python: str | None = None,
 ) -> RunConfig:
     """Ray keeps its own notes in the run folder, apart for each start: they are never read.
 
@@ -175,6 +186,7 @@ def _run_config(
             # No limit: RunController ends a wait for workers by its time.
             controller_failure_limit=-1,
         ),
+        worker_runtime_env={"py_executable": python} if python else None,
         callbacks=[controller],  # type: ignore[list-item]  # internal ones are taken as well
     )
 

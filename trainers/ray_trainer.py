@@ -9,10 +9,8 @@ only.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +29,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from trainers.loading import without_collections
 from trainers.ray_controller import RunFailurePolicy
 
 _LEAVE_SECONDS = 30.0
@@ -180,18 +179,3 @@ def train(config: dict[str, Any]) -> str:
     from trainers.ray_worker import train_on_ray
 
     return train_on_ray(config["assignment"])
-
-
-@contextmanager
-def without_collections() -> Iterator[None]:
-    """Inside the block the garbage collector rests, and looks through nothing of it afterwards.
-
-    Modules make a great many objects that stay: to look through them again and again takes a fifth
-    of the time to load them, and a while in each collection of training.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()

@@ -95,7 +95,7 @@ def test_a_start_on_this_machine_has_no_processes_of_ray_train_but_workers_and_w
     runs = open_store(tmp_path / "runs")
     runs.write(RunPaths("run").spec, spec.to_bytes())
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    seen = Counter[str]()
+    seen, parents = Counter[str](), set[str]()
     with subprocess.Popen(
         [sys.executable, "-c", ALONE, runs.uri],
         env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -103,28 +103,35 @@ def test_a_start_on_this_machine_has_no_processes_of_ray_train_but_workers_and_w
         assert driver.stdout is not None
         try:
             while driver.poll() is None:
-                seen |= actors_of(driver.pid)
+                found = actors_of(driver.pid)
+                seen |= Counter(name for name, _ in found)
+                parents |= {parent for name, parent in found if name == "RayTrainWorker"}
                 time.sleep(0.1)
             said = driver.stdout.read()
         finally:
             driver.kill()
     assert driver.returncode == 0
     assert seen == {"RayTrainWorker": 2, "SynchronizationActor": 1}
+    # They are forks of a process that has loaded what they need.
+    [parent] = parents
+    assert "trainers.fork_server" in parent
     # Its workers need them, the driver would load them in vain.
     assert said.splitlines()[-1] == "LOADED []"
 
 
-def actors_of(pid: int) -> Counter[str]:
-    """How many processes of each class of actors run below a driver, by their titles: `ray::Class`
-    and `ray::Class.method`."""
-    titles = []
+def actors_of(pid: int) -> list[tuple[str, str]]:
+    """(class, command of the parent) of each process of an actor below a driver, by the titles of
+    processes: `ray::Class` and `ray::Class.method`."""
+    found = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                titles += process.cmdline()[:1]
-    names = [title.removeprefix("ray::").partition(".")[0] for title in titles if "::" in title]
-    own = ("IDLE", "DashboardAgent", "RuntimeEnvAgent")
-    return Counter(name for name in names if name[:1].isupper() and name not in own)
+            with suppress(psutil.NoSuchProcess, IndexError):
+                title, parent = process.cmdline()[0], process.parent()
+                name = title.removeprefix("ray::").partition(".")[0]
+                others = ("IDLE", "DashboardAgent", "RuntimeEnvAgent")
+                if "::" in title and name[:1].isupper() and name not in others and parent:
+                    found.append((name, " ".join(parent.cmdline())))
+    return found
 
 
 @pytest.mark.timeout(900)

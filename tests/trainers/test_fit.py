@@ -46,7 +46,13 @@ class Starts:
         self._taken = taken
 
     def __call__(
-        self, _: Assignment, notices: NoticeReader, *, start: int, given_way: int
+        self,
+        _: Assignment,
+        notices: NoticeReader,
+        *,
+        start: int,
+        given_way: int,
+        python: str | None,
     ) -> Outcome:
         self.number = start
         assert given_way == start - 1
