@@ -10,7 +10,7 @@ from readers.batching import BATCH_ROWS, Batch, Reading
 from cluster.storage import open_store
 from trainers.data.cache import NodeCache
 from trainers.data.index import open_index
-from trainers.data.items import Items, Ragged
+from trainers.data.items import Items, Ragged, numbers_of
 from trainers.data.partition import fit_window
 from trainers.data.stream import RankStream
 from trainers.tasks.text_classification import padded
@@ -50,6 +50,6 @@ def _encode(rows: pa.Table, first_row: int) -> Items:
     return Items(
         {
             "input_ids": Ragged.from_arrow(rows.column("input_ids"), first_row=first_row),
-            "label": rows.column("label").to_numpy(),
+            "label": numbers_of(rows.column("label")),
         }
     )

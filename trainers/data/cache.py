@@ -3,7 +3,8 @@
     FOLDER/blobs/ab/abcdef...   one file a key, named by a hash of it; its mtime is its last use
     FOLDER/new/                 files that are being written
     FOLDER/locks/00.lock ...    of a fixed number of stripes: a key's hash names its stripe
-    FOLDER/usage                bytes of blobs and new files, at most too large; under usage.lock
+    FOLDER/usage                bytes of blobs and new files, and those that processes have set
+                                aside for more of them; at most too large; under usage.lock
 
 A file appears by a rename, whole or not at all. Eviction unlinks the least recently used files; a
 reader that has one open reads on. A process that is killed leaves no lock behind (flock), and a
@@ -13,6 +14,7 @@ file in `new` at most, which a later eviction removes.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import logging
@@ -23,16 +25,19 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO, BinaryIO
 
 import psutil
-from filelock import FileLock
 
 from jobs.errors import EnvironmentFault, Problem
 
 CACHE_VARIABLE = "SHOAL_CACHE"
 
 _NUM_STRIPES = 256
-_POLL_SECONDS = 0.01
+_RESERVED_SHARE = 1 / 256
+"""Of the limit: what a process sets aside at once, so that not every file asks for the lock of all.
+An eviction by another process forgets what is left of it, so this may be written beyond the limit.
+"""
 _KEPT_SHARE = 0.9
 """Share of the limit that an eviction leaves, so that not every new file needs one."""
 _ABANDONED_SECONDS = 600.0
@@ -98,6 +103,8 @@ class NodeCache:
         self.limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._reserving = threading.Lock()
+        self._reserved = 0
+        """Bytes that this process has set aside, and not written yet."""
         self._is_prepared = False
         self._keeps = True
 
@@ -114,21 +121,18 @@ class NodeCache:
         kept = self._read(path)
         if kept is not None:
             return kept
-        stripe = FileLock(self.folder / "locks" / f"{int(name[-4:], 16) % _NUM_STRIPES:02x}.lock")
         try:
-            stripe.acquire(poll_interval=_POLL_SECONDS)
+            stripe = _lock(self.folder / "locks" / f"{int(name[-4:], 16) % _NUM_STRIPES:02x}.lock")
         except OSError as error:
             self._stop_keeping(error)
             return fetch()
-        try:
+        with stripe:
             kept = self._read(path)
             if kept is not None:
                 return kept
             fetched = fetch()
             self._keep(path, fetched)
             return fetched
-        finally:
-            stripe.release()
 
     def drop(self, key: str) -> None:
         """Forget `key`, because its bytes are not what they should be."""
@@ -152,32 +156,37 @@ class NodeCache:
         new = self.folder / "new" / uuid.uuid4().hex
         try:
             try:
-                self._reserve(new, len(data))
-                with new.open("r+b") as file:
+                with self._reserve(new, len(data)) as file:
                     file.write(data)
-                path.parent.mkdir(exist_ok=True)
-                new.replace(path)
+                try:
+                    new.replace(path)
+                except FileNotFoundError:  # the first of its folder
+                    path.parent.mkdir(exist_ok=True)
+                    new.replace(path)
             finally:
                 new.unlink(missing_ok=True)
         except OSError as error:
             self._stop_keeping(error)
 
-    def _reserve(self, new: Path, num_bytes: int) -> None:
-        """Creates `new` with its final size, after evicting what would then be too much.
+    def _reserve(self, new: Path, num_bytes: int) -> BinaryIO:
+        """Creates `new` with its final size, after evicting what would then be too much; open.
 
         A file has its size before it has its content, so that another process that counts sees it.
         """
-        # Threads of this process wait for each other without looking again and again.
-        with (
-            self._reserving,
-            FileLock(self.folder / "usage.lock").acquire(poll_interval=_POLL_SECONDS),
-        ):
-            used = self._recorded_usage()
-            if used is None or used + num_bytes > self.limit_bytes:
-                used = self._evict(num_bytes)
-            self._record_usage(used + num_bytes)
-            with new.open("xb") as file:
-                file.truncate(num_bytes)
+        with self._reserving:
+            if num_bytes > self._reserved:
+                with _lock(self.folder / "usage.lock"):
+                    more = max(num_bytes, int(self.limit_bytes * _RESERVED_SHARE))
+                    used = self._recorded_usage()
+                    if used is None or used + more > self.limit_bytes:
+                        more = num_bytes
+                    if used is None or used + more > self.limit_bytes:
+                        used, self._reserved = self._evict(num_bytes), 0
+                    self._record_usage(used + more)
+                    self._reserved += more - num_bytes
+                    return _created(new, num_bytes)
+            self._reserved -= num_bytes
+            return _created(new, num_bytes)
 
     def _evict(self, num_bytes: int) -> int:
         """Removes the least recently used files until `num_bytes` more fit; bytes that stay.
@@ -247,6 +256,27 @@ class NodeCache:
                 error.strerror or error,
                 CACHE_VARIABLE,
             )
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """A lock on a file of that path, which is made; given back as it is closed, or by a death."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _created(path: Path, num_bytes: int) -> BinaryIO:
+    file = path.open("xb")
+    try:
+        file.truncate(num_bytes)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -41,6 +41,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from cluster.storage import ObjectMissing, Store
 from jobs.errors import DataError, Problem
 from jobs.record import Record
+from trainers.data.items import numbers_of
 
 INDEX_VERSION = 1
 INDEX_FOLDER = "_shoal/"
@@ -272,9 +273,10 @@ class _ShardPages:
 
     def groups(self) -> npt.NDArray[np.uint32]:
         """Row groups of each shard."""
-        table = pq.read_table(pa.BufferReader(self._data), columns=["groups"])
-        column: npt.NDArray[np.uint32] = table["groups"].to_numpy()
-        return column
+        # Not by `pq.read_table`, which loads pyarrow.dataset and pandas for it.
+        file = pq.ParquetFile(pa.BufferReader(self._data), metadata=self._metadata)
+        table = file.read(columns=["groups"], use_threads=False)
+        return numbers_of(table["groups"])
 
     def shard(self, number: int) -> Shard:
         page_number, row = divmod(number, SHARDS_PER_PAGE)

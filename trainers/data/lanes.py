@@ -307,7 +307,8 @@ class _Loader:
         """The result; RuntimeError where `close` came first, NotNeeded where nobody needs it."""
         began = time.perf_counter()
         try:
-            while not wait_for([future], timeout=_LOOK_SECONDS).done:
+            # `done` is asked as well: nobody wakes who waits for a future that is cancelled.
+            while not (wait_for([future], timeout=_LOOK_SECONDS).done or future.done()):
                 if self._unless is not None and self._unless(time.perf_counter() - began):
                     raise NotNeeded
             return future.result()

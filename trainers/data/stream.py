@@ -46,10 +46,18 @@ from trainers.data.reader import VerifiedReader
 from trainers.patience import Patience
 
 _FETCH_THREADS = 4
-_RUN_ROWS = 4096
-"""Rows that are gathered at once and then cut into batches."""
+_RUN_BYTES = 8 * 2**20
+_MOST_RUN_ROWS = 16_384
+"""Rows that are gathered at once and then cut into batches, at most, and what they may take in
+memory, about."""
 
 _log = logging.getLogger(__name__)
+
+
+def run_rows(index: Index) -> int:
+    """Rows that are gathered at once, from what the largest row group takes. Pure."""
+    of_row = index.max_row_group_bytes / max(1, int(index.group_rows.max(initial=1)))
+    return int(min(_MOST_RUN_ROWS, max(1, _RUN_BYTES // max(1.0, of_row))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +115,7 @@ class RankStream:
         self._lanes = lanes
         self._window = window
         self._fetch_threads = fetch_threads
+        self._run_rows = run_rows(index)
         self._dealers: set[Dealer] = set()
         self._waits = Waits()
         self._no_items: Items | None = None
@@ -170,7 +179,7 @@ class RankStream:
             shuffled_plans(order, lane=int(lane), item=int(item), step=step)
             for lane, item in zip(touched, items, strict=True)
         ]
-        steps_of_run = max(1, _RUN_ROWS * self._world_size // global_batch_size)
+        steps_of_run = max(1, self._run_rows * self._world_size // global_batch_size)
         with self._dealer(plans, num_ahead=1, unless=unless) as dealer:
             first = next_item
             while first < order.num_items:
@@ -201,7 +210,7 @@ class RankStream:
         num_ahead = min(self._fetch_threads, held - 1)
         with self._dealer([sequential_plans(blocks)], num_ahead=num_ahead) as dealer:
             while first < stop:
-                steps = max(1, min(dealer.num_ready, _RUN_ROWS) // batch_rows)
+                steps = max(1, min(dealer.num_ready, self._run_rows) // batch_rows)
                 stops = np.minimum(np.arange(1, steps + 1) * batch_rows + first, stop)
                 stops = stops[: int(np.searchsorted(stops, stop)) + 1]
                 yield from self._run(dealer, epoch=0, first=first, stops=stops, ends=stops - first)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from jobs import spec as job
 from jobs.errors import DataError, Problem, SpecError
 from trainers.data.index import Index
-from trainers.data.items import Items, Ragged
+from trainers.data.items import Items, Ragged, numbers_of
 from trainers.data.tokenizers import has_own_files, tokenizer_digest
 from trainers.positions import most_tokens
 from trainers.tasks.confusion import ConfusionMetrics
@@ -222,7 +222,7 @@ class TextClassification:
                     "add it to task.labels, or leave such rows out when you prepare the data",
                 )
             )
-        return np.asarray(codes.to_numpy(), dtype=np.int64)
+        return np.asarray(numbers_of(codes), dtype=np.int64)
 
     def lengths(self, items: Items) -> npt.NDArray[np.int64]:
         return np.diff(_ragged(items).offsets)

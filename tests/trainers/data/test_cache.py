@@ -113,6 +113,26 @@ def stored_bytes_now(folder):
     return total
 
 
+def test_a_process_sets_aside_room_for_many_files_at_once(tmp_path):
+    """So that each of them does not wait for the lock that all processes share."""
+    cache, usage = NodeCache(tmp_path, limit_bytes=256_000), []
+    cache.get("first", lambda: b"x" * 100)
+    for key in range(20):
+        cache.get(str(key), lambda: b"x" * 100)
+        usage.append(int((tmp_path / "usage").read_bytes()))
+        assert stored_bytes(tmp_path) <= usage[-1]
+    assert usage == [1100] * 10 + [2100] * 10
+
+
+def test_what_is_set_aside_takes_no_more_than_its_share_beyond_the_limit(tmp_path):
+    processes = [NodeCache(tmp_path, limit_bytes=25_600) for _ in range(3)]
+    for key in range(600):
+        processes[key % 3].get(str(key), lambda: b"x" * 90)
+        processes[key % 2].get(f"small {key}", lambda: b"x" * 20)
+        assert stored_bytes(tmp_path) <= 25_600 + 3 * 100
+    assert stored_bytes(tmp_path) > 20_000
+
+
 def test_the_least_recently_used_goes_first(tmp_path):
     cache = NodeCache(tmp_path, limit_bytes=30)
     for key in "abc":

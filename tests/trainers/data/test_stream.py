@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -471,6 +474,43 @@ def test_close_wakes_a_thread_that_waits_for_rows(local, write_set, cache):
     closing.join()
     reading.join()
     assert "closed" in str(raised[0])
+
+
+READ = """
+import sys
+from pathlib import Path
+
+from cluster.storage import open_store
+from trainers.data.cache import NodeCache
+from trainers.data.index import open_index
+from trainers.data.items import Items, Ragged, numbers_of
+from trainers.data.stream import RankStream
+
+store, cache = open_store(sys.argv[1]), NodeCache(Path(sys.argv[2]), limit_bytes=10**9)
+
+
+def encode(rows, first_row):
+    return Items({"row": numbers_of(rows["row"]), "tokens": Ragged.from_arrow(rows["tokens"])})
+
+
+with RankStream(
+    store=store, index=open_index(store), columns=["row", "tokens"], encode=encode, cache=cache,
+    rank=0, world_size=1, seed=1, lanes=1, window=4,
+) as stream:
+    rows = sum(len(b.rows) for b in stream.batches(epoch=0, next_item=0, global_batch_size=8))
+print(rows, [name for name in ("pandas", "pyarrow.dataset") if name in sys.modules])
+"""
+
+
+def test_rows_are_read_without_loading_what_is_not_needed(local, write_set, tmp_path):
+    """pyarrow loads pandas, a third of a second, in `to_numpy`, `array` and `read_table`."""
+    write_set(local, SHARDS)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, local.uri, str(tmp_path / "cache")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "203 []\n"
 
 
 # --------------------------------------------------------------------------------------- evaluation
