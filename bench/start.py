@@ -37,6 +37,7 @@ from rich.table import Table
 
 from cluster.storage import join_uri, open_store
 from examples import assets
+from jobs.foreground import kill_tree
 from jobs.runs import RunReader
 from tests.tiny import LABELS, MAX_TOKENS, tiny_model, tiny_reviews, tiny_tree
 from trainers.data.prepare import prepare
@@ -173,7 +174,7 @@ class Arena:
             )
             while process.poll() is None:
                 if time.time() > began + WAIT_SECONDS:
-                    process.kill()
+                    kill_tree(process.pid)
                 # Not before: each look costs both sides' processors something.
                 if is_stored and stored is None and _is_over(clock) and is_stored():
                     stored = time.time()

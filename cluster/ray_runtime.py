@@ -24,6 +24,8 @@ _SETTINGS = {
     # of the thirty that some platforms give; the default is five.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Whoever still calls Ray after its end here starts no other one.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Repeated lines of workers are wanted: they go to the run's log, not to a terminal.
     "RAY_DEDUP_LOGS": "0",

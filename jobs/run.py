@@ -147,9 +147,12 @@ def _fit(
     with _watched(assignment, store, lease, attended_by=attended_by) as taken:
         try:
             with ExitStack() as stack:
-                # On a cluster that is there, workers are on other machines.
-                python = None if is_attached() else stack.enter_context(fork_server())
-                stack.enter_context(ray_cluster(assignment.spec.workers))
+                workers = assignment.spec.workers
+                # On a cluster that is there, workers are on other machines. With a GPU, no module
+                # may have touched it before the fork, which only a GPU can show.
+                forks = not is_attached() and not workers.gpus
+                python = stack.enter_context(fork_server()) if forks else None
+                stack.enter_context(ray_cluster(workers))
                 stack.enter_context(own_node_watched(taken.announce))
                 from trainers.fit import fit
 

@@ -8,9 +8,9 @@ files to the server, whose fork goes on as that worker, and waits for it to end.
 loaded once for all workers, also for those that are started again. Where the server is gone the
 command is Python itself.
 
-The server makes no thread and touches no device: both do not survive a fork. Nor does it load Ray,
-which reads its settings and the cluster's token as it is loaded. It ends with the process that has
-started it.
+The server runs no code in a second thread and touches no device: neither survives a fork. Nor does
+it load Ray, which reads its settings and the cluster's token as it is loaded. It ends with the
+process that has started it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import logging
 import os
 import runpy
 import selectors
+import shlex
 import signal
 import socket
 import subprocess
@@ -61,18 +62,22 @@ def _server() -> Iterator[str]:
             listener.listen(_BACKLOG)  # who connects before it has loaded waits
             server = subprocess.Popen(  # noqa: S603 - our own program, no shell
                 [sys.executable, "-m", "trainers.fork_server", str(listener.fileno())],
+                # What waits in threads of its own would be lost to the forks.
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
                 stdin=subprocess.PIPE,  # closed at the end of this process, however it comes
                 pass_fds=[listener.fileno()],
             )
         try:
             # Quick to start: it needs nothing but what is built in.
-            yield f"{sys.executable} -I -S {fork_client.__file__} {where}"
+            yield shlex.join([sys.executable, "-I", "-S", str(fork_client.__file__), where])
         finally:
             server.kill()
             server.communicate()
 
 
 def main() -> None:
+    # As Ray starts its processes: Ctrl-C is for the driver, which asks them to stop.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     listener = socket.socket(fileno=int(sys.argv[1]))
     with without_collections():
         import trainers.worker  # noqa: F401
@@ -82,11 +87,16 @@ def main() -> None:
         ready.register(sys.stdin.fileno(), selectors.EVENT_READ)
         while all(key.fileobj is listener for key, _ in ready.select()):
             connection, _ = listener.accept()
-            if not os.fork():
-                ready.close()
-                listener.close()
-                _go_on(connection)
-            connection.close()
+            with connection:
+                try:
+                    is_fork = os.fork() == 0
+                except OSError as error:
+                    sys.stderr.write(f"shoal: no fork, so a worker starts by itself: {error}\n")
+                    continue
+                if is_fork:
+                    ready.close()
+                    listener.close()
+                    _go_on(connection)
 
 
 def _go_on(connection: socket.socket) -> None:
@@ -97,8 +107,9 @@ def _go_on(connection: socket.socket) -> None:
     except (EOFError, ConnectionError):
         os._exit(0)  # nobody needs this process any more
     for number, file in enumerate(files):
-        os.dup2(file, number)
-        os.close(file)
+        if file != number:
+            os.dup2(file, number)
+            os.close(file)
     held = json.loads(asked)
     os.environ.clear()
     os.environ.update(held["environment"])

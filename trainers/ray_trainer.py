@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 import ray.train
@@ -26,6 +26,9 @@ from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallb
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
+    PlacementGroupHandle,
+)
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -55,7 +58,10 @@ class RunTrainer(DataParallelTrainer):
         if self._is_own_cluster and isinstance(asked, FixedScalingPolicy):
             parts["scaling_policy"] = _UnannouncedPolicy(asked.scaling_config)
         controller = _Controller(**parts, watches_nodes=not self._is_own_cluster)
-        asyncio.run(controller.run())  # type: ignore[no-untyped-call]
+        try:
+            asyncio.run(controller.run())  # type: ignore[no-untyped-call]
+        finally:
+            _WorkerGroup.give_back_all()
         return controller.get_result()
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
@@ -77,6 +83,20 @@ class _UnannouncedPolicy(FixedScalingPolicy):
 
 class _WorkerGroup(WorkerGroup):
     """One whose workers are given no handle of a controller: it is no actor."""
+
+    _placement_groups: ClassVar[list[PlacementGroupHandle]] = []
+
+    def _create_placement_group(self, *parts: Any, **named: Any) -> PlacementGroupHandle:
+        group = super()._create_placement_group(*parts, **named)
+        self._placement_groups.append(group)
+        return group
+
+    @classmethod
+    def give_back_all(cls) -> None:
+        """Room that a start which broke off may have left: Ray drops it with a controller's actor,
+        and here that is the driver."""
+        while cls._placement_groups:
+            cls._placement_groups.pop().shutdown()
 
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
@@ -134,10 +154,9 @@ class Group(Backend):
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Raises what a worker's part of it raises, or that worker's death."""
-        # All begin to load torch before rank 0 has.
-        loading = worker_group.execute_async(load)
+        ray.get(worker_group.execute_async(load))
+        # Now, as the port is free only for the moment.
         address, port = worker_group.execute_single(0, get_address_and_port)
-        ray.get(loading)
         where = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
         joining = [
             worker_group.execute_single_async(

@@ -40,9 +40,8 @@ from trainers.fence import Fence
 from trainers.layout import OPTIMIZER, WEIGHTS
 from trainers.loop import Progress, Trainee, judge
 from trainers.optim import optimizer_tensors
-from trainers.records import read_live_manifests, read_manifests
+from trainers.records import _parse_manifest, read_live_manifests, read_manifests
 from trainers.restore import (
-    _parse_manifest,
     checkpoint_copy,
     drop_checkpoint_copies,
     load_progress,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from trainers.fork_server import fork_server
 
 SCRIPT = """
-import json, os, sys, threading
+import json, os, signal, sys, threading
 
 names = ("torch", "transformers", "trainers.worker", "ray")
 loaded = [name for name in names if name in sys.modules]
@@ -28,6 +30,7 @@ print(json.dumps({
     "gone": os.environ.get("GONE"), "said": sys.stdin.read(), "loaded": loaded, "name": __name__,
     "threads": threading.active_count(), "sum": torch.ones(1000, 1000).sum().item(),
     "parent": os.getppid(), "pid": os.getpid(),
+    "hears": signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, []),
 }))
 print("to errors", file=sys.stderr)
 sys.exit(0)
@@ -42,7 +45,7 @@ def python() -> Iterator[list[str]]:
         with fork_server() as command:
             assert command is not None
             patch.delenv("GONE")
-            yield command.split()
+            yield shlex.split(command)
 
 
 @pytest.fixture
@@ -91,8 +94,28 @@ def test_a_fork_is_the_process_that_was_asked_for_with_its_modules_loaded(
         "threads": 1,
         "sum": 1_000_000.0,
         "parent": server.pid,
+        # Ctrl-C is for the driver, as with all processes that Ray starts.
+        "hears": False,
     }
     assert done.stderr == "to errors\n"
+
+
+@pytest.mark.timeout(120)
+def test_temporary_files_may_lie_where_a_shell_would_stumble(
+    script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray gives the command to bash as it is."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with tempfile.TemporaryDirectory(prefix="it's a $(place)") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        with fork_server() as command:
+            done = subprocess.run(
+                ["bash", "-c", f"exec {command} {script} argument"],
+                input="", capture_output=True, text=True, check=True,
+            )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found["arguments"] == ["argument"]
+    assert "torch" in found["loaded"]
 
 
 @pytest.mark.timeout(120)
@@ -121,7 +144,7 @@ def test_without_its_server_the_command_is_python_itself(
         server.kill()
         server.wait()
         done = subprocess.run(
-            [*command.split(), script, "argument"],
+            [*shlex.split(command), script, "argument"],
             input="", capture_output=True, text=True, check=True,
         )  # fmt: skip
     found = json.loads(done.stdout)
