@@ -40,6 +40,7 @@ from cluster.s3_errors import (
     wanted_pause,
 )
 from cluster.s3_evidence import Digest, Evidence
+from cluster.s3_quick import QuickReads
 from cluster.s3_transfer import (
     WRITE_TOKEN,
     Line,
@@ -97,6 +98,7 @@ class S3Connection:
     def __init__(self, settings: S3Settings, *, keys: Keys | None = None) -> None:
         self.settings = settings
         self.line = Line(settings.transfer)
+        self._quick = QuickReads(settings)
         self._keys = keys
         self._lock = threading.Lock()
         self._made: tuple[int, boto3.session.Session, S3Client] | None = None
@@ -169,6 +171,21 @@ class S3Connection:
                 endpoint=self.endpoint,
                 credentials=self._credentials_text(),
             ) from error
+
+    def read_quickly(self, *, bucket: str, key: str, span: Span) -> bytes | None:
+        """Bytes [start, end) of the object in one try that costs little; None: read it properly."""
+        try:
+            session, client = self._parts()
+            return self._quick.read(
+                session,
+                endpoint_url=self.settings.endpoint_url or client.meta.endpoint_url,
+                region=self.settings.region or DEFAULT_REGION,
+                bucket=bucket,
+                key=key,
+                span=span,
+            )
+        except S3_ERRORS:
+            return None  # credentials that are not to be found, which the proper read tells
 
     def _credentials_text(self) -> str:
         """Where the credentials came from; never the credentials."""
@@ -245,7 +262,11 @@ class S3Store:
             raise ValueError(f"[{start}, {end}) is no range of bytes")
         if end == start:
             return b""
-        data = self._get(key, b"".join, span=(start, end))
+        span = start, end
+        data = self._connection.read_quickly(bucket=self._bucket, key=self._key(key), span=span)
+        if data is not None:
+            return data
+        data = self._get(key, b"".join, span=span)
         if len(data) != end - start:
             raise _range_error(f"{self.uri}/{key}", (start, end))
         return data

@@ -195,7 +195,8 @@ class Attempt(SealedRecord):
     versions: dict[str, str] = {}
     device: str = "cpu"
     max_tokens_per_microbatch: int | None = None
-    """Where memory has run out: what holds in place of the job's own; None: the job's own."""
+    """Where memory has run out, or the job leaves it open: what holds in place of the job's own;
+    None: the job's own."""
     launch_tokens: int | None = None
     """What a micro-batch costs besides its tokens, where the job has it measured."""
     num_parameters: int = 0
@@ -301,7 +302,7 @@ class Manifest(SealedRecord):
     """Whether the evaluation at this step was broken off: whoever goes on begins with it."""
     is_last_step: bool = False
     max_tokens_per_microbatch: int | None = None
-    """As in the attempt: where memory had run out, what held in place of the job's own."""
+    """As in the attempt: what held in place of the job's own."""
     launch_tokens: int | None = None
     """As in the attempt."""
 

@@ -102,6 +102,7 @@ def build_report(reader: RunReader, *, result: Result | None = None) -> Report:
 _TRAINING_KEYS = (
     *("step", "time", "attempt", "epoch", "loss", "learning_rate", "grad_norm"),
     *("rows_per_second", "tokens_per_second", "padding_share", "data_wait_share"),
+    "imbalance",
 )
 _EVALUATION_KEYS = ("step", "time", "attempt", "split", "rows", "seconds", "metrics")
 _SKIPPED_KEYS = ("step", "time", "attempt", "epoch", "first_item", "next_item", "norm")

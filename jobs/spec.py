@@ -237,9 +237,10 @@ class Batching(SpecPart):
 
     global_batch_size: PositiveInt = 32
     """Rows in one optimizer step, over all workers."""
-    max_tokens_per_microbatch: PositiveInt = 8192
-    """Tokens, padding included, of one forward and backward pass of one worker. A step takes as
-    many micro-batches as it needs."""
+    max_tokens_per_microbatch: PositiveInt | Literal["auto"] = 8192
+    """Tokens, padding included, of one forward and backward pass of one worker, at most. A step
+    takes as many micro-batches as it needs. `auto`: as many as fit into memory and are quick, found
+    by trying before the first step, and kept for the whole run."""
     launch_tokens: NonNegativeInt | Literal["auto"] = "auto"
     """What a micro-batch costs besides its tokens, in tokens: many make few micro-batches with more
     padding. `auto`: measured before the first step, and kept for the whole run."""

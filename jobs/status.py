@@ -249,6 +249,7 @@ _TRAIN_KEYS = (
     "tokens_per_second",
     "padding_share",
     "data_wait_share",
+    "imbalance",
     "straggler",
 )
 

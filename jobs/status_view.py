@@ -106,13 +106,14 @@ def progress_text(status: RunStatus) -> str:
 
 
 def train_text(line: Line) -> str:
-    """`loss 0.612, learning rate 2.9e-05, 512 rows/s, padding 4%, data wait 3%`."""
+    """`loss 0.612, learning rate 2.9e-05, 512 rows/s, padding 4%, data wait 3%, imbalance 2%`."""
     parts = [
         f"loss {format_number(line.get('loss'))}",
         f"learning rate {format_number(line.get('learning_rate'))}",
         f"{format_number(line.get('rows_per_second'))} rows/s",
         f"padding {format_percent(line.get('padding_share'))}",
         f"data wait {format_percent(line.get('data_wait_share'))}",
+        f"imbalance {format_percent(line.get('imbalance'))}",
     ]
     return ", ".join(parts)
 

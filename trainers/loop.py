@@ -134,6 +134,8 @@ class StepFacts:
     """Without padding."""
     computed_tokens: int
     """With it."""
+    imbalance: float
+    """Share of the steps in which the mean rank waits for the one whose micro-batches cost most."""
     steps: int
     busy: tuple[Busy, ...]
     """Of each rank, by rank: its own work in these steps, without waiting for other ranks."""
@@ -369,6 +371,9 @@ class _LocalFacts:
     rows: int
     tokens: int
     computed_tokens: int
+    mean_cost: float
+    """As in the decision; equal on all ranks."""
+    most_cost: float
     learning_rate: float
 
 
@@ -436,6 +441,8 @@ def train_step(
         rows=len(batch.rows),
         tokens=int(lengths.sum()),
         computed_tokens=computed_tokens,
+        mean_cost=decision.mean_cost,
+        most_cost=decision.most_cost,
         learning_rate=rate,
     )
 
@@ -540,6 +547,7 @@ class _Window:
             rows=int(total[2]),
             tokens=int(total[3]),
             computed_tokens=int(total[4]),
+            imbalance=1 - sum(f.mean_cost for f in steps) / sum(f.most_cost for f in steps),
             steps=len(steps),
             busy=tuple(Busy(*seconds) for seconds in total[5:].reshape(-1, 2).tolist()),
         )
@@ -605,7 +613,7 @@ class _Feed:
             return None
         watchdog.tick("reads rows")
         asked = self._around.requests()
-        batch, error, weight, computed = None, None, 0.0, 0
+        batch, error, weight, computed, launches = None, None, 0.0, 0, 0
         microbatches = list[Batch]()
         with self._time.spent("data_wait"):
             try:
@@ -615,6 +623,7 @@ class _Feed:
                     batch = next(self._rows)
                     weight = float(self._task.weights(batch.items).sum())
                     microbatches, computed = self._collate(batch)
+                    launches = len(microbatches) * Cutting.of(self._spec.batching).launch_tokens
             except NotNeeded:
                 # The others wait for this rank: by its vote they hear of it.
                 asked |= self._around.requests()
@@ -630,6 +639,7 @@ class _Feed:
             save=asked.save,
             yields=asked.yields,
             failed=error is not None,
+            cost=float(max(1, computed + launches)),
         )
         return _Coming(batch, microbatches, computed, self._agreement.start(vote), error)
 

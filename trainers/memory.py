@@ -56,10 +56,11 @@ def memory_fault(error: MicrobatchTooLarge, *, step: int, spec: JobSpec) -> Shoa
     TrainingError. `spec` is the job with the limit that was in force."""
     if error.rows > 1:
         limit = spec.batching.max_tokens_per_microbatch
+        held = "" if limit == "auto" else f" (the limit was {limit} tokens)"
         return ClusterError(
             Problem(
                 f"after step {step} a micro-batch of {error.rows} rows and {error.tokens} tokens, "
-                f"padding included, does not fit into memory (the limit was {limit} tokens)",
+                f"padding included, does not fit into memory{held}",
                 f"a restart halves it; give a new run batching.max_tokens_per_microbatch: "
                 f"{error.tokens // 2}",
             )

@@ -23,14 +23,17 @@ class Cutting:
 
     @classmethod
     def of(cls, batching: Batching) -> Cutting:
-        """That of a job; DEFAULT_LAUNCH_TOKENS where it is still to be measured."""
-        launch = batching.launch_tokens
+        """That of a job; DEFAULT_MAX_TOKENS and DEFAULT_LAUNCH_TOKENS where they are still to be
+        found out."""
+        most, launch = batching.max_tokens_per_microbatch, batching.launch_tokens
         return cls(
-            max_tokens=batching.max_tokens_per_microbatch,
+            max_tokens=DEFAULT_MAX_TOKENS if most == "auto" else most,
             launch_tokens=DEFAULT_LAUNCH_TOKENS if launch == "auto" else launch,
         )
 
 
+DEFAULT_MAX_TOKENS = 8192
+"""Where nobody has tried, as in an evaluation apart from a run."""
 DEFAULT_LAUNCH_TOKENS = 128
 """Where nobody has measured it: about what it is of a small encoder on a CPU."""
 

@@ -48,6 +48,7 @@ from trainers.local_copy import TICKING, DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
 from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, room_fault
 from trainers.microbatch import Cutting
+from trainers.microbatch_size import tried_max_tokens
 from trainers.parallel import plain, trained_parameters
 from trainers.patience import Patience
 from trainers.preparation import DataSet, build_model, prepare, replicated
@@ -194,7 +195,7 @@ class _Rank:
                     )
                 )
                 self._prepared = replicated(prepared, self._session)
-                self._measure_launch()
+                self._measure_microbatches()
                 self._describe_attempt()
                 self._drop_checkpoint_copies()
                 # Now, as it needs a folder for temporary files: training does not.
@@ -212,9 +213,20 @@ class _Rank:
                 raise
             raise self._without_room(error) from error
 
-    def _measure_launch(self) -> None:
-        """Finds out what a micro-batch costs besides its tokens, where the job leaves it open and
-        no attempt has done so."""
+    def _measure_microbatches(self) -> None:
+        """Finds out how large a micro-batch may be, and what it costs besides its tokens, where the
+        job leaves it open and no attempt has done so."""
+        spec = self._spec
+        if spec.batching.max_tokens_per_microbatch == "auto":
+            rows = -(-spec.batching.global_batch_size // spec.workers.fewest)
+            found = tried_max_tokens(
+                self._prepared.trainee,
+                self._agreement,
+                most_row_tokens=spec.task.max_tokens,
+                most_tokens=rows * spec.task.max_tokens,
+            )
+            self._attempt = self._attempt.model_copy(update={"max_tokens_per_microbatch": found})
+            self._spec = as_cut(self._spec, self._attempt)
         if self._spec.batching.launch_tokens == "auto":
             found = measured_launch_tokens(
                 self._prepared.trainee,
@@ -476,6 +488,7 @@ class _Rank:
                     "tokens": facts.tokens,
                     "padding_share": round(1 - facts.tokens / max(1, facts.computed_tokens), 4),
                     "data_wait_share": round(min(1.0, waited / seconds), 4),
+                    "imbalance": round(facts.imbalance, 4),
                     "total_steps": plan.total_steps,
                     "eta_seconds": round(
                         (plan.total_steps - progress.step) * seconds / facts.steps, 1
@@ -756,7 +769,7 @@ class _Rank:
                 self._telemetry.event(
                     "warning", f"attempt {claim.crash.attempt} broke off: {claim.crash.reason}"
                 )
-            if attempt.max_tokens_per_microbatch is not None:
+            if claim.crash is not None and claim.crash.out_of_memory is not None:
                 self._telemetry.event(
                     "warning",
                     f"micro-batches have at most {attempt.max_tokens_per_microbatch} tokens, since "

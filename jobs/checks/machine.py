@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from cluster.storage import is_s3, local_path
 from jobs.checks.data_sets import DataSetFacts
 from jobs.checks.finding import (
@@ -28,6 +26,7 @@ from jobs.checks.stores import nearest_existing
 from jobs.checks.weights import Weights
 from jobs.spec import JobSpec, KubeRayCluster, Workers, format_bytes
 from trainers.data.cache import CACHE_VARIABLE, cache_folder, shared_by
+from trainers.free_memory import free_bytes
 
 _CGROUP = Path("/sys/fs/cgroup")
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
@@ -51,11 +50,7 @@ class Machine:
 
 def look_at_machine(*, count_gpus: bool) -> Machine:
     """Cores and memory as Ray counts them (within the container's limits), and GPUs, if wanted."""
-    memory = psutil.virtual_memory()
-    limit = _read_number(_CGROUP / "memory.max")
-    used = _read_number(_CGROUP / "memory.current") or 0
-    free = memory.available if limit is None else min(memory.available, limit - used)
-    return Machine(cores=_cores(), memory_bytes=max(0, free), gpus=_num_gpus() if count_gpus else 0)
+    return Machine(cores=_cores(), memory_bytes=free_bytes(), gpus=_num_gpus() if count_gpus else 0)
 
 
 def check_workers(spec: JobSpec, machine: Machine | None) -> list[Finding]:
@@ -352,24 +347,6 @@ def _gpus_of_nvidia_smi() -> int:
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-
-
-def _container_bytes() -> int:
-    """Memory that the container uses, without files that are only kept for later reads."""
-    used = _read_number(_CGROUP / "memory.current") or 0
-    try:
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return used
-    return max(0, used - int(stat.get("inactive_file", 0)))
-
-
-def _read_number(path: Path) -> int | None:
-    """None where there is no such file, or no limit in it."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _bytes_below(folder: Path) -> int:

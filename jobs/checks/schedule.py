@@ -87,11 +87,12 @@ def _window(spec: JobSpec, train: DataSetFacts) -> int:
 def check_batching(spec: JobSpec) -> Iterator[Finding]:
     """Whether rows, micro-batches and workers go together."""
     batching, workers = spec.batching, spec.workers.count
-    if batching.max_tokens_per_microbatch < spec.task.max_tokens:
+    most = batching.max_tokens_per_microbatch
+    if most != "auto" and most < spec.task.max_tokens:
         yield problem(
             "batching",
-            f"batching.max_tokens_per_microbatch is {batching.max_tokens_per_microbatch}, but one "
-            f"row may have {spec.task.max_tokens} tokens (task.max_tokens)",
+            f"batching.max_tokens_per_microbatch is {most}, but one row may have "
+            f"{spec.task.max_tokens} tokens (task.max_tokens)",
             f"set batching.max_tokens_per_microbatch to {spec.task.max_tokens} or more",
         )
     if batching.global_batch_size < workers:

@@ -218,6 +218,7 @@ class SyntheticRun:
             "tokens_per_second": rows_per_second * 38,
             "padding_share": 0.04,
             "data_wait_share": 0.03,
+            "imbalance": 0.02,
             "total_steps": self.steps,
             "eta_seconds": (self.steps - step) * SECONDS_PER_STEP,
             "seconds": spent,

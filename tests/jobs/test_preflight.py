@@ -772,7 +772,7 @@ def test_a_run_that_nothing_measures_is_a_warning(job: Any) -> None:
 
 def test_a_window_that_memory_cannot_hold_is_a_problem(job: Any) -> None:
     found = only_problem(job(data={"stream_memory": "2 KiB"}), "data.stream_memory")
-    assert "data.stream_memory is 2 KiB, but two windows" in found.message
+    assert "data.stream_memory is 2 KiB, but the windows" in found.message
     assert "shoal prepare" in (found.hint or "")
 
 

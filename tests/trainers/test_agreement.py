@@ -43,7 +43,12 @@ def votes(session: Session) -> list[Decision]:
         mine = session.rank == voter
         for kind in ("stop", "save", "yields", "failed"):
             pending = agreement.start(
-                Vote(weight=session.rank + 1.0, num_microbatches=session.rank, **{kind: mine})
+                Vote(
+                    weight=session.rank + 1.0,
+                    num_microbatches=session.rank,
+                    cost=100.0 * session.rank,
+                    **{kind: mine},
+                )
             )
             assert float(agreement.sum(torch.ones(1).double())) == session.world_size
             assert agreement.gather(kind) == [kind] * session.world_size
@@ -84,6 +89,8 @@ def test_one_vote_decides_for_all_while_other_collectives_run(world_size: int) -
             save=kind == "save",
             yields=kind == "yields",
             failed=kind == "failed",
+            mean_cost=50.0 * (world_size - 1),
+            most_cost=100.0 * (world_size - 1),
         )
         for kind in ("stop", "save", "yields", "failed")
     ]

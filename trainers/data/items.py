@@ -132,9 +132,8 @@ class Items:
 
     @staticmethod
     def concat(parts: Sequence[Items]) -> Items:
-        """All items of the parts, in order; the parts (at least one) have the same columns."""
-        if len(parts) == 1:
-            return parts[0]
+        """All items of the parts, in order, copied; the parts (at least one) have the same
+        columns."""
         return Items(
             {name: _concat([part.columns[name] for part in parts]) for name in parts[0].columns}
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -127,23 +128,25 @@ class Dealer:
         There are as many. Raises what went wrong in the blocks that they need, or NotNeeded; there
         is nothing more to deal then.
         """
-        rows = np.empty(count, dtype=np.int64)
         places: list[IntArray] = []
+        rows: list[IntArray] = []
         parts: list[Items] = []
         num_lanes = len(self._lanes)
         for first in range(min(count, num_lanes)):
             lane = self._lanes[(self._turn + first) % num_lanes]
-            place = np.arange(first, count, num_lanes)
-            for at, ids, items in lane.take(len(place)):
-                rows[place[at]] = ids
-                places.append(place[at])
+            places.append(np.arange(first, count, num_lanes))
+            for ids, items in lane.take(len(places[-1])):
+                rows.append(ids)
                 parts.append(items)
         self._turn = (self._turn + count) % num_lanes
         if not parts:
-            return rows, None
+            return np.empty(0, dtype=np.int64), None
+        joined = np.concatenate(rows), Items.concat(parts)
+        if num_lanes == 1:
+            return joined
         position = np.empty(count, dtype=np.int64)
         position[np.concatenate(places)] = np.arange(count)
-        return rows, Items.concat(parts).take(position)
+        return joined[0][position], joined[1].take(position)
 
     def cancel(self) -> None:
         """Cancels what has not begun, and waits for nothing."""
@@ -181,8 +184,9 @@ class _Lane:
         """Items of the current block that have not been taken."""
         return self._blocks[0].num_items - self._served if self._blocks else 0
 
-    def take(self, count: int) -> Iterator[tuple[IntArray, IntArray, Items]]:
-        """(place among the `count` items, row id, item) of the next items, in any order of places.
+    def take(self, count: int) -> Iterator[tuple[IntArray, Items]]:
+        """Row ids and items of the next `count` items, in one part of each block; they share its
+        memory.
 
         A block is let go of with its last item, and the one after the next begins to load.
         """
@@ -190,8 +194,7 @@ class _Lane:
         while first < count:
             stop = min(count, first + self.num_left)
             block, start = self._blocks[0], self._served
-            for at, ids, items in block.take(start, start + stop - first):
-                yield at + first, ids, items
+            yield block.take(start, start + stop - first)
             self._served += stop - first
             first = stop
             if not self.num_left:
@@ -218,8 +221,6 @@ class _Arrangement:
     def of(cls, plan: Plan, index: Index) -> _Arrangement:
         block = plan.block
         offsets = plan.offsets()
-        if block.num_items < 2**31:  # half the memory
-            offsets = offsets.astype(np.int32)
         first_rows = [index.first_row(int(group)) for group in block.groups]
         return cls(
             offsets=offsets,
@@ -237,40 +238,52 @@ class _Arrangement:
         rows: IntArray = self.kept[low:high] - start
         return rows
 
+    @property
+    def order(self) -> IntArray:
+        """Where each item is among all that are kept, as they are served; shape [num_items]."""
+        return self.offsets if self.kept is None else np.searchsorted(self.kept, self.offsets)
+
+    @property
+    def rows(self) -> IntArray:
+        """Id of each item's row, as they are served; shape [num_items]."""
+        piece = np.searchsorted(self.piece_starts, self.offsets, side="right") - 1
+        rows: IntArray = self.offsets + (self.piece_rows - self.piece_starts)[piece]
+        return rows
+
 
 class _LoadingBlock:
-    """A block whose pieces are read, verified, decoded and encoded in threads."""
+    """A block whose pieces are read, verified, decoded, encoded and shuffled in threads."""
 
     def __init__(self, plan: Plan, source: Source, loader: _Loader) -> None:
         self.num_items = plan.num_items
         self._plan = plan
         self._source = source
         self._loader = loader
-        # It is in the queue before the pieces that wait for it, so they never wait in vain.
+        # What waits for another is in the queue behind it, so it never waits in vain.
         self._arrangement = loader.submit(_Arrangement.of, plan, source.index)
         self._parts = [loader.submit(self._load, k) for k in range(len(plan.block.groups))]
+        self._whole = loader.submit(self._join)
 
-    def take(self, start: int, stop: int) -> Iterator[tuple[IntArray, IntArray, Items]]:
-        """(place among the items, row id, item) of the items [start, stop), piece by piece.
+    def take(self, start: int, stop: int) -> tuple[IntArray, Items]:
+        """Row ids and items [start, stop) as they are served, which share the block's memory.
 
         Waits for the whole block: its items are shuffled over all pieces.
         """
-        arrangement = self._loader.wait(self._arrangement)
-        parts = [self._loader.wait(part) for part in self._parts]
-        offsets = arrangement.offsets[start:stop].astype(np.int64)
-        piece = np.searchsorted(arrangement.piece_starts, offsets, side="right") - 1
-        ids = arrangement.piece_rows[piece] + offsets - arrangement.piece_starts[piece]
-        if arrangement.kept is None:
-            held = offsets - arrangement.piece_starts[piece]
-        else:
-            first_held = np.searchsorted(arrangement.kept, arrangement.piece_starts)
-            held = np.searchsorted(arrangement.kept, offsets) - first_held[piece]
-        by_piece = np.argsort(piece, kind="stable")
-        ends = np.cumsum(np.bincount(piece, minlength=len(parts)))
-        for part, at in zip(parts, np.split(by_piece, ends[:-1]), strict=True):
-            if len(at):
-                assert part is not None
-                yield at, ids[at], part.take(held[at])
+        rows, items = self._loader.wait(self._whole)
+        return rows[start:stop], items.slice(start, stop)
+
+    def _join(self) -> tuple[IntArray, Items]:
+        """All that is kept of the pieces, as it is served; one block at a time, as it needs the
+        memory of another one."""
+        arrangement = self._arrangement.result()
+        parts = [items for part in self._parts if (items := part.result()) is not None]
+        self._parts.clear()
+        del self._arrangement
+        self._loader.go_on()
+        with self._loader.joining:
+            joined = Items.concat(parts)
+            parts.clear()
+            return arrangement.rows, joined.take(arrangement.order)
 
     def _load(self, number: int) -> Items | None:
         """The kept items of a piece, in the order of rows; None where none is kept."""
@@ -297,6 +310,7 @@ class _Loader:
         self._waits = waits
         self._unless = unless
         self._is_closed = False
+        self.joining = threading.Lock()
 
     def submit(
         self, function: Callable[Args, Value], *args: Args.args, **kwargs: Args.kwargs

@@ -256,17 +256,23 @@ def rows_in_groups(group_rows: ArrayLike, *, first: int, stop: int) -> Iterator[
 
 
 def fit_window(*, window: int, lanes: int, max_row_group_bytes: int, stream_memory: int) -> int:
-    """Row groups of a block: at most `window`, and so few that one worker alone could hold two
+    """Row groups of a block: at most `window`, and so few that one worker alone could hold the
     blocks of every lane in `stream_memory` bytes; at least 1.
 
     The worker count is no input, so that all worker counts share one order.
     """
-    return max(1, min(window, stream_memory // (lanes * 2 * max(1, max_row_group_bytes))))
+    return max(1, min(window, stream_memory // (_blocks(lanes) * max(1, max_row_group_bytes))))
+
+
+def _blocks(lanes: int) -> int:
+    """Blocks that are held at a time: two of each lane, and one while rows are shuffled."""
+    return 2 * lanes + 1
 
 
 def stream_bytes(*, lanes: int, window: int, world_size: int, max_row_group_bytes: int) -> int:
-    """Bytes of row groups that one worker holds at most: two blocks of each lane it touches."""
-    return lanes_of_rank(lanes, world_size) * 2 * window * max_row_group_bytes
+    """Bytes of row groups that one worker holds at most: two blocks of each lane it touches, and
+    another one while the rows of a block are shuffled."""
+    return _blocks(lanes_of_rank(lanes, world_size)) * window * max_row_group_bytes
 
 
 def refuse_small_memory(
@@ -289,13 +295,14 @@ def refuse_small_memory(
     )
     if need <= stream_memory:
         return
-    groups = 2 * window * touched
+    blocks = _blocks(touched)
     fewer_lanes = f"set data.lanes to {world_size}, " if touched > 1 else ""
     raise SpecError(
         Problem(
-            f"data.stream_memory is {format_bytes(stream_memory)}, but two windows of {uri} in "
+            f"data.stream_memory is {format_bytes(stream_memory)}, but the windows of {uri} in "
             f"{touched} {'lane' if touched == 1 else 'lanes'} of a worker need "
-            f"{format_bytes(need)} ({groups} row groups of {format_bytes(max_row_group_bytes)})",
+            f"{format_bytes(need)} ({blocks * window} row groups of "
+            f"{format_bytes(max_row_group_bytes)})",
             f"{fewer_lanes}set data.stream_memory to {-(-need // 2**20)} MiB, "
             f"or run: shoal prepare {uri} --to {uri.rstrip('/')}-small",
         )

@@ -3,8 +3,8 @@
     batches -> Dealer.deal -> lane -> block -> [thread] VerifiedReader.read -> encode
 
 The order is `partition.EpochOrder`'s. Each lane of the rank holds two blocks: the one that is
-served and the next one, whose row groups are read, verified, decoded and encoded by a few threads
-meanwhile. Rows are gathered by numpy, for several batches at a time; no Python object per row.
+served and the next one, whose row groups are read, verified, decoded, encoded and shuffled by a few
+threads meanwhile. Rows are copied out for several batches at a time; no Python object per row.
 """
 
 from __future__ import annotations

@@ -296,14 +296,14 @@ def test_the_window_fits_one_worker_or_is_one(window, lanes, group, memory):
 def test_too_little_memory_says_what_to_type():
     uri, mib = "s3://lake/reviews/train", 2**20
     given_numbers = {"lanes": 4, "window": 1, "max_row_group_bytes": 300 * mib}
-    refuse_small_memory(uri=uri, world_size=4, stream_memory=600 * mib, **given_numbers)
+    refuse_small_memory(uri=uri, world_size=4, stream_memory=900 * mib, **given_numbers)
     with pytest.raises(SpecError) as refused:
         refuse_small_memory(uri=uri, world_size=2, stream_memory=600 * mib, **given_numbers)
     [problem] = refused.value.problems
     assert problem.message == (
-        "data.stream_memory is 600 MiB, but two windows of s3://lake/reviews/train in 2 lanes of "
-        "a worker need 1.17 GiB (4 row groups of 300 MiB)"
+        "data.stream_memory is 600 MiB, but the windows of s3://lake/reviews/train in 2 lanes of "
+        "a worker need 1.46 GiB (5 row groups of 300 MiB)"
     )
     assert problem.hint is not None
     assert "set data.lanes to 2" in problem.hint
-    assert "data.stream_memory to 1200 MiB" in problem.hint
+    assert "data.stream_memory to 1500 MiB" in problem.hint
