@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -117,6 +118,11 @@ class Trainee:
     dtype: torch.dtype
     """What autocast computes in; float32 for a model that is cut over the ranks, which casts by
     itself."""
+
+    @cached_property
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters of the model that require a gradient."""
+        return trained_parameters(plain(self.model))
 
 
 @dataclass(frozen=True)
@@ -427,9 +433,7 @@ def train_step(
             loss_sum += loss.detach()
             if number < padding:
                 buffers.put_back(torch.ones_like(loss_sum))  # no statistics of rows that are none
-        norm = gradient_norm(
-            trained_parameters(plain(trainee.model)), max_norm=spec.optimizer.max_grad_norm
-        )
+        norm = gradient_norm(trainee.trained, max_norm=spec.optimizer.max_grad_norm)
         skipped = (~torch.isfinite(norm)).float()
         update(trainee.optimizer, skipped=skipped)
         buffers.put_back(skipped)

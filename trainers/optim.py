@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from jobs.errors import Problem, SpecError
 from jobs.spec import Optimizer
+from trainers.parallel import is_sharded
 
 
 def build_optimizer(model: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
@@ -82,8 +83,9 @@ def _held(parameter: nn.Parameter) -> nn.Parameter:
 
 def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Forgets all gradients: those of the model, and those that the optimizer was given."""
-    model.zero_grad(set_to_none=True)
     optimizer.zero_grad(set_to_none=True)
+    if is_sharded(model):  # the optimizer has its rows only
+        model.zero_grad(set_to_none=True)
 
 
 def learning_rate(spec: Optimizer, *, step: int, total_steps: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.errors import Problem, SpecError
 from jobs.spec import Model
+from trainers.buffers import KeptBuffers
 
 _MIB = 2**20
 
@@ -84,13 +86,24 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def replicate(model: nn.Module, *, device: torch.device, world_size: int) -> nn.Module:
+def replicate(
+    model: nn.Module,
+    *,
+    device: torch.device,
+    world_size: int,
+    loss_of: Callable[[nn.Module], torch.Tensor],
+) -> nn.Module:
     """The model on its device; with several ranks, one whose gradients are averaged over them.
 
-    The gradient buckets have one layout from the first step on: with `find_unused_parameters` DDP
-    does not rebuild them after the first backward pass. A rebuild would sum in another order than
-    the first step after a resume does, and weights would no longer be bit-identical. Small models
-    get smaller buckets, about four or more, so that reduction overlaps with the backward pass.
+    The gradient buckets have one layout from the first step on: DDP lays them out anew after its
+    first backward pass, by the order in which gradients came, so that pass is made here, with
+    `loss_of`, which gives the loss of rows that weigh nothing. Otherwise the first step after a
+    resume would sum in another order than the steps of a run that goes on, and weights would no
+    longer be bit-identical. A model of which some passes leave parameters unused keeps its first
+    layout, and pays for looking for them in each step. Models of a few
+    MiB and more get four buckets or more, so that reduction overlaps with the backward pass.
+
+    With several ranks, called by all of them at the same point.
     """
     model = model.to(device)
     if world_size == 1:
@@ -98,15 +111,32 @@ def replicate(model: nn.Module, *, device: torch.device, world_size: int) -> nn.
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     # Its successor is not known to all versions of torch that are allowed.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    trained_mib = sum(p.numel() * p.element_size() for p in trained_parameters(model)) / _MIB
-    return DistributedDataParallel(
+    trained = trained_parameters(model)
+    buffers = KeptBuffers(model)
+    buffers.keep()
+    loss_of(model).backward()  # type: ignore[no-untyped-call]
+    leaves_some = _skips_layers(model) or any(p.grad is None for p in trained)
+    model.zero_grad(set_to_none=True)
+    replica = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         broadcast_buffers=False,
-        bucket_cap_mb=max(0.05, min(25.0, trained_mib / 5)),
+        bucket_cap_mb=max(0.05, min(25.0, sum(p.nbytes for p in trained) / _MIB / 5)),
         gradient_as_bucket_view=True,
-        find_unused_parameters=True,
+        find_unused_parameters=leaves_some,
     )
+    if not leaves_some:
+        loss_of(replica).backward()  # type: ignore[no-untyped-call]
+        replica.zero_grad(set_to_none=True)
+    buffers.put_back(torch.ones((), device=device))
+    return replica
+
+
+def _skips_layers(model: nn.Module) -> bool:
+    """Whether training leaves out layers at random (LayerDrop, Fan et al. 2019)."""
+    config = getattr(model, "config", None)
+    held = vars(config) if config is not None else {}
+    return any(name.endswith("layerdrop") and value for name, value in held.items())
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -152,4 +182,8 @@ def seed_generators(*keys: int) -> None:
 
     The state is a function of the keys alone, so a resumed run draws what an unbroken one would.
     """
-    torch.manual_seed(int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1))
+    seed = int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+    # What torch.manual_seed does for these devices; it takes a hundred times as long.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)

@@ -19,9 +19,10 @@ from trainers import watchdog
 from trainers.data.cache import cache_folder
 from trainers.data.index import Index, open_index
 from trainers.data.partition import ORDER_VERSION, fit_window, refuse_small_memory
+from trainers.evaluation import move
 from trainers.freezing import freeze
 from trainers.local_copy import TICKING
-from trainers.loop import Plan, Progress, Trainee
+from trainers.loop import Plan, Progress, Trainee, forward
 from trainers.optim import build_optimizer
 from trainers.parallel import compute_type, is_sharded, replicate, shard
 from trainers.patience import Patience
@@ -230,7 +231,15 @@ def replicated(prepared: Prepared, session: Session) -> Prepared:
     trainee = prepared.trainee
     if is_sharded(trainee.model):
         return prepared  # its gradients are averaged as they are cut
-    model = replicate(trainee.model, device=session.device, world_size=session.world_size)
+    trainee.model.train()
+    model = replicate(
+        trainee.model,
+        device=session.device,
+        world_size=session.world_size,
+        loss_of=lambda model: forward(
+            replace(trainee, model=model), move(trainee.task.empty_batch(), trainee.device)
+        ),
+    )
     return replace(prepared, trainee=replace(trainee, model=model))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.spec import Model
@@ -27,50 +28,83 @@ from trainers.session import Session
 CPU = torch.device("cpu")
 
 
+class Partial(nn.Module):
+    """An encoder with a weight that no pass uses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+        self.idle = nn.Linear(300, 300)
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return self.inner(input_ids=input_ids)
+
+
 class BucketsOf:
     """Steps a replicated encoder; gives its bucket layout after each, and its last gradients."""
 
-    def __init__(self, folder: Path, *, frozen: bool) -> None:
+    def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder
-        self.frozen = frozen
+        self.kind = kind
 
     def __call__(self, session: Session) -> dict[str, Any]:
         from transformers import AutoModelForSequenceClassification
 
-        model = AutoModelForSequenceClassification.from_pretrained(self.folder)
-        if self.frozen:
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(self.folder)
+        if self.kind == "frozen":
             model.bert.embeddings.requires_grad_(False)
-        whole = replicate(model, device=session.device, world_size=session.world_size)
+        elif self.kind == "idle weight":
+            model = Partial(model)
+        elif self.kind == "layerdrop":
+            model.config.encoder_layerdrop = 0.1
+        torch.manual_seed(session.rank)  # what ranks draw differs, as in a run
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        whole = replicate(
+            model,
+            device=session.device,
+            world_size=session.world_size,
+            loss_of=lambda model: 0 * model(input_ids=torch.full((1, 2), 5)).logits.sum(),
+        )
         assert isinstance(whole, DistributedDataParallel)
+        assert all(p.grad is None for p in model.parameters())
+        after = model.state_dict()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        sizes = list[int]()
+
+        def reduce(group, bucket):  # DDP wants real types, or none
+            sizes.append(bucket.buffer().numel())
+            return allreduce_hook(group, bucket)
+
+        whole.register_comm_hook(None, reduce)
         layouts = []
         for step in range(5):
             whole.zero_grad(set_to_none=True)
+            sizes.clear()
             ids = torch.full((2, 3), 5 + session.rank)
             if step == 1:
                 with without_reduction(whole):
                     whole(input_ids=ids).logits.sum().backward()
             whole(input_ids=ids).logits.sum().backward()
-            told = whole._get_ddp_logging_data()
-            layouts.append(told["bucket_sizes"])
-        norm = sum(float(p.grad.norm()) for p in trained_parameters(plain(whole)))
-        return {"layouts": layouts, "norm": norm, "rebuilt": told.get("has_rebuilt_buckets", 0)}
+            layouts.append(list(sizes))
+        trained = trained_parameters(plain(whole))
+        norm = sum(float(p.grad.norm()) for p in trained if p.grad is not None)
+        return {"layouts": layouts, "norm": norm, "searches": whole.find_unused_parameters}
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_gradient_buckets_are_four_or_more_and_keep_their_layout(
-    tmp_path: Path, frozen: bool
-) -> None:
-    folder = tiny_model(tmp_path, hidden=64)
-    first, second = on_ranks(BucketsOf(folder, frozen=frozen), world_size=2)
-    assert len(first["layouts"][0].split(",")) >= 4
+@pytest.mark.parametrize("kind", ["whole", "frozen", "idle weight", "layerdrop"])
+def test_gradient_buckets_are_four_or_more_and_keep_their_layout(tmp_path: Path, kind: str) -> None:
+    folder = tiny_model(tmp_path, hidden=384)
+    first, second = on_ranks(BucketsOf(folder, kind), world_size=2)
+    assert len(first["layouts"][0]) >= 4
     assert first["layouts"] == [first["layouts"][0]] * 5
-    assert not first["rebuilt"]
+    assert first["searches"] == (kind in ("idle weight", "layerdrop"))
     assert first["norm"] == second["norm"], "gradients differ between ranks"
 
 
 def test_one_rank_needs_no_replication() -> None:
     model = nn.Linear(2, 2)
-    assert replicate(model, device=CPU, world_size=1) is model
+    found = replicate(model, device=CPU, world_size=1, loss_of=lambda model: torch.zeros(()))
+    assert found is model
     assert plain(model) is model
     with without_reduction(model):
         model(torch.ones(1, 2)).sum().backward()
