@@ -190,7 +190,7 @@ class Attempt(SealedRecord):
     evaluates_first: bool = False
     """Whether it begins with the evaluation at that step, which was broken off."""
     started_at: float
-    """Unix seconds."""
+    """Unix seconds, as the first rank opened its account of the time."""
     hosts: tuple[str, ...] = ()
     versions: dict[str, str] = {}
     device: str = "cpu"
@@ -208,7 +208,7 @@ class Attempt(SealedRecord):
     window: int = 0
     lanes: int = 0
     start_seconds: float = 0.0
-    """From the start of the worker function to the first step."""
+    """From `started_at` until data, model and optimizer were ready."""
 
 
 class Outcome(SealedRecord):
@@ -225,8 +225,8 @@ class Outcome(SealedRecord):
     """Evaluation of the untrained model on the same set."""
     tested_on: Literal["test", "validation"] | None = None
     seconds: dict[str, float] = {}
-    """Where the attempt's wall clock went: start, compute, data_wait, synchronisation,
-    checkpoint, evaluation, other."""
+    """Where the attempt's wall clock went, by the purposes of `jobs/account.py`; all of it from the
+    attempt's `started_at` to this outcome."""
 
 
 class Microbatch(Record):

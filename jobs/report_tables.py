@@ -22,18 +22,17 @@ Evaluation = Mapping[str, Any] | None
 
 
 def time_shares(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Where the wall clock went, in a fixed order, without what took nothing."""
+    """Where the wall clock went, in the order of `seconds`, without what took nothing."""
     total = sum(seconds.values())
-    names = [*TIME_NAMES, *(name for name in seconds if name not in TIME_NAMES)]
     return [
         {
             "key": name if name in TIME_NAMES else "other",
             "name": TIME_NAMES.get(name, name),
-            "seconds": seconds[name],
-            "share": seconds[name] / total,
+            "seconds": spent,
+            "share": spent / total,
         }
-        for name in names
-        if total > 0 and seconds.get(name, 0) > 0
+        for name, spent in seconds.items()
+        if spent > 0
     ]
 
 

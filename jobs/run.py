@@ -96,6 +96,7 @@ def drive(
     from trainers.assignment import Assignment
     from trainers.finish import build_result, write_result
 
+    began_at = round(time.time(), 3)
     reader, paths = RunReader(store, run_id), RunPaths(run_id)
     reader.spec()
     ended_before = reader.result()
@@ -116,7 +117,8 @@ def drive(
             output = logging.getLogger("shoal.output")
             output.setLevel(logging.DEBUG)
             stack.enter_context(captured_output(lambda line: output.debug("%s", line)))
-            telemetry.state(State.STARTING, "starting Ray and the workers")
+            # It may have waited for the lease, which is the run's time too.
+            telemetry.state(State.STARTING, "starting Ray and the workers", began_at=began_at)
             if spec.unguarded is not None:
                 telemetry.event("warning", spec.unguarded)
             assignment = Assignment(spec, run_id, lease.generation, past.controls)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs import runs
+from jobs.account import Account, account_of
 from jobs.lines import Line
 from jobs.onlooker import Onlooker
 from jobs.record import Attempt, Crash, Lease, Manifest, Outcome, Result, State
@@ -167,8 +168,8 @@ class RunStatus:
     result: Result | None
     """The result of the driver that `situation` speaks of."""
     events: tuple[Line, ...]
-    seconds: Mapping[str, float]
-    """Where the wall clock went, over all attempts."""
+    account: Account
+    """Where the time went."""
     crashes: Mapping[int, Crash] = field(default_factory=dict)
     """Why attempts without an outcome broke off, where one of their ranks could tell."""
     skipped: tuple[Line, ...] = ()
@@ -236,7 +237,8 @@ class RunStatus:
             "test": outcome and outcome.test and outcome.test.get("metrics"),
             "before": outcome and outcome.before and outcome.before.get("metrics"),
             "tested_on": outcome and outcome.tested_on,
-            "seconds": dict(self.seconds),
+            "seconds": dict(self.account.seconds),
+            "lost_seconds": self.account.lost_seconds,
             "problems": list(self.problems),
         }
 
@@ -307,7 +309,15 @@ def read_status(
         result=current,
         events=tuple(events),
         skipped=tuple(line for line in metrics if line["kind"] == "skipped"),
-        seconds=seconds_spent(lines, attempts=attempts, outcomes=outcomes),
+        account=account_of(
+            events=events,
+            lines=lines,
+            attempts=attempts,
+            outcomes=outcomes,
+            lease=lease,
+            result=result,
+            is_over=over,
+        ),
         problems=tuple(reader.problems),
     )
 
@@ -358,29 +368,6 @@ def _situation(
         run=reader.uri,
     )
     return situation, lease, result
-
-
-def seconds_spent(
-    lines: Iterable[Line], *, attempts: Iterable[Attempt], outcomes: Mapping[int, Outcome]
-) -> dict[str, float]:
-    """Where the wall clock of all attempts went, by name; the lost work of dead ones included.
-
-    An attempt that was killed has no outcome: its last line of metrics tells, as far as it got.
-    """
-    last: dict[int, Mapping[str, float]] = {}
-    for line in lines:
-        if isinstance(line.get("seconds"), Mapping):
-            last[int(line["attempt"])] = line["seconds"]
-    total: dict[str, float] = {}
-    for attempt in attempts:
-        outcome = outcomes.get(attempt.attempt)
-        if outcome is not None and outcome.seconds:
-            spent: Mapping[str, float] = outcome.seconds
-        else:
-            spent = {"start": attempt.start_seconds, **last.get(attempt.attempt, {})}
-        for name, seconds in spent.items():
-            total[name] = total.get(name, 0.0) + float(seconds)
-    return total
 
 
 def _step(train: Line | None, attempts: Sequence[Attempt], result: Result | None) -> int:

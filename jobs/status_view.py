@@ -23,10 +23,11 @@ TIME_NAMES = {
     "checkpoint": "checkpoints",
     "evaluation": "evaluation",
     "start": "start",
+    "recovery": "recovery",
     "finish": "finishing",
     "other": "other",
 }
-"""Names of the shares of the wall clock, in the order in which they are shown."""
+"""What people read for the purposes of `jobs.account`."""
 _SKIPPED_SHOWN = 10
 
 
@@ -80,7 +81,7 @@ def _rows(status: RunStatus) -> list[tuple[str, RenderableType]]:
         rows.append(("skipped", skipped_text(status.skipped)))
     for attempt in status.attempts:
         rows.append((f"attempt {attempt.attempt}", _attempt_text(attempt, status)))
-    if status.seconds:
+    if any(status.account.seconds.values()):
         rows.append(("time", _time_text(status)))
     submitted = datetime.fromtimestamp(status.submitted_at, tz=UTC).astimezone()
     rows.append(
@@ -169,11 +170,15 @@ def _attempt_text(attempt: Attempt, status: RunStatus) -> Text:
 
 
 def _time_text(status: RunStatus) -> str:
-    total = sum(status.seconds.values()) or 1.0
-    names = [*TIME_NAMES, *(name for name in status.seconds if name not in TIME_NAMES)]
-    return ", ".join(
-        f"{TIME_NAMES.get(name, name)} {format_seconds(status.seconds[name])} "
-        f"({format_percent(status.seconds[name] / total)})"
-        for name in names
-        if status.seconds.get(name)
+    """`compute 47s (70%), start 6s (9%); 12s of compute were lost: steps that were done again`."""
+    seconds = status.account.seconds
+    total = sum(seconds.values())
+    text = ", ".join(
+        f"{TIME_NAMES.get(name, name)} {format_seconds(spent)} ({format_percent(spent / total)})"
+        for name, spent in seconds.items()
+        if spent
     )
+    lost = status.account.lost_seconds
+    if lost >= 1:
+        text += f"; {format_seconds(lost)} of compute were lost: steps that were done again"
+    return text

@@ -37,6 +37,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "click": ("jobs.*", "trainers.__main__"),
     "rich": ("jobs.*",),
     "jinja2": ("jobs.*",),
+    "prometheus_client": ("jobs.prometheus",),
 }
 
 NOT_IN_BASE = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,9 +54,17 @@ class Claim:
 
 
 def claim_attempt(
-    session: Session, assignment: Assignment, agreement: Agreement, store: Store, paths: RunPaths
+    session: Session,
+    assignment: Assignment,
+    agreement: Agreement,
+    store: Store,
+    paths: RunPaths,
+    *,
+    started_at: float,
 ) -> Claim | Outcome:
     """The attempt that this start of the group is, and the checkpoint from which it goes on.
+
+    `started_at`, of rank 0, is when it opened its account of the time, in Unix seconds.
 
     Where an attempt of this driver has ended the run, and the group was started again all the same
     (a worker died, or the cluster grew, just then), that outcome: there is nothing to do. Where
@@ -72,7 +79,9 @@ def claim_attempt(
     error: Exception | None = None
     if session.rank == 0:
         try:
-            claim = _claim(assignment, store, paths, hosts=hosts, session=session)
+            claim = _claim(
+                assignment, store, paths, hosts=hosts, session=session, started_at=started_at
+            )
             if isinstance(claim, Outcome):
                 told = {"ended": claim.model_dump(mode="json")}
             else:
@@ -115,7 +124,13 @@ def claim_attempt(
     reraise=True,
 )
 def _claim(
-    assignment: Assignment, store: Store, paths: RunPaths, *, hosts: list[str], session: Session
+    assignment: Assignment,
+    store: Store,
+    paths: RunPaths,
+    *,
+    hosts: list[str],
+    session: Session,
+    started_at: float,
 ) -> Claim | Outcome:
     Fence(store, paths, generation=assignment.generation).check()
     before = rightful(read_attempts(store, paths))
@@ -133,7 +148,7 @@ def _claim(
         world_size=session.world_size,
         restored_step=restored.step if restored else None,
         evaluates_first=restored is not None and restored.evaluation_pending,
-        started_at=time.time(),
+        started_at=started_at,
         hosts=tuple(hosts),
         versions=versions(),
         device=_device_name(session.device),

@@ -220,6 +220,8 @@ def train(
     step, when too many in a row are, or when what was measured is not finite; the state is not
     committed then. Raises MicrobatchTooLarge, on one rank while the others wait for it, where the
     memory of that rank runs out.
+
+    `time` counts as `compute` what is no wait, save or evaluation: the caller has opened that span.
     """
     trainee.model.train()  # pretrained models come with their dropout switched off
     feed = _Feed(spec, plan, trainee.task, around, agreement=agreement, time=time)
@@ -257,26 +259,26 @@ def train(
         advanced = advance(progress, coming.batch, plan)
         following = feed.next_after(advanced)
         watchdog.tick(f"step {advanced.step}")
-        with time.spent("compute"):
-            facts = train_step(
-                spec, plan, trainee, coming.batch, coming.microbatches, decision,
-                computed_tokens=coming.computed_tokens, step=progress.step, buffers=buffers,
-                agreement=agreement, stopwatch=stopwatch,
-            )  # fmt: skip
-            statistics.average()
+        is_told = advanced.step % spec.train.log_every_steps == 0
+        is_told = is_told or advanced.step == plan.total_steps
+        is_evaluated = evaluation_is_due(spec, plan, advanced)
+        facts = train_step(
+            spec, plan, trainee, coming.batch, coming.microbatches, decision,
+            computed_tokens=coming.computed_tokens, step=progress.step, buffers=buffers,
+            agreement=agreement, stopwatch=stopwatch,
+        )  # fmt: skip
+        statistics.average()
         progress = advanced
         window.add(facts, coming.batch, progress)
-        is_told = progress.step % spec.train.log_every_steps == 0
-        is_told = is_told or progress.step == plan.total_steps
-        # On a GPU looking at each step would wait for it.
-        if is_told or trainee.device.type == "cpu":
+        # On a GPU looking at each step would wait for it; what comes now waits anyway.
+        if is_told or is_evaluated or trainee.device.type == "cpu":
             progress = window.look(progress, around)
         around.stepped(coming.batch, progress)
         if is_told:
             window.tell(around, agreement, time)
 
         evaluation, ending = None, None
-        if evaluation_is_due(spec, plan, progress):
+        if is_evaluated:
             progress, evaluation, ending = _evaluate(spec, plan, progress, around)
         if ending is not None or commit_is_due(spec, progress):
             progress = window.look(progress, around)
@@ -284,7 +286,8 @@ def train(
             committed_step = progress.step
         is_over = progress.finished or ending is not None
         if is_over and following is not None:
-            following.pending.wait()
+            with time.spent("synchronisation"):
+                following.pending.wait()
             window.tell(around, agreement, time)
         if ending is not None:
             return ending, progress, None
@@ -525,8 +528,7 @@ class _Window:
         if not self._all:
             return
         with time.spent("synchronisation"):
-            facts = self._summed(agreement)
-        around.tell(facts)
+            around.tell(self._summed(agreement))
 
     def _summed(self, agreement: Agreement) -> StepFacts:
         applied, self._applied = self._applied, []
@@ -616,7 +618,8 @@ class _Feed:
         if progress.step >= self._plan.total_steps:
             return None
         watchdog.tick("reads rows")
-        asked = self._around.requests()
+        with self._time.spent("synchronisation"):
+            asked = self._around.requests()
         batch, error, weight, computed, launches = None, None, 0.0, 0, 0
         microbatches = list[Batch]()
         with self._time.spent("data_wait"):
@@ -645,7 +648,9 @@ class _Feed:
             failed=error is not None,
             cost=float(max(1, computed + launches)),
         )
-        return _Coming(batch, microbatches, computed, self._agreement.start(vote), error)
+        with self._time.spent("synchronisation"):
+            pending = self._agreement.start(vote)
+        return _Coming(batch, microbatches, computed, pending, error)
 
     def _collate(self, batch: RankBatch) -> tuple[list[Batch], int]:
         """Micro-batches, and their tokens with padding."""

@@ -97,21 +97,32 @@ def _work(session: Session, assignment: Assignment, watch: Watchdog) -> Outcome:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(spec.workers.cpus)
     account = TimeAccount()
-    agreement = Agreement(rank=session.rank, world_size=session.world_size)
     patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
-    store = open_store(spec.store.uri, spec.store.access, transfer=TICKING)
     paths = RunPaths(assignment.run_id)
     with account.spent("start"):
-        claim = claim_attempt(session, assignment, agreement, patience.store(store), paths)
+        agreement = Agreement(rank=session.rank, world_size=session.world_size)
+        store = open_store(spec.store.uri, spec.store.access, transfer=TICKING)
+        claim = claim_attempt(
+            session,
+            assignment,
+            agreement,
+            patience.store(store),
+            paths,
+            started_at=account.opened_at,
+        )
     if isinstance(claim, Outcome):
         return claim
     spec = as_cut(spec, claim.attempt)
     assignment = replace(assignment, spec=spec, controls_seen=claim.controls_seen)
     source = Source(claim.attempt.attempt, session.rank)
-    with Telemetry(impatient(spec), paths, source, rows=spec.train.log_rows) as telemetry:
-        if session.rank == 0 and "tensorboard" in spec.tracking:
-            telemetry.with_tensorboard(impatient(spec), paths)
-        rank = _Rank(session, assignment, agreement, store, patience, paths, telemetry, account)
+    with contextlib.ExitStack() as stack:
+        with account.spent("start"):
+            telemetry = stack.enter_context(
+                Telemetry(impatient(spec), paths, source, rows=spec.train.log_rows)
+            )
+            if session.rank == 0 and "tensorboard" in spec.tracking:
+                telemetry.with_tensorboard(impatient(spec), paths)
+            rank = _Rank(session, assignment, agreement, store, patience, paths, telemetry, account)
         watch.tell = rank.tell_hang
         outcome = rank.run(claim)
         if session.rank == 0:
@@ -246,22 +257,23 @@ class _Rank:
 
     def _with_helpers(self, small: Mapping[str, bytes]) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
-        fence = Fence(self._impatient_store, self._paths, generation=self._attempt.generation)
-        self._fence = fence
-        writer = CheckpointWriter(
-            self._spec,
-            self._impatient_store,
-            self._paths,
-            self._telemetry,
-            small_files=small,
-            attempt=self._attempt,
-            rank=self._session.rank,
-            scratch=cache_folder(),
-            fence=fence,
-        )
-        self._saving = Saving(
-            self._spec, writer, self._agreement, self._telemetry, raise_any=self._raise_any
-        )
+        with self._account.spent("start"):
+            fence = Fence(self._impatient_store, self._paths, generation=self._attempt.generation)
+            self._fence = fence
+            writer = CheckpointWriter(
+                self._spec,
+                self._impatient_store,
+                self._paths,
+                self._telemetry,
+                small_files=small,
+                attempt=self._attempt,
+                rank=self._session.rank,
+                scratch=cache_folder(),
+                fence=fence,
+            )
+            self._saving = Saving(
+                self._spec, writer, self._agreement, self._telemetry, raise_any=self._raise_any
+            )
         with contextlib.ExitStack() as stack:
             stack.callback(writer.close)
             stack.callback(self._close_stream)
@@ -288,21 +300,24 @@ class _Rank:
             )
         if self._before is None and prepared.progress.step == 0:
             self._before = self._evaluate_untrained()
-        self._enter(State.RUNNING, "training")
+        with self._account.spent("start"):
+            self._enter(State.RUNNING, "training")
         self._told_at = time.monotonic()
-        ending, progress, error = train(
-            self._spec,
-            prepared.plan,
-            prepared.trainee,
-            prepared.progress,
-            self,
-            agreement=self._agreement,
-            time=self._account,
-        )
+        with self._account.spent("compute"):
+            ending, progress, error = train(
+                self._spec,
+                prepared.plan,
+                prepared.trainee,
+                prepared.progress,
+                self,
+                agreement=self._agreement,
+                time=self._account,
+            )
         with self._account.spent("checkpoint"):
             self._saving.make_durable()
-        # Last, as a thread of it may hang in a request.
-        self._close_stream()
+        with self._account.spent("finish"):
+            # Last, as a thread of it may hang in a request.
+            self._close_stream()
         if ending is Ending.FAILED:
             self._raise_any(error)
         if ending is Ending.STOPPED:

@@ -32,15 +32,24 @@ def list_runs(store: str | None, as_json: bool) -> None:
 @click.command()
 @run_argument
 @json_option
-def status(run: str, store: str | None, as_json: bool) -> None:
+@click.option("--prometheus", is_flag=True, help="Print the numbers in Prometheus' text format.")
+def status(run: str, store: str | None, as_json: bool, prometheus: bool) -> None:
     """What a run does and why: progress, metrics, attempts, checkpoints, where the time went.
 
     The exit code is 0 whatever the run's state is; see `state` with --json.
     """
     from jobs.status import read_status
 
-    found = read_status(open_run(run, store))
-    if as_json:
+    _refuse(as_json and prometheus, "--prometheus with --json", "remove one of them")
+    reader = open_run(run, store)
+    found = read_status(reader)
+    if prometheus:
+        from jobs.prometheus import exposition
+        from jobs.terminal import show_warnings
+
+        click.echo(exposition(found, reader.metrics_lines()), nl=False)
+        show_warnings(found.problems)
+    elif as_json:
         print_json(found.to_json())
     else:
         from jobs.status_view import show_status

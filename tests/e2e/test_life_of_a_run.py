@@ -23,6 +23,7 @@ import yaml
 from cluster.storage import Store, join_uri
 from jobs.record import RunPaths, State
 from jobs.runs import RunReader
+from jobs.status import read_status
 from tests.evidence import final_weights, losses, rows_by_epoch
 from tests.tiny import tiny_model, tiny_reviews, tiny_tree
 from trainers.records import read_attempts, read_manifests
@@ -74,11 +75,14 @@ def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
     runs = s3_store.within("runs")
     peer = under_torchrun(scene)
     reader = RunReader(runs, "lively")
+    took = []
 
+    began = time.monotonic()
     run = shoal("run", "job.yaml", "--run-id", "lively", folder=scene)
     wait_for(lambda: newest_step(runs) >= 40, run)
     run.send_signal(signal.SIGINT)
     output, _ = run.communicate(timeout=300)
+    took.append(time.monotonic() - began)
     assert run.returncode == 130, output
     assert f"shoal resume {reader.uri}" in output
     result = reader.result()
@@ -86,6 +90,7 @@ def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
     assert result.state is State.STOPPED
     stopped_at = result.step
 
+    began = time.monotonic()
     run = shoal("resume", reader.uri, folder=scene)
     wait_for(lambda: newest_step(runs) >= stopped_at + 40, run)
     worker = next(filter(is_worker, tree_of(run)))
@@ -98,11 +103,14 @@ def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
     for process in tree_of(run):
         process.kill()
     output, _ = run.communicate(timeout=300)
+    took.append(time.monotonic() - began)
     assert run.returncode == 3, output
     assert "was killed by SIGKILL" in output, output
 
+    began = time.monotonic()
     run = shoal("resume", reader.uri, folder=scene)
     output, _ = run.communicate(timeout=600)
+    took.append(time.monotonic() - began)
     assert run.returncode == 0, output
     result = reader.result()
     assert result is not None
@@ -115,6 +123,20 @@ def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
     rows = rows_by_epoch(runs, "lively")
     assert rows == {epoch: Counter(range(ROWS)) for epoch in range(EPOCHS)}
     assert runs.head(RunPaths("lively").report_html) is not None
+
+    # Where the time went: all of it, but for what lies between two drivers.
+    spent = read_status(reader).account
+    assert sum(spent.seconds.values()) < sum(took)
+    assert spent.seconds["other"] < 0.02 * sum(spent.seconds.values())
+    assert min(spent.seconds[p] for p in ("start", "recovery", "compute", "finish")) > 0
+    assert 0 <= spent.lost_seconds < spent.seconds["compute"]
+    calm = RunReader(runs, "peer")
+    spent, lease = read_status(calm).account, calm.lease()
+    assert lease is not None
+    wall_seconds = lease.renewed_at - lease.taken_at
+    assert sum(spent.seconds.values()) == pytest.approx(wall_seconds, rel=0.01)
+    assert spent.seconds["other"] < 0.02 * wall_seconds
+    assert spent.seconds["recovery"] == spent.lost_seconds == 0
 
 
 def shoal(*arguments: str, folder: Path) -> subprocess.Popen[str]:

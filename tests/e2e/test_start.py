@@ -16,6 +16,7 @@ import pytest
 from cluster.storage import open_store
 from jobs.record import RunPaths, State
 from jobs.runs import RunReader
+from jobs.status import read_status
 from tests.raylets import raylets
 from tests.tiny import tiny_job, tiny_model, tiny_reviews
 
@@ -111,6 +112,13 @@ def test_a_start_on_this_machine_has_no_processes_of_ray_train_but_workers_and_w
         finally:
             driver.kill()
     assert driver.returncode == 0
+    # All of the driver's time is accounted for, Ray's start and end and the report included.
+    reader = RunReader(runs, "run")
+    spent, lease = read_status(reader).account.seconds, reader.lease()
+    assert lease is not None
+    wall_seconds = lease.renewed_at - reader.events()[0]["began_at"]
+    assert sum(spent.values()) == pytest.approx(wall_seconds, rel=0.01)
+    assert spent["other"] < 0.02 * wall_seconds
     assert seen == {"RayTrainWorker": 2, "SynchronizationActor": 1}
     # They are forks of a process that has loaded what they need.
     [parent] = parents

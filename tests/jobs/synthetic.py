@@ -106,6 +106,8 @@ class SyntheticRun:
     _numbers: dict[tuple[str, Source], int] = field(default_factory=dict)
     _scores: dict[int, float] = field(default_factory=dict)
     _saved: dict[int, CheckpointName] = field(default_factory=dict)
+    _spent: dict[int, dict[str, float]] = field(default_factory=dict)
+    """By attempt."""
 
     @property
     def paths(self) -> RunPaths:
@@ -180,7 +182,7 @@ class SyntheticRun:
         random_ = random.Random(attempt)
         source = Source(attempt, 0)
         metrics: list[dict[str, Any]] = []
-        spent = dict.fromkeys(
+        spent = self._spent[attempt] = dict.fromkeys(
             ("start", "compute", "data_wait", "synchronisation", "checkpoint", "evaluation"), 0.0
         ) | {"start": 6.4}
         for step in range(after + LOG_EVERY, until + 1, LOG_EVERY):
@@ -318,16 +320,7 @@ class SyntheticRun:
             test=after if done else None,
             before=before if done else None,
             tested_on=tested_on if done else None,  # type: ignore[arg-type]
-            seconds={
-                "start": 6.4,
-                "compute": step * 0.39,
-                "data_wait": step * 0.015,
-                "synchronisation": step * 0.055,
-                "checkpoint": 3.1,
-                "evaluation": 14.2,
-                "finish": 1.2,
-                "other": 1.5,
-            },
+            seconds=self._spent.get(attempt, {"start": 6.4}) | {"finish": 1.2, "other": 0.5},
         )
         self.store.write(self.paths.outcome(attempt), outcome.to_bytes())
         result = Result(

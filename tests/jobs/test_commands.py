@@ -80,8 +80,30 @@ def test_status_tells_state_progress_and_where_the_time_went(shell: Shell) -> No
     assert shown.startswith(f"{RUN}  RUNNING  training\n")
     assert "step 120 of 300 (40%), epoch 1.20 of 3, about 1m" in shown
     assert "2 workers, from the start" in shown
-    assert "compute 47s (70%)" in shown
+    assert "compute 47s (66%)" in shown
+    assert "start 10s (15%)" in shown
+    assert "were lost" not in shown
     assert not any(line.endswith(" ") for line in shown.splitlines())
+
+
+def test_status_tells_which_time_was_lost(shell: Shell) -> None:
+    succeeded(shell.store)
+    shown = " ".join(shell.run("status", RUN).split())
+    assert "recovery 18s (9%)" in shown
+    assert "; 12s of compute were lost: steps that were done again" in shown
+
+
+def test_status_in_prometheus_format_is_all_of_stdout(shell: Shell) -> None:
+    running(shell.store, now=time.time())
+    shown = shell.run("status", RUN, "--prometheus")
+    assert f'shoal_step{{run="{RUN}"}} 120.0\n' in shown
+    assert f'shoal_seconds_total{{purpose="compute",run="{RUN}"}} 46.8\n' in shown
+    assert all(
+        line.startswith(("# HELP shoal_", "# TYPE shoal_", "shoal_")) for line in shown.splitlines()
+    )
+    assert shown.endswith("\n")
+    shell.run("status", RUN, "--prometheus", "--json", code=2)
+    assert "--prometheus with --json has no effect here" in shell.error
 
 
 def test_status_json_has_the_numbers(shell: Shell) -> None:

@@ -66,7 +66,8 @@ def test_the_report_holds_the_evidence(local_store: Store) -> None:
     }
     assert report["environment"]["versions"]["torch"] == "2.13.0"
     assert report["spec"]["optimizer"]["learning_rate"] == 5e-5
-    assert report["seconds"]["compute"] == pytest.approx(300 * 0.39 + 130 * 0.5 * 0.78)
+    assert report["seconds"]["compute"] == pytest.approx((130 + 200) * 0.5 * 0.78)
+    assert report["lost_seconds"] == pytest.approx(30 * 0.5 * 0.78)
     assert json.loads(to_json(report)) == json.loads(json.dumps(report))
 
 

@@ -21,6 +21,7 @@ from cluster.storage import Store, StoreAway
 from jobs import run
 from jobs.errors import ClusterError, Problem
 from jobs.record import Control, Failure, Outcome, RunPaths, State
+from jobs.runs import RunReader
 from tests.ranks import assignment_of
 from tests.tiny import tiny_job
 from trainers.assignment import Assignment
@@ -207,6 +208,17 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[Assignment]:
 
     monkeypatch.setattr(run, "_fit", fit)
     return assignments
+
+
+def test_the_first_event_of_a_driver_tells_when_it_began(
+    local_store: Store, fitted: list[Assignment]
+) -> None:
+    assignment(local_store)
+    before = time.time()
+    run.drive(local_store, "run")
+    first = RunReader(local_store, "run").events()[0]
+    assert first["state"] == State.STARTING
+    assert before - 0.001 <= first["began_at"] <= first["time"]
 
 
 CHANGE = ("train.epochs=7",)

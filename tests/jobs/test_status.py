@@ -9,9 +9,9 @@ from synthetic import SyntheticRun
 
 from cluster.storage import Store
 from jobs.onlooker import LONGEST_LOOK_SECONDS, Onlooker
-from jobs.record import Attempt, Failure, Lease, Outcome, Result, State
+from jobs.record import Failure, Lease, Result, State
 from jobs.runs import RunReader
-from jobs.status import derive_state, format_seconds, seconds_spent
+from jobs.status import derive_state, format_seconds
 
 NOW = 1_790_000_000.0
 
@@ -186,28 +186,6 @@ def test_a_result_of_an_older_driver_does_not_count() -> None:
         now=NOW,
     )
     assert (found.state, found.is_over) == (State.RUNNING, False)
-
-
-def test_time_of_a_killed_attempt_comes_from_its_last_line() -> None:
-    attempts = [
-        Attempt(
-            attempt=n,
-            generation=1,
-            world_size=1,
-            restored_step=None,
-            started_at=NOW,
-            start_seconds=5.0,
-        )
-        for n in (1, 2)
-    ]
-    outcome = Outcome(attempt=2, state=State.SUCCEEDED, step=9, seconds={"compute": 7.0})
-    lines = [
-        {"attempt": 1, "seconds": {"compute": 1.0}},
-        {"attempt": 1, "seconds": {"compute": 2.0, "data_wait": 0.5}},
-        {"attempt": 2, "seconds": {"compute": 6.0}},
-    ]
-    spent = seconds_spent(lines, attempts=attempts, outcomes={2: outcome})
-    assert spent == {"start": 5.0, "compute": 9.0, "data_wait": 0.5}
 
 
 @pytest.mark.parametrize(

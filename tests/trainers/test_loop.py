@@ -208,6 +208,8 @@ def test_a_run_learns_and_tells_what_it_did(scene: Scene) -> None:
     assert [line["step"] for line in told] == [*range(8, 57, 8), 60]
     assert [line["rows"] for line in told] == [64] * 7 + [32]
     assert told[-1]["loss"] < told[0]["loss"]
+    for seconds in (told[-1]["seconds"], outcome.seconds):
+        assert seconds["other"] <= 0.02 * sum(seconds.values())
     evaluations = [line for line in lines(scene, "metrics") if line["kind"] == "evaluation"]
     assert [(e["step"], e["split"]) for e in evaluations] == [
         (0, "test"), *((step, "validation") for step in range(5, 61, 5))
