@@ -32,7 +32,7 @@ export no_proxy := $(NO_PROXY)
 help:
 	@echo 'make demo    fine-tune a real model on real data, on two workers, through an S3 store'
 	@echo 'make test    run the tests                    (make test ARGS="-k stream")'
-	@echo 'make chaos   the experiments of bench/ in full: kills, faults, resizes (about 90 minutes)'
+	@echo 'make chaos   the experiments of bench/ in full: kills, faults, speed (about 2.5 hours)'
 	@echo 'make check   formatting, lint, types, import fences'
 	@echo 'make clean   stop the demo store; remove .venv, .shoal, .assets and all caches'
 
@@ -45,7 +45,7 @@ test: $(INSTALLED)
 # One after the other: each takes all cores. All of them run, and their exit codes are joined.
 chaos: $(INSTALLED)
 	@mkdir -p build/bench; failed=; \
-	for name in chaos faults elastic recovery resume checkpoint start; do \
+	for name in chaos faults elastic recovery resume checkpoint start stream train growth; do \
 		$(PY) bench/$$name.py --json build/bench/$$name.json $(ARGS) || failed="$$failed $$name"; \
 	done; \
 	[ -z "$$failed" ] || { echo "error: failed:$$failed" >&2; exit 1; }

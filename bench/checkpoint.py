@@ -35,15 +35,15 @@ from typing import TYPE_CHECKING, Any
 
 import lab
 from rich.table import Table
-from saved_model import MIB, Sizes
+from saved_model import MIB, Shape, Sizes
 
 if TYPE_CHECKING:
     from saved_model import Subject
 
 SAVERS = ("shoal", "ray sync", "ray async")
-SMALL = Sizes(hidden=64, layers=2, vocabulary=2000, steps=12, every=4, rounds=1, moves=1)
+SMALL = Sizes(Shape(hidden=64, layers=2, vocabulary=2000), steps=12, every=4, rounds=1, moves=1)
 MOST_OF_SYNC, MOST_COPIES, LEAST_OF_RAW = 0.10, 1.5, 0.8
-FULL = Sizes(hidden=384, layers=6, vocabulary=30522, steps=200, every=25, rounds=3, moves=4)
+FULL = Sizes(Shape(hidden=384, layers=6, vocabulary=30522), steps=200, every=25, rounds=3, moves=4)
 
 
 def main() -> None:
@@ -105,11 +105,12 @@ def worker(config: dict[str, Any]) -> None:
     """Measures, and writes what it found to a file of this machine."""
     sys.path[:] = config["path"]
     import torch
-    from saved_model import Sizes, Subject
+    from saved_model import Shape, Sizes, Subject
 
     torch.set_num_threads(1)
-    sizes = Sizes(**config["sizes"])
-    subject = Subject(sizes, config["bucket"], Path(config["place"]))
+    told = config["sizes"]
+    sizes = Sizes(**told | {"shape": Shape(**told["shape"])})
+    subject = Subject(sizes.shape, config["bucket"], Path(config["place"]))
     subject.steps(max(3, sizes.steps // 20), every=0, save=None)  # optimizer state, warm caches
     found: dict[str, Any] = {"bytes": subject.state_bytes, "parts": [], "state": []}
     savers: dict[str, Callable[[int], None]] = {
@@ -121,12 +122,12 @@ def worker(config: dict[str, Any]) -> None:
         save(1)
         subject.settle(name)
     for number in range(config["rounds"]):
-        before = _timed(subject)
+        before = _timed(subject, sizes.every)
         for part in range(sizes.steps // sizes.every):
             turn = (number + part) % len(SAVERS)
             for name in SAVERS[turn:] + SAVERS[:turn]:
-                own = _timed(subject, name, savers[name])
-                after = _timed(subject)
+                own = _timed(subject, sizes.every, name, savers[name])
+                after = _timed(subject, sizes.every)
                 found["parts"].append({"saver": name, "own": own, "calm": [before, after]})
                 before = after
         found["state"] += [subject.measure_state() for _ in range(sizes.moves)]
@@ -135,10 +136,10 @@ def worker(config: dict[str, Any]) -> None:
 
 
 def _timed(
-    subject: Subject, name: str = "", save: Callable[[int], None] | None = None
+    subject: Subject, steps: int, name: str = "", save: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
     os.sync()  # what was written before is not paid for here
-    return subject.timed(name, save)
+    return subject.timed(name, save, steps=steps)
 
 
 # --------------------------------------------------------------------------------------- results

@@ -1,4 +1,5 @@
-"""A model in training whose state is saved in every way that bench/checkpoint.py compares."""
+"""A model in training whose state is saved: in every way that bench/checkpoint.py compares, and by
+Shoal alone for bench/growth.py."""
 
 from __future__ import annotations
 
@@ -20,12 +21,19 @@ MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How much is done."""
+class Shape:
+    """Of a BERT."""
 
     hidden: int
     layers: int
     vocabulary: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done."""
+
+    shape: Shape
     steps: int
     every: int
     rounds: int
@@ -36,7 +44,7 @@ class Sizes:
 class Subject:
     """A model in training, and the ways in which its state is saved."""
 
-    def __init__(self, sizes: Sizes, bucket: str, place: Path) -> None:
+    def __init__(self, shape: Shape, bucket: str, place: Path) -> None:
         import torch
         from transformers import BertConfig, BertForSequenceClassification
 
@@ -52,19 +60,19 @@ class Subject:
         from trainers.saving import Saving
         from trainers.telemetry import Telemetry
 
-        self.sizes, self.place = sizes, place
+        self.place = place
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, num_labels=2,
-            num_hidden_layers=sizes.layers, num_attention_heads=4,
-            intermediate_size=4 * sizes.hidden, max_position_embeddings=512,
+            vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_labels=2,
+            num_hidden_layers=shape.layers, num_attention_heads=4,
+            intermediate_size=4 * shape.hidden, max_position_embeddings=512,
         )  # fmt: skip
         model = BertForSequenceClassification(config)
         tokenizer = tiny_tokenizer(place / "tokenizer")
         task = _TaskFiles(tokenizer)
         optimizer = build_optimizer(model, Optimizer(learning_rate=1e-4))
         self.trainee = Trainee(task, model, optimizer, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
-        self.batch = torch.randint(0, sizes.vocabulary, (8, 16))
+        self.batch = torch.randint(0, shape.vocabulary, (8, 16))
         self.labels = torch.randint(0, 2, (8,))
         self.runs, self.paths = open_store(f"{bucket}/runs"), RunPaths("bench")
         data = {"train": f"{bucket}/none"}
@@ -126,10 +134,10 @@ class Subject:
                 saving.append(time.perf_counter() - began)
         return taken, saving
 
-    def timed(self, name: str, save: Callable[[int], None] | None) -> dict[str, Any]:
+    def timed(self, name: str, save: Callable[[int], None] | None, *, steps: int) -> dict[str, Any]:
         """Wall clock of steps with one checkpoint, and of what is under way at their end."""
         began = time.perf_counter()
-        taken, saving = self.steps(self.sizes.every, every=self.sizes.every, save=save)
+        taken, saving = self.steps(steps, every=steps, save=save)
         seconds = time.perf_counter() - began
         self.settle(name)
         left = time.perf_counter() - began - seconds
@@ -193,15 +201,18 @@ class Subject:
         if sync:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def plain_copy(self) -> float:
+        """Seconds of a copy of the state into memory that is there already."""
+        tensors = self.tensors()
+        if self.copies is None:
+            self.copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        return timed(lambda: copy_all(tensors, self.copies))
+
     def measure_state(self) -> dict[str, float]:
         """Seconds of the copy, the upload and the restore, and of the plain alternatives."""
         from trainers.restore import newest_restorable
 
-        seconds: dict[str, float] = {}
-        tensors = self.tensors()
-        if self.copies is None:
-            self.copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        seconds["plain copy"] = timed(lambda: copy_all(tensors, self.copies))
+        seconds: dict[str, float] = {"plain copy": self.plain_copy()}
         seconds["shoal copy"] = timed(lambda: self.writer._snapshot.take(self.trainee))
         parts = raw_parts(self.writer._snapshot.take(self.trainee))
         places = {"on disk": self.place / "restored", "in memory": MEMORY / self.place.name}

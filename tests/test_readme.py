@@ -21,6 +21,7 @@ DOCUMENTS = [
     "DECISIONS.md",
     "examples/README.md",
     "bench/README.md",
+    "docs/growth.md",
 ]
 
 

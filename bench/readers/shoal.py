@@ -15,13 +15,17 @@ from trainers.data.partition import fit_window
 from trainers.data.stream import RankStream
 from trainers.tasks.text_classification import padded
 
+SEED = 7
+WINDOW = 16
+"""Row groups, where they fit into memory."""
+
 
 def batches(reading: Reading) -> Iterator[Batch]:
     """As a job does it: `lanes: auto` is the number of workers here."""
     store = open_store(reading.data)
     index = open_index(store)
     window = fit_window(
-        window=16,
+        window=WINDOW,
         lanes=reading.world_size,
         max_row_group_bytes=index.max_row_group_bytes,
         stream_memory=2**30,
@@ -33,7 +37,7 @@ def batches(reading: Reading) -> Iterator[Batch]:
         encode=_encode,
         rank=reading.rank,
         world_size=reading.world_size,
-        seed=7,
+        seed=SEED,
         lanes=reading.world_size,
         window=window,
         cache=NodeCache(reading.cache / "rows", limit_bytes=20 * 2**30),

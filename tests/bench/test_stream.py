@@ -16,4 +16,3 @@ def test_readers_give_all_rows(tmp_path: Path) -> None:
     assert shoal["cold"]["rows"] == shoal["warm"]["rows"] == found["rows"]
     assert shoal["resume"]["rows"] < found["rows"]
     assert set(found["ranks"]) == {"1", "2"}
-    assert all(one["bytes_of_row_group"] <= 32 for one in found["indexes"])

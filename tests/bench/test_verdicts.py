@@ -156,3 +156,12 @@ def test_checkpoint(bench: Callable[[str], ModuleType]) -> None:
         ("restore_ratio/in memory", 0.79),
     ):
         assert not checkpoint.is_right(broken(right, path, value)), path
+
+
+def test_growth(bench: Callable[[str], ModuleType]) -> None:
+    rounds = [{"rows": 20, "tokens": 90}, {"rows": 20, "tokens": 90}]
+    right = {"rows_read": 20, "ranks": {"1": rounds, "2": copy.deepcopy(rounds)}}
+    growth = bench("growth")
+    assert growth.is_right(right)
+    for path, value in (("ranks/2/1/rows", 19), ("ranks/1/0/tokens", 91), ("rows_read", 21)):
+        assert not growth.is_right(broken(right, path, value)), path
