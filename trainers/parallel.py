@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -132,12 +133,30 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def compute_type(spec: Model, device: torch.device) -> torch.dtype:
     """Type of the forward and backward pass: model.precision on this device."""
-    if spec.precision == "float32":
+    if spec.precision in ("float32", "tf32"):
         return torch.float32
     if spec.precision == "bfloat16":
         return torch.bfloat16
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+@contextmanager
+def float32_products(spec: Model, device: torch.device) -> Iterator[None]:
+    """Inside the block this process multiplies and convolves float32 as model.precision says.
+
+    With `tf32` on a GPU factors are rounded to TF32, which has 10 bits of mantissa for the 23 of
+    float32; else they are not, as cuDNN would do by itself. Afterwards it is as before.
+    """
+    is_rounded = spec.precision == "tf32" and device.type == "cuda"
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if is_rounded else "highest")
+    torch.backends.cudnn.allow_tf32 = is_rounded
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
