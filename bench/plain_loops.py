@@ -6,8 +6,9 @@ naive     every row padded to the most tokens, a whole global batch in one pass
 trainer   Hugging Face's Trainer; `sampling` is random (dynamic padding) or group_by_length
 bare      a torchrun loop over micro-batches that lie ready in memory: those of Shoal's run
 
-The last line is JSON: rows per second after the first steps, tokens computed and real ones, and the
-accuracy on the test rows afterwards.
+On the `device` cpu or cuda, in the `precision` float32 or bfloat16 (autocast). The last line is
+JSON: rows per second after the first steps, tokens computed and real ones, the accuracy on the test
+rows afterwards, and on a GPU the most memory that training took.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def main() -> None:
 def _naive(asked: dict[str, Any]) -> dict[str, Any]:
     rows = rows_of(asked["train"])
     size, most = asked["global_batch_size"], asked["max_tokens"]
-    order = np.random.default_rng(asked["seed"]).permutation(len(rows))
+    rng = np.random.default_rng(asked["seed"])
+    epochs = -(-asked["steps"] * size // len(rows))
+    order = np.concatenate([rng.permutation(len(rows)) for _ in range(epochs)])
 
     def batches() -> Iterator[list[Batch]]:
         for step in range(asked["steps"]):
@@ -73,7 +76,7 @@ def _bare(asked: dict[str, Any]) -> dict[str, Any]:
 def _train(asked: dict[str, Any], steps: Iterator[list[Batch]]) -> dict[str, Any]:
     """AdamW, linear decay, clipping, and gradients that are those of the whole global batch."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    model = plain = _model(asked).train()
+    model = plain = _model(asked).to(asked["device"]).train()
     if world_size > 1:
         dist.init_process_group("gloo")
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -86,21 +89,26 @@ def _train(asked: dict[str, Any], steps: Iterator[list[Batch]]) -> dict[str, Any
         fused=True,
     )
     clock = _Clock(asked["warm_steps"])
+    autocast = torch.autocast(
+        asked["device"], dtype=torch.bfloat16, enabled=asked["precision"] == "bfloat16"
+    )
     real = computed = 0
     for step, microbatches in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = asked["learning_rate"] * (1 - step / asked["steps"])
         optimizer.zero_grad(set_to_none=True)
-        for number, batch in enumerate(microbatches):
+        for number, held in enumerate(microbatches):
+            batch = {key: tensor.to(asked["device"]) for key, tensor in held.items()}
             waits = number < len(microbatches) - 1 and world_size > 1
             with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-                logits = model(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-                ).logits
-                loss = nn.functional.cross_entropy(logits, batch["label"], reduction="sum")
+                with autocast:
+                    logits = model(
+                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+                    ).logits
+                    loss = nn.functional.cross_entropy(logits, batch["label"], reduction="sum")
                 (loss * world_size / asked["global_batch_size"]).backward()
-            real += int(batch["attention_mask"].sum())
-            computed += batch["input_ids"].numel()
+            real += int(held["attention_mask"].sum())
+            computed += held["input_ids"].numel()
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
         clock.step_done()
@@ -108,11 +116,13 @@ def _train(asked: dict[str, Any], steps: Iterator[list[Batch]]) -> dict[str, Any
     tokens = torch.tensor([real, computed])
     if world_size > 1:
         dist.all_reduce(tokens)
+    peak = _peak_memory()
     return {
         "rows_per_second": clock.steps * asked["global_batch_size"] / clock.seconds(),
         "steps": asked["warm_steps"] + clock.steps,
         "real_tokens": int(tokens[0]),
         "computed_tokens": int(tokens[1]),
+        "peak_memory_bytes": peak,
         "accuracy": _accuracy(plain, asked),
     }
 
@@ -165,7 +175,8 @@ def _trainer(asked: dict[str, Any]) -> dict[str, Any]:
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=asked["device"] == "cpu",
+            bf16=asked["precision"] == "bfloat16",
         ),
         train_dataset=datasets.Dataset.from_dict(
             {
@@ -179,11 +190,13 @@ def _trainer(asked: dict[str, Any]) -> dict[str, Any]:
         callbacks=[Ticks()],
     )
     trainer.train()
+    peak = _peak_memory()
     return {
         "rows_per_second": clock.steps * asked["global_batch_size"] / clock.seconds(),
         "steps": asked["warm_steps"] + clock.steps,
         "real_tokens": tokens["real"],
         "computed_tokens": tokens["computed"],
+        "peak_memory_bytes": peak,
         "accuracy": _accuracy(trainer.model, asked),
     }
 
@@ -227,7 +240,10 @@ def _accuracy(model: nn.Module, asked: dict[str, Any]) -> float:
     right = 0
     with torch.inference_mode():
         for start in range(0, len(rows), 64):
-            batch = padded(rows[start : start + 64])
+            batch = {
+                key: tensor.to(asked["device"])
+                for key, tensor in padded(rows[start : start + 64]).items()
+            }
             logits = model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).logits
@@ -235,27 +251,38 @@ def _accuracy(model: nn.Module, asked: dict[str, Any]) -> float:
     return right / len(rows)
 
 
+def _peak_memory() -> int | None:
+    """Bytes of the GPU's memory that tensors have taken at most; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+
+
 class _Clock:
-    """Time of the steps after the first few, which find caches cold."""
+    """Time of the steps after the first few, which find caches cold; waits for a GPU's work."""
 
     def __init__(self, warm_steps: int) -> None:
         self._left = warm_steps
-        self._began = time.perf_counter()
+        self._began = self._now()
         self._ended: float | None = None
         self.steps = 0
 
     def step_done(self) -> None:
         if self._left:
             self._left -= 1
-            self._began = time.perf_counter()
+            self._began = self._now()
         else:
             self.steps += 1
 
     def stop(self) -> None:
-        self._ended = time.perf_counter()
+        self._ended = self._now()
 
     def seconds(self) -> float:
-        return (self._ended or time.perf_counter()) - self._began
+        return (self._ended or self._now()) - self._began
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 if __name__ == "__main__":

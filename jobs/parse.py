@@ -82,7 +82,16 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     return result
 
 
-RESUME_PATHS = ("workers", "retries", "cluster", "checkpoint", "tracking", "train.epochs")
+RESUME_PATHS = (
+    "workers",
+    "retries",
+    "cluster",
+    "checkpoint",
+    "tracking",
+    "train.epochs",
+    "model.compile",
+    "model.activation_checkpointing",
+)
 """What `shoal resume --set` may change: operation, and the number of epochs."""
 
 

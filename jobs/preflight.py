@@ -30,6 +30,7 @@ from jobs.checks.finding import (
 from jobs.checks.kuberay import check_kuberay
 from jobs.checks.machine import (
     Machine,
+    check_compiler,
     check_disk,
     check_memory,
     check_packages,
@@ -153,6 +154,7 @@ def _across(
     if machine is not None:
         yield from check_disk(disk)
         yield from check_packages()
+        yield from check_compiler(spec)
     yield from check_run_disk(spec, disk)
     yield from check_kuberay(spec, disk)
 

@@ -140,14 +140,24 @@ class Model(SpecPart):
     or a name on the Hugging Face hub."""
     revision: Text | None = None
     """Commit, tag or branch of a hub model; needed for one, so that a run can be repeated."""
-    precision: Literal["float32", "bfloat16", "auto"] = "auto"
-    """Precision of the forward and backward pass; weights and optimizer stay float32.
-    `auto`: bfloat16 on a GPU that has it, else float32."""
+    precision: Literal["float32", "tf32", "bfloat16", "auto"] = "auto"
+    """Precision of the forward and backward pass; weights and optimizer stay float32. tf32: float32
+    whose matrix products round their factors to 10 bits of mantissa, on GPUs only, which multiply
+    those several times as fast. `auto`: bfloat16 on a GPU that has it, else float32."""
     freeze: tuple[Text, ...] = ()
     """Parameters that are not trained: a module's name (`embeddings`, `encoder.layer.0`), matched
     as whole parts of the parameter's path."""
     dropout: Fraction | None = None
     """Dropout of the encoder and the head; null leaves what the model's own configuration says."""
+    compile: bool = False
+    """Compile the model's repeated blocks for training (torch.compile): quicker steps, for a start
+    that takes about a minute longer, on few cores several. Each worker needs a C++ compiler.
+    Results differ by rounding, and evaluations run uncompiled. A run may change it when it is
+    resumed."""
+    activation_checkpointing: bool = False
+    """Keep of the model's repeated blocks the inputs alone for the backward pass, and compute the
+    rest again in it: far less memory, for about a third more time in each step. Gradients stay the
+    same. A run may change it when it is resumed."""
 
 
 class StoreAccess(SpecPart):
@@ -523,6 +533,15 @@ class JobSpec(SpecPart):
             raise UnfitError(
                 f"workers.min is {fewest}, but workers.count, the most workers, is {most}",
                 f"set workers.count to {fewest} or more, or lower workers.min",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tf32_has_gpus(self) -> JobSpec:
+        if self.model.precision == "tf32" and not self.workers.gpus:
+            raise UnfitError(
+                "model.precision is tf32, which GPUs alone have, but workers.gpus is 0",
+                "set workers.gpus to 1, or model.precision to float32",
             )
         return self
 

@@ -39,7 +39,7 @@ from trainers.data.stream import RankStream
 from trainers.evaluation import measure
 from trainers.memory import MicrobatchTooLarge
 from trainers.microbatch import Cutting, IntArray
-from trainers.parallel import compute_type
+from trainers.parallel import compute_type, float32_products
 from trainers.predictions import PredictionWriter
 from trainers.pretrained import model_of_checkpoint
 from trainers.records import read_attempts, read_manifests
@@ -122,7 +122,11 @@ def _measure(
         cache=data.cache,
     )
     texts = _Texts(spec.task.text, data)
-    with stream, PredictionWriter(path, other_columns=texts.columns) as writer:
+    with (
+        stream,
+        PredictionWriter(path, other_columns=texts.columns) as writer,
+        float32_products(spec.model, device),
+    ):
 
         def keep(rows: IntArray, output: torch.Tensor, batch: Batch) -> None:
             writer.add(rows, task.predictions(output, batch))

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
-from trainers import watchdog
 from trainers.agreement import Agreement
-from trainers.buffers import KeptBuffers
-from trainers.evaluation import move
-from trainers.loop import Trainee, forward
-from trainers.memory import passes_over
+from trainers.loop import Trainee
 from trainers.microbatch import Cutting
-from trainers.optim import clear_gradients
-from trainers.parallel import plain, without_reduction
+from trainers.spare_passes import spare_passes
 from trainers.tasks.task import Batch
 
 _ROW_TOKENS = 32
@@ -38,8 +33,7 @@ def measured_launch_tokens(
     less, `cutting.max_tokens`. A row may have `most_row_tokens`.
 
     Of rank 0, told to the others. A power of two: more exact it is not, and two runs on like
-    machines often cut alike. Called by all ranks at the same point, before the first step: no
-    weights change, and generators are seeded by each pass of training anyway.
+    machines often cut alike. Called by all ranks at the same point, before the first step.
 
     On a GPU the larger pass has half of `cutting.max_tokens`: with fewer its processors may not be
     busy. Raises MicrobatchTooLarge, on this rank alone, where memory runs out.
@@ -47,14 +41,10 @@ def measured_launch_tokens(
     row_tokens = max(1, min(_ROW_TOKENS, most_row_tokens, cutting.max_tokens // 2))
     rows = cutting.max_tokens // row_tokens
     rows = max(2, rows // 2 if trainee.device.type == "cuda" else min(rows, _CPU_ROWS))
-    trainee.model.train()
-    buffers = KeptBuffers(plain(trainee.model))
-    buffers.keep()
-    with passes_over(np.full(rows, row_tokens), cutting):
-        short = _seconds(trainee, trainee.task.empty_batch())
-        long = _seconds(trainee, trainee.task.empty_batch(rows=rows, tokens=row_tokens))
-    clear_gradients(trainee.model, trainee.optimizer)
-    buffers.put_back(torch.ones((), device=trainee.device))
+    task, device = trainee.task, trainee.device
+    with spare_passes(trainee, cutting, rows=rows, tokens=row_tokens) as run:
+        short = _seconds(run, task.empty_batch(), device)
+        long = _seconds(run, task.empty_batch(rows=rows, tokens=row_tokens), device)
     found: int = agreement.first(
         launch_in_tokens(short, long, tokens=rows * row_tokens, most=cutting.max_tokens)
     )
@@ -70,18 +60,15 @@ def launch_in_tokens(short: float, long: float, *, tokens: int, most: int) -> in
     return min(most, 1 << max(0, round(math.log2(short / of_token))))
 
 
-def _seconds(trainee: Trainee, batch: Batch) -> float:
-    """Of a forward and a backward pass that reduces no gradients."""
+def _seconds(run: Callable[[Batch], None], batch: Batch, device: torch.device) -> float:
+    """Of a forward and a backward pass."""
     taken = []
     for _ in range(_REPEATS):
-        _wait_for(trainee.device)
+        _wait_for(device)
         began = time.perf_counter()
-        with without_reduction(trainee.model):
-            loss = forward(trainee, move(batch, trainee.device))
-            loss.backward()  # type: ignore[no-untyped-call]
-        _wait_for(trainee.device)
+        run(batch)
+        _wait_for(device)
         taken.append(time.perf_counter() - began)
-        watchdog.tick()
     return min(taken[1:])
 
 

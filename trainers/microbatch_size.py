@@ -11,20 +11,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
-from trainers import watchdog
 from trainers.agreement import Agreement
-from trainers.buffers import KeptBuffers
-from trainers.evaluation import move
 from trainers.free_memory import free_bytes
-from trainers.loop import Trainee, forward
-from trainers.memory import is_out_of_memory, passes_over
+from trainers.loop import Trainee
+from trainers.memory import MicrobatchTooLarge
 from trainers.microbatch import Cutting
-from trainers.optim import clear_gradients
-from trainers.parallel import is_sharded, local_part, plain, without_reduction
+from trainers.parallel import is_sharded, local_part
+from trainers.spare_passes import spare_passes
+from trainers.tasks.task import Batch
 
 _REPEATS = 2
 """Passes of each size; the quicker counts, as the first of a size allocates its memory."""
@@ -65,9 +62,6 @@ def tried_max_tokens(
     Raises MicrobatchTooLarge, on this rank alone, where the memory does not suffice for one row,
     or runs out in a model that is cut over the ranks, which the others would wait for.
     """
-    trainee.model.train()
-    buffers = KeptBuffers(plain(trainee.model))
-    buffers.keep()
     trials = list[Trial]()
     for rows in _doubling(-(-most_tokens // most_row_tokens)):
         seconds, fits_twice = _try(trainee, rows=rows, tokens=most_row_tokens)
@@ -77,7 +71,6 @@ def tried_max_tokens(
         trials.append(Trial(rows * most_row_tokens, max(taken for taken, _ in told)))
         if not all(fits for _, fits in told) or gains_nothing(trials):
             break
-    buffers.put_back(torch.ones((), device=trainee.device))
     return largest_of_the_quick(trials)
 
 
@@ -105,37 +98,32 @@ def largest_of_the_quick(trials: Sequence[Trial]) -> int:
 def _try(trainee: Trainee, *, rows: int, tokens: int) -> tuple[float | None, bool]:
     """Seconds of a pass over so many rows, None where they do not fit; and whether twice as many
     would."""
-    is_first = rows == 1
+    batch = trainee.task.empty_batch(rows=rows, tokens=tokens)
+    cutting = Cutting(rows * tokens, launch_tokens=0)
     try:
-        with passes_over(np.full(rows, tokens), Cutting(rows * tokens, 0)):
-            peak, room = _peak_and_room(trainee, lambda: _pass(trainee, rows=rows, tokens=tokens))
-            taken = [_pass(trainee, rows=rows, tokens=tokens) for _ in range(_REPEATS)]
-    except Exception as error:
-        cause = error.__cause__ or error
-        if is_first or is_sharded(trainee.model) or not is_out_of_memory(cause):
+        with spare_passes(trainee, cutting, rows=rows, tokens=tokens) as run:
+            peak, room = _peak_and_room(trainee, lambda: run(batch))
+            taken = [_seconds(run, batch, trainee.device) for _ in range(_REPEATS)]
+    except MicrobatchTooLarge:
+        if rows == 1 or is_sharded(trainee.model):
             raise
         return None, False
     finally:
-        clear_gradients(trainee.model, trainee.optimizer)
         if trainee.device.type == "cuda":
             torch.cuda.empty_cache()
     return min(taken), 2 * peak <= _MEMORY_SHARE * room
 
 
-def _pass(trainee: Trainee, *, rows: int, tokens: int) -> float:
-    """Seconds of a pass forward and backward that reduces no gradients."""
-    watchdog.tick()
+def _seconds(run: Callable[[Batch], None], batch: Batch, device: torch.device) -> float:
+    """Of a pass forward and backward."""
     began = time.perf_counter()
-    batch = move(trainee.task.empty_batch(rows=rows, tokens=tokens), trainee.device)
-    with without_reduction(trainee.model):
-        loss = forward(trainee, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-    if trainee.device.type == "cuda":
-        torch.cuda.synchronize(trainee.device)
+    run(batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - began
 
 
-def _peak_and_room(trainee: Trainee, run: Callable[[], float]) -> tuple[float, float]:
+def _peak_and_room(trainee: Trainee, run: Callable[[], None]) -> tuple[float, float]:
     """Bytes that a pass needs on top of what is held, and that there are for it."""
     device = trainee.device
     if device.type != "cuda":
@@ -149,7 +137,7 @@ def _peak_and_room(trainee: Trainee, run: Callable[[], float]) -> tuple[float, f
     return torch.cuda.max_memory_allocated(device) - held, free + own - held
 
 
-def _kept_bytes(model: nn.Module, run: Callable[[], float]) -> int:
+def _kept_bytes(model: nn.Module, run: Callable[[], None]) -> int:
     """Bytes that autograd keeps for the backward pass besides the weights, each storage once."""
     storages = dict[int, int]()
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.errors import Problem, SpecError
 from jobs.spec import Model
-from trainers.buffers import KeptBuffers
 
 _MIB = 2**20
 
@@ -96,8 +95,8 @@ def replicate(
     """The model on its device; with several ranks, one whose gradients are averaged over them.
 
     The gradient buckets have one layout from the first step on: DDP lays them out anew after its
-    first backward pass, by the order in which gradients came, so that pass is made here, with
-    `loss_of`, which gives the loss of rows that weigh nothing. Otherwise the first step after a
+    first backward pass, by the order in which gradients came, so that pass is made here, as in an
+    evaluation, with `loss_of`, which gives the loss of rows that weigh nothing. Otherwise the first step after a
     resume would sum in another order than the steps of a run that goes on, and weights would no
     longer be bit-identical. A model of which some passes leave parameters unused keeps its first
     layout, and pays for looking for them in each step. Models of a few
@@ -112,8 +111,8 @@ def replicate(
     # Its successor is not known to all versions of torch that are allowed.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     trained = trained_parameters(model)
-    buffers = KeptBuffers(model)
-    buffers.keep()
+    was_training = model.training
+    model.eval()  # draws nothing, counts nothing and compiles nothing
     loss_of(model).backward()  # type: ignore[no-untyped-call]
     leaves_some = _skips_layers(model) or any(p.grad is None for p in trained)
     model.zero_grad(set_to_none=True)
@@ -128,7 +127,7 @@ def replicate(
     if not leaves_some:
         loss_of(replica).backward()  # type: ignore[no-untyped-call]
         replica.zero_grad(set_to_none=True)
-    buffers.put_back(torch.ones((), device=device))
+    replica.train(was_training)
     return replica
 
 
@@ -162,12 +161,30 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def compute_type(spec: Model, device: torch.device) -> torch.dtype:
     """Type of the forward and backward pass: model.precision on this device."""
-    if spec.precision == "float32":
+    if spec.precision in ("float32", "tf32"):
         return torch.float32
     if spec.precision == "bfloat16":
         return torch.bfloat16
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+@contextmanager
+def float32_products(spec: Model, device: torch.device) -> Iterator[None]:
+    """Inside the block this process multiplies and convolves float32 as model.precision says.
+
+    With `tf32` on a GPU factors are rounded to TF32, which has 10 bits of mantissa for the 23 of
+    float32; else they are not, as cuDNN would do by itself. Afterwards it is as before.
+    """
+    is_rounded = spec.precision == "tf32" and device.type == "cuda"
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if is_rounded else "highest")
+    torch.backends.cudnn.allow_tf32 = is_rounded
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:

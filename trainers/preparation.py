@@ -16,6 +16,7 @@ from jobs.errors import DataError, Problem, SpecError
 from jobs.record import Manifest, RunPaths, StreamPosition
 from jobs.spec import JobSpec
 from trainers import watchdog
+from trainers.block_training import adapt_blocks
 from trainers.data.cache import cache_folder
 from trainers.data.index import Index, open_index
 from trainers.data.partition import ORDER_VERSION, fit_window, refuse_small_memory
@@ -197,6 +198,7 @@ def build_model(
     with _turn() if is_cut else nullcontext():
         model = task.build_model(folder, dropout=dropout, seed=spec.data.seed)
         freeze(model, spec.model.freeze)
+        adapt_blocks(model, spec.model)
         if not is_cut:
             return _in_own_memory(model.to(session.device))
         refuse_converted(model)
@@ -231,7 +233,6 @@ def replicated(prepared: Prepared, session: Session) -> Prepared:
     trainee = prepared.trainee
     if is_sharded(trainee.model):
         return prepared  # its gradients are averaged as they are cut
-    trainee.model.train()
     model = replicate(
         trainee.model,
         device=session.device,

@@ -34,9 +34,11 @@ from jobs.record import (
     State,
     by_merit,
 )
+from trainers import watchdog
 from trainers.agreement import Agreement
 from trainers.assignment import Assignment
 from trainers.attempt import Claim, as_cut, claim_attempt
+from trainers.block_training import compile_ahead, compiler_settings
 from trainers.checkpoint import CheckpointWriter, Moment, small_files
 from trainers.controls import ControlPoller, Requests, requests_to
 from trainers.data.cache import NodeCache, cache_folder
@@ -49,7 +51,7 @@ from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
 from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, room_fault
 from trainers.microbatch import Cutting
 from trainers.microbatch_size import tried_max_tokens
-from trainers.parallel import plain, trained_parameters
+from trainers.parallel import float32_products, plain, trained_parameters
 from trainers.patience import Patience
 from trainers.preparation import DataSet, build_model, prepare, replicated
 from trainers.pulse import Pulse
@@ -84,10 +86,12 @@ def train_worker(session: Session, assignment: Assignment) -> Outcome:
 
     Called by every rank of the group; the outcome is the same on all of them.
     """
-    limit_seconds = 60 * assignment.spec.retries.hang_minutes
+    spec = assignment.spec
     with (
-        Watchdog(limit_seconds=limit_seconds) as watch,
+        Watchdog(limit_seconds=60 * spec.retries.hang_minutes) as watch,
         Pulse(watch, rank=session.rank, world_size=session.world_size),
+        float32_products(spec.model, session.device),
+        compiler_settings(spec.model),
     ):
         return _work(session, assignment, watch)
 
@@ -206,6 +210,7 @@ class _Rank:
                     )
                 )
                 self._prepared = replicated(prepared, self._session)
+                self._compile_ahead()
                 self._measure_microbatches()
                 self._describe_attempt()
                 self._drop_checkpoint_copies()
@@ -223,6 +228,20 @@ class _Rank:
             if not is_out_of_memory(error):
                 raise
             raise self._without_room(error) from error
+
+    def _compile_ahead(self) -> None:
+        """Compiles the model, where the job asks for it, before its steps are timed."""
+        if not self._spec.model.compile:
+            return
+        watchdog.tick("compiles the model")
+        state, doing = self._state, self._doing
+        self._enter(state, "compiling the model's blocks")
+        compile_ahead(
+            self._prepared.trainee,
+            Cutting.of(self._spec.batching),
+            most_row_tokens=self._spec.task.max_tokens,
+        )
+        self._enter(state, doing)
 
     def _measure_microbatches(self) -> None:
         """Finds out how large a micro-batch may be, and what it costs besides its tokens, where the

@@ -19,12 +19,15 @@ from jobs.checks.finding import (
     not_checked,
     ok,
     problem,
+    problems_of,
     warning,
 )
 from jobs.checks.model import ModelFacts
 from jobs.checks.stores import nearest_existing
 from jobs.checks.weights import Weights
+from jobs.errors import EnvironmentFault
 from jobs.spec import JobSpec, KubeRayCluster, Workers, format_bytes
+from trainers.cpp_compiler import lacks_compiler
 from trainers.data.cache import CACHE_VARIABLE, cache_folder, shared_by
 from trainers.free_memory import free_bytes
 
@@ -109,6 +112,12 @@ def check_strategy(spec: JobSpec, weights: Weights | None) -> Iterator[Finding]:
             "is trained, and no buffer, the model cannot be cut",
             "set workers.strategy to ddp",
         )
+
+
+def check_compiler(spec: JobSpec) -> list[Finding]:
+    """Whether this machine can compile a model, where the job asks for it."""
+    lacking = lacks_compiler() if spec.model.compile else None
+    return problems_of("model.compile", EnvironmentFault(lacking)) if lacking else []
 
 
 def _too_many(workers: Workers, number: int, machine: Machine) -> Iterator[Finding]:

@@ -99,7 +99,8 @@ def submit(
     "overrides",
     metavar="PATH=VALUE",
     multiple=True,
-    help="Change workers, retries, checkpoint, cluster, tracking or train.epochs. Repeatable.",
+    help="Change workers, retries, checkpoint, cluster, tracking, train.epochs, model.compile or "
+    "model.activation_checkpointing. Repeatable.",
 )
 @click.option("--background", is_flag=True, help="Return at once and print the run's URI.")
 @no_progress_option

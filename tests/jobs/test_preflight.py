@@ -660,6 +660,24 @@ def test_a_model_is_cut_over_several_workers_where_it_has_rows(shared: Path, job
     assert scalar.hint == "set workers.strategy to ddp"
 
 
+def test_a_model_that_is_compiled_needs_a_compiler(
+    job: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiled = {"compile": True}
+    (tmp_path / "my-c++").touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "my-c++"))
+    assert job(model=compiled).exit_code == 0
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    found = only_problem(job(model=compiled), "model.compile", exit_code=3)
+    assert f"no C headers of Python ({tmp_path}/Python.h is missing)" in found.message
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = only_problem(job(model=compiled), "model.compile", exit_code=3)
+    assert "has no C++ compiler named no-such-compiler" in found.message
+    assert job(model={"compile": False}).exit_code == 0
+    monkeypatch.setenv("RAY_ADDRESS", "ray://elsewhere:10001")
+    assert job(model=compiled).exit_code == 0
+
+
 def test_a_cluster_elsewhere_is_not_checked(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray://elsewhere:10001")
     checked = job(workers={"count": 100_000}, batching={"global_batch_size": 100_000})

@@ -99,7 +99,7 @@ def test_every_key_can_be_found_and_said_in_words() -> None:
         ("model.dropout", "a number of at least 0 and below 1"),
         ("task.max_tokens", "a whole number of at least 8"),
         ("data.lanes", "a whole number above 0 or auto"),
-        ("model.precision", "float32, bfloat16 or auto"),
+        ("model.precision", "float32, tf32, bfloat16 or auto"),
         ("train.log_rows", "true or false"),
         ("model.freeze", "a list of texts"),
         ("task.labels", "a list of at least 2 texts"),

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from jobs.parse import parse_spec, with_absolute_paths
+from jobs.errors import SpecError
+from jobs.parse import check_resume_overrides, parse_spec, with_absolute_paths
 from jobs.spec import MAX_RUN_ID_CHARACTERS, JobSpec, format_bytes, parse_bytes
 
 TREE: dict[str, Any] = {
@@ -74,6 +75,7 @@ def test_the_best_is_the_lowest_loss_or_what_early_stopping_watches() -> None:
         ({"batching": {"global_batch_size": 7}}, {"data_order"}),
         ({"data": TREE["data"] | {"seed": 7}}, {"data_order"}),
         ({"data": TREE["data"] | {"train": "s3://other"}}, {"data_order"}),
+        ({"model": TREE["model"] | {"compile": True}}, {"hyper_parameters"}),
         ({"task": {"labels": ["positive", "negative"]}}, {"architecture"}),
         ({"model": {"source": "other"}}, {"architecture", "hyper_parameters"}),
     ],
@@ -82,6 +84,22 @@ def test_each_key_belongs_to_the_digest_of_what_it_decides(
     changes: dict[str, Any], groups: set[str]
 ) -> None:
     assert changed_digests(**changes) == groups
+
+
+def test_tf32_is_for_gpus() -> None:
+    model = TREE["model"] | {"precision": "tf32"}
+    assert job(model=model, workers={"gpus": 1}).model.precision == "tf32"
+    with pytest.raises(SpecError, match="is tf32, which GPUs alone have") as told:
+        job(model=model)
+    hint = "set workers.gpus to 1, or model.precision to float32"
+    assert told.value.problems[0].hint == hint
+
+
+def test_a_resume_may_change_how_the_blocks_run_but_no_other_key_of_the_model() -> None:
+    check_resume_overrides(["model.compile=true", "model.activation_checkpointing=true"])
+    for other in ("model.precision=bfloat16", "model.compiled=true", "model={compile: true}"):
+        with pytest.raises(SpecError, match="cannot change"):
+            check_resume_overrides([other])
 
 
 def test_local_paths_become_absolute_and_others_stay(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.spec import Model
 from tests.ranks import on_ranks
+from tests.scene import Scene
 from tests.tiny import tiny_model
+from trainers import worker
+from trainers.assignment import Assignment
 from trainers.parallel import (
     autocast,
     compute_type,
+    float32_products,
     plain,
     replicate,
     seed_generators,
@@ -129,7 +134,12 @@ def test_each_seed_step_rank_and_microbatch_draws_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)],
+    [
+        ("float32", torch.float32),
+        ("tf32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("auto", torch.float32),
+    ],
 )
 def test_precision_is_that_of_the_job_and_auto_is_full_on_a_cpu(
     precision: Any, dtype: torch.dtype
@@ -138,3 +148,42 @@ def test_precision_is_that_of_the_job_and_auto_is_full_on_a_cpu(
     assert found == dtype
     with autocast(CPU, found):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+
+
+def products() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "inside"),
+    [
+        ("tf32", "cuda", ("high", True)),
+        ("tf32", "cpu", ("highest", False)),
+        ("float32", "cuda", ("highest", False)),
+        ("bfloat16", "cuda", ("highest", False)),
+    ],
+)
+def test_products_of_float32_are_rounded_for_tf32_alone_and_as_before_afterwards(
+    precision: Any, device: str, inside: tuple[str, bool]
+) -> None:
+    before = products()
+    spec = Model(source="x", precision=precision)
+    with float32_products(spec, torch.device(device)):
+        assert products() == inside
+    assert products() == before
+
+
+def test_a_worker_multiplies_as_its_job_says_and_the_next_one_as_its_own(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_work", lambda *_: products())
+    session: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cuda"))
+    jobs = [
+        scene.job(model={"precision": precision}, workers={"gpus": 1})
+        for precision in ("tf32", "float32")
+    ]
+    given = [
+        worker.train_worker(session, Assignment(job, "run", generation=1, controls_seen=0))
+        for job in jobs
+    ]
+    assert given == [("high", True), ("highest", False)]

@@ -1,0 +1,308 @@
+"""Compiled blocks, and blocks whose activations are computed twice: the same numbers and names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from jobs.errors import EnvironmentFault, SpecError
+from jobs.record import State
+from jobs.spec import JobSpec, Model
+from tests import ranks
+from tests.evidence import final_weights, losses
+from tests.ranks import Kill, assignment_of, run_ranks
+from tests.scene import Scene
+from tests.tiny import tiny_model
+from trainers.block_training import adapt_blocks, compile_ahead, compiler_settings
+from trainers.loop import forward
+from trainers.microbatch import Cutting
+from trainers.parallel import seed_generators
+from trainers.records import read_attempts
+
+pytestmark = pytest.mark.filterwarnings(
+    # of torch's own, of what its compiler loads and looks at
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
+
+COMPILED = Model(source="x", compile=True)
+RECOMPUTED = Model(source="x", activation_checkpointing=True)
+BOTH = Model(source="x", compile=True, activation_checkpointing=True)
+CUTTING = Cutting(max_tokens=512, launch_tokens=1)
+
+
+def encoder(folder: Path) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(3)
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with dropout, of three blocks."""
+    return tiny_model(tmp_path_factory.mktemp("blocks"), layers=3, dropout=0.3)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What Dynamo has traced; it runs as it is, so that no C++ is compiled."""
+    found = list[Any]()
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+def one_pass(model: nn.Module, *, rows: int = 4, tokens: int = 9) -> dict[str, torch.Tensor]:
+    """The gradients of a forward and a backward pass with dropout, over rows with padding."""
+    ids = torch.arange(rows * tokens).reshape(rows, tokens) % 150 + 5
+    mask = torch.ones_like(ids)
+    mask[-1, 3:] = 0
+    model.zero_grad(set_to_none=True)
+    seed_generators(7)
+    model(input_ids=ids, attention_mask=mask).logits[:, 0].sum().backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """What a pass keeps between forward and backward."""
+    total = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.nbytes
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        one_pass(model)
+    return total
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+# ---------------------------------------------------------------------- activation checkpointing
+
+
+def test_gradients_that_are_computed_twice_have_the_same_bits_for_a_part_of_the_memory(
+    folder: Path,
+) -> None:
+    plain, recomputed = encoder(folder), encoder(folder)
+    adapt_blocks(recomputed, RECOMPUTED)
+    assert_same(one_pass(recomputed), one_pass(plain))
+    assert saved_bytes(recomputed) < saved_bytes(plain) / 3
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_that_compute_activations_twice_train_the_same_weights(
+    scene: Scene, strategy: str
+) -> None:
+    workers = {"count": 2, "strategy": strategy}
+    for run_id, own in (("plain", {}), ("recomputed", {"activation_checkpointing": True})):
+        spec = scene.job(workers=workers, model=own)
+        outcome = run_ranks(assignment_of(spec, run_id), world_size=2)
+        assert outcome is not None
+        assert outcome.state is State.SUCCEEDED
+    assert final_weights(scene.runs, "recomputed") == final_weights(scene.runs, "plain")
+
+
+def test_a_resume_may_begin_to_compute_activations_twice(scene: Scene) -> None:
+    spec = scene.job(train={"epochs": 2})
+    assert scene.train(spec, "calm").state is State.SUCCEEDED
+    run_ranks(assignment_of(spec, "killed"), world_size=1, kill=Kill("manifest", 1))
+    changed = scene.job(train={"epochs": 2}, model={"activation_checkpointing": True})
+    assert scene.train(changed, "killed", generation=2).state is State.SUCCEEDED
+    assert read_attempts(scene.runs, scene.paths("killed"))[-1].restored_step == 5
+    assert final_weights(scene.runs, "killed") == final_weights(scene.runs, "calm")
+
+
+def test_blocks_with_batchnorm_are_not_computed_twice() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.BatchNorm1d(2)) for _ in range(2))
+
+    with pytest.raises(SpecError, match="BatchNorm"):
+        adapt_blocks(Blocks(), RECOMPUTED)
+    adapt_blocks(Blocks(), COMPILED)
+
+
+# ------------------------------------------------------------------------------------- compiling
+
+
+def test_one_compiled_code_serves_all_blocks_and_all_shapes(
+    scene: Scene, folder: Path, graphs: list[Any]
+) -> None:
+    trainee = Scene(folder, scene.data, scene.folder).trainee(scene.job())
+    adapt_blocks(trainee.model, COMPILED)
+    with compiler_settings(COMPILED):
+        compile_ahead(trainee, CUTTING, most_row_tokens=32)
+        assert len(graphs) == 3  # several rows, with and without padding, and one row
+        for rows, tokens in ((2, 3), (5, 17), (64, 8), (3, 32), (7, 7), (1, 12), (29, 11)):
+            forward(trainee, trainee.task.empty_batch(rows=rows, tokens=tokens)).backward()
+            if rows > 1:
+                one_pass(trainee.model, rows=rows, tokens=max(4, tokens))
+    assert len(graphs) == 3
+
+
+@pytest.mark.parametrize("spec", [COMPILED, RECOMPUTED, BOTH], ids=["compiled", "twice", "both"])
+def test_parameters_keep_their_names(folder: Path, spec: Model) -> None:
+    plain, adapted = encoder(folder), encoder(folder)
+    adapt_blocks(adapted, spec)
+    assert list(adapted.state_dict()) == list(plain.state_dict())
+    assert [n for n, _ in adapted.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert [n for n, _ in adapted.named_modules()] == [n for n, _ in plain.named_modules()]
+
+
+def test_an_evaluation_runs_the_blocks_as_they_are(folder: Path, graphs: list[Any]) -> None:
+    plain, compiled = encoder(folder).eval(), encoder(folder).eval()
+    adapt_blocks(compiled, BOTH)
+    ids = torch.arange(5, 17).reshape(2, 6)
+    with torch.inference_mode():
+        assert torch.equal(compiled(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert graphs == []
+    with compiler_settings(BOTH):
+        one_pass(compiled.train())
+    assert graphs
+
+
+def test_compiling_ahead_leaves_no_trace(scene: Scene, graphs: list[Any]) -> None:
+    trainee = scene.trainee(scene.job())
+    before = {name: tensor.clone() for name, tensor in trainee.model.state_dict().items()}
+    adapt_blocks(trainee.model, COMPILED)
+    with compiler_settings(COMPILED):
+        compile_ahead(trainee, CUTTING, most_row_tokens=32)
+    assert graphs
+    assert_same(dict(trainee.model.state_dict()), before)
+    assert all(p.grad is None for p in trainee.model.parameters())
+
+
+@pytest.mark.parametrize("limit", [1, 8, 64, 10_000])
+@pytest.mark.parametrize("most_row_tokens", [8, 12, 512])
+def test_what_is_compiled_ahead_is_within_the_limits_and_never_square(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, limit: int, most_row_tokens: int
+) -> None:
+    trainee, shapes = scene.trainee(scene.job()), list[tuple[int, int]]()
+    monkeypatch.setattr(
+        "trainers.block_training.spare_passes",
+        lambda *_, **__: _Passes(lambda batch: shapes.append(tuple(batch["input_ids"].shape))),
+    )
+    compile_ahead(trainee, Cutting(limit, 1), most_row_tokens=most_row_tokens)
+    assert [rows > 1 for rows, _ in shapes] == [True, True, False]
+    for rows, tokens in shapes:
+        assert rows != tokens
+        assert rows * tokens <= max(limit, 6)
+        assert tokens <= most_row_tokens
+
+
+class _Passes:
+    def __init__(self, run: Callable[[Any], None]) -> None:
+        self._run = run
+
+    def __enter__(self) -> Callable[[Any], None]:
+        return self._run
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("key", ["compile", "activation_checkpointing"])
+def test_a_model_without_repeated_blocks_is_refused(key: str) -> None:
+    with pytest.raises(SpecError, match=f"model.{key} is true, but this model has no list") as told:
+        adapt_blocks(nn.Linear(1, 1), Model(source="x", **{key: True}))
+    assert told.value.problems[0].hint == f"remove model.{key}"
+    adapt_blocks(nn.Linear(1, 1), Model(source="x"))
+
+
+def test_a_machine_without_a_compiler_is_named_before_the_first_step(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    outcome = scene.train(scene.job(model={"compile": True}))
+    assert outcome.failure is not None
+    assert outcome.failure.exit_code == EnvironmentFault.exit_code
+    ((message, hint),) = outcome.failure.problems
+    assert "has no C++ compiler named no-such-compiler" in message
+    assert "apt-get install g++" in (hint or "")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the compiler keeps what it has made."""
+    return tmp_path_factory.mktemp("inductor")
+
+
+class TestWithInductor:
+    """Real C++ for the blocks of the tiny model, compiled once, and once more for the resume."""
+
+    pytestmark = pytest.mark.timeout(900)
+
+    @pytest.fixture(autouse=True)
+    def _surroundings(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        monkeypatch.setattr(ranks, "TIMEOUT_SECONDS", 600)
+
+    def test_gradients_that_are_computed_twice_are_those_of_compiled_blocks(
+        self, scene: Scene
+    ) -> None:
+        torch._dynamo.reset()
+        compiled, both, plain = (encoder(scene.model) for _ in range(3))
+        adapt_blocks(compiled, COMPILED)
+        adapt_blocks(both, BOTH)
+        with compiler_settings(BOTH):
+            first = one_pass(compiled, rows=11, tokens=29)
+            assert_same(one_pass(compiled, rows=11, tokens=29), first)
+            assert_same(one_pass(both, rows=11, tokens=29), first)
+            assert saved_bytes(both) < saved_bytes(plain) / 3
+        torch._dynamo.reset()
+
+    def test_a_killed_run_compiles_anew_and_ends_with_the_same_bits(
+        self, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The second attempt with a cache of its own, as on another machine."""
+        spec = scene.job(model={"compile": True})
+        self.run(scene, "calm", spec)
+        run_ranks(assignment_of(spec, "killed"), world_size=1, kill=Kill("manifest", 1))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other"))
+        self.run(scene, "killed", spec, generation=2)
+        assert read_attempts(scene.runs, scene.paths("killed"))[-1].restored_step == 5
+        assert final_weights(scene.runs, "killed") == final_weights(scene.runs, "calm")
+        assert any((tmp_path / "other").rglob("*.so"))
+
+    def test_ranks_compile_and_compute_twice(self, scene: Scene) -> None:
+        twice = {"compile": True, "activation_checkpointing": True}
+        for run_id, strategy, keys in (
+            ("plain", "ddp", {}),
+            ("compiled", "ddp", {"compile": True}),
+            ("ddp", "ddp", twice),
+            ("fsdp", "fsdp", twice),
+        ):
+            workers = {"count": 2, "strategy": strategy}
+            self.run(scene, run_id, scene.job(workers=workers, model=keys))
+        assert final_weights(scene.runs, "ddp") == final_weights(scene.runs, "compiled")
+        given = losses(scene.runs, "compiled")
+        assert losses(scene.runs, "fsdp") == pytest.approx(given, rel=1e-3)
+        # Compiled code draws other dropout.
+        assert losses(scene.runs, "plain") != pytest.approx(given, rel=1e-3)
+
+    def run(self, scene: Scene, run_id: str, spec: JobSpec, *, generation: int = 1) -> None:
+        assignment = assignment_of(spec, run_id, generation=generation)
+        outcome = run_ranks(assignment, world_size=spec.workers.count)
+        assert outcome is not None
+        assert outcome.state is State.SUCCEEDED
