@@ -28,7 +28,7 @@ from trainers.data.lanes import NotNeeded
 from trainers.data.stream import RankBatch
 from trainers.evaluation import BrokenOff, move
 from trainers.memory import passes_over
-from trainers.microbatch import Cutting, cut_microbatches, padded_tokens
+from trainers.microbatch import Cutting, computed_tokens, cut_microbatches
 from trainers.optim import (
     clear_gradients,
     gradient_norm,
@@ -133,7 +133,7 @@ class StepFacts:
     tokens: int
     """Without padding."""
     computed_tokens: int
-    """With it."""
+    """With it, where it goes through the layers."""
     steps: int
     busy: tuple[Busy, ...]
     """Of each rank, by rank: its own work in these steps, without waiting for other ranks."""
@@ -634,8 +634,9 @@ class _Feed:
         return _Coming(batch, microbatches, computed, self._agreement.start(vote), error)
 
     def _collate(self, batch: RankBatch) -> tuple[list[Batch], int]:
-        """Micro-batches, and their tokens with padding."""
+        """Micro-batches, and their tokens with the padding that is computed."""
         lengths = self._task.lengths(batch.items)
-        cuts = cut_microbatches(lengths, Cutting.of(self._spec.batching))
-        computed = sum(padded_tokens(lengths[cut]) for cut in cuts)
+        cutting = Cutting.of(self._spec.batching)
+        cuts = cut_microbatches(lengths, cutting)
+        computed = sum(computed_tokens(lengths[cut], cutting) for cut in cuts)
         return [self._task.collate(batch.items.take(cut)) for cut in cuts], computed
