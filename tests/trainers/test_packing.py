@@ -131,7 +131,8 @@ def gradients(model: nn.Module, batches: Sequence[Batch]) -> dict[str, torch.Ten
     model.zero_grad()
     passed = [forward(model, batch) for batch in batches]
     for logits in passed:
-        cross_entropy(logits, torch.arange(len(logits)) % 3).backward()
+        classes = torch.arange(len(logits), device=logits.device) % 3
+        cross_entropy(logits.float(), classes).backward()
     return {
         n.replace("_checkpoint_wrapped_module.", ""): p.grad.clone()
         for n, p in model.named_parameters()
@@ -214,6 +215,27 @@ def test_it_computes_in_bfloat16_under_autocast() -> None:
         half = forward(model, batch)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), forward(model, batch), atol=0.2, rtol=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("dtype", "atol", "rtol"), [(torch.float32, 2e-5, 1e-3), (torch.bfloat16, 0.05, 0.1)]
+)
+def test_a_gpu_gives_the_same_and_the_host_does_not_wait_for_it(
+    dtype: torch.dtype, atol: float, rtol: float
+) -> None:
+    expected = gradients(model_of(ALLOWED["bert"]), [batch_of(LENGTHS[0], packed=False)])
+    model = packed_model(ALLOWED["bert"]).cuda()
+    batch = {name: tensor.cuda() for name, tensor in batch_of(LENGTHS[0]).items()}
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+        gradients(model, [batch])  # loads the kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = gradients(model, [batch])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name].cpu(), gradient, atol=atol, rtol=rtol)
 
 
 # ------------------------------------------------------------------------------------ attention
