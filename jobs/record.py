@@ -234,7 +234,7 @@ class Microbatch(Record):
 
     rows: int
     tokens: int
-    """Rows times the longest of them: padding included."""
+    """Rows times the longest of them, padding included; without it where rows are packed."""
 
 
 class Crash(SealedRecord):

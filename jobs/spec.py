@@ -249,11 +249,16 @@ class Batching(SpecPart):
     """Rows in one optimizer step, over all workers."""
     max_tokens_per_microbatch: PositiveInt | Literal["auto"] = 8192
     """Tokens, padding included, of one forward and backward pass of one worker, at most. A step
-    takes as many micro-batches as it needs. `auto`: as many as fit into memory and are quick, found
-    by trying before the first step, and kept for the whole run."""
+    takes as many micro-batches as it needs. With `packing`, 32 tokens of padding count as one.
+    `auto`: as many as fit into memory and are quick, found by trying before the first step, and
+    kept for the whole run."""
     launch_tokens: NonNegativeInt | Literal["auto"] = "auto"
     """What a micro-batch costs besides its tokens, in tokens: many make few micro-batches with more
     padding. `auto`: measured before the first step, and kept for the whole run."""
+    packing: bool = False
+    """true: the model's layers get the rows of a micro-batch one after the other, without padding;
+    embeddings and head still see padded rows. For encoders whose positions lie in the embeddings,
+    such as BERT, RoBERTa, DistilBERT and ELECTRA; any other is refused before the first step."""
 
 
 class Optimizer(SpecPart):

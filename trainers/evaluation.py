@@ -82,7 +82,7 @@ def measure(
     was_training = model.training
     model.eval()
     try:
-        with _no_gradient(model), autocast(device, dtype):
+        with _no_gradient(model, cutting), autocast(device, dtype):
             if agreement is not None:
                 _run_together(run, passes, agreement, is_cut=is_cut, asked=asked)
             else:
@@ -171,10 +171,13 @@ def _next_number(at_once: int, *, seconds: float) -> int:
     return min(2 * at_once, _MOST_PASSES_BETWEEN_VOTES)
 
 
-def _no_gradient(model: nn.Module) -> AbstractContextManager[None]:
-    """Inference mode; for a model that is cut, no_grad: its gathered weights are used again in
-    training, and tensors made in inference mode are not allowed there."""
-    return torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode()
+def _no_gradient(model: nn.Module, cutting: Cutting) -> AbstractContextManager[None]:
+    """Inference mode; no_grad for a model that is cut, whose gathered weights are used again in
+    training, where tensors made in inference mode are not allowed, and for packed rows, as there
+    are no nested tensors in inference mode."""
+    if isinstance(model, FSDPModule) or cutting.packing:
+        return torch.no_grad()
+    return torch.inference_mode()
 
 
 def move(batch: Batch, device: torch.device) -> Batch:

@@ -29,7 +29,7 @@ from trainers.data.lanes import NotNeeded
 from trainers.data.stream import RankBatch
 from trainers.evaluation import BrokenOff, move
 from trainers.memory import passes_over
-from trainers.microbatch import Cutting, cut_microbatches, padded_tokens
+from trainers.microbatch import Cutting, computed_tokens, cut_microbatches
 from trainers.optim import (
     clear_gradients,
     gradient_norm,
@@ -139,7 +139,7 @@ class StepFacts:
     tokens: int
     """Without padding."""
     computed_tokens: int
-    """With it."""
+    """With it, where it goes through the layers."""
     imbalance: float
     """Share of the steps in which the mean rank waits for the one whose micro-batches cost most."""
     steps: int
@@ -653,8 +653,9 @@ class _Feed:
         return _Coming(batch, microbatches, computed, pending, error)
 
     def _collate(self, batch: RankBatch) -> tuple[list[Batch], int]:
-        """Micro-batches, and their tokens with padding."""
+        """Micro-batches, and their tokens with the padding that is computed."""
         lengths = self._task.lengths(batch.items)
-        cuts = cut_microbatches(lengths, Cutting.of(self._spec.batching))
-        computed = sum(padded_tokens(lengths[cut]) for cut in cuts)
+        cutting = Cutting.of(self._spec.batching)
+        cuts = cut_microbatches(lengths, cutting)
+        computed = sum(computed_tokens(lengths[cut], cutting) for cut in cuts)
         return [self._task.collate(batch.items.take(cut)) for cut in cuts], computed

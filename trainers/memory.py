@@ -9,7 +9,7 @@ import torch
 
 from jobs.errors import ClusterError, Problem, ShoalError, TrainingError
 from jobs.spec import JobSpec
-from trainers.microbatch import Cutting, IntArray, cut_microbatches, padded_tokens
+from trainers.microbatch import Cutting, IntArray, computed_tokens, cut_microbatches
 
 _OTHER_TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -23,11 +23,11 @@ class MicrobatchTooLarge(Exception):  # noqa: N818 - named for what it says
     """The memory did not suffice for the passes over some rows."""
 
     def __init__(self, *, rows: int, tokens: int) -> None:
-        super().__init__(f"{rows} rows of {tokens} tokens, padding included, do not fit")
+        super().__init__(f"{rows} rows of {tokens} tokens in all do not fit")
         self.rows = rows
         """Of the largest micro-batch."""
         self.tokens = tokens
-        """Its rows times its longest."""
+        """That its layers compute (`computed_tokens`)."""
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def passes_over(lengths: IntArray, cutting: Cutting) -> Iterator[None]:
         if not is_out_of_memory(error) or not len(lengths):
             raise
         cuts = cut_microbatches(lengths, cutting)
-        sizes = [(padded_tokens(lengths[cut]), len(cut)) for cut in cuts]
+        sizes = [(computed_tokens(lengths[cut], cutting), len(cut)) for cut in cuts]
         tokens, rows = max(sizes)
         raise MicrobatchTooLarge(rows=rows, tokens=tokens) from error
 
@@ -56,11 +56,12 @@ def memory_fault(error: MicrobatchTooLarge, *, step: int, spec: JobSpec) -> Shoa
     TrainingError. `spec` is the job with the limit that was in force."""
     if error.rows > 1:
         limit = spec.batching.max_tokens_per_microbatch
+        included = "" if spec.batching.packing else ", padding included,"
         held = "" if limit == "auto" else f" (the limit was {limit} tokens)"
         return ClusterError(
             Problem(
-                f"after step {step} a micro-batch of {error.rows} rows and {error.tokens} tokens, "
-                f"padding included, does not fit into memory{held}",
+                f"after step {step} a micro-batch of {error.rows} rows and {error.tokens} tokens"
+                f"{included} does not fit into memory{held}",
                 f"a restart halves it; give a new run batching.max_tokens_per_microbatch: "
                 f"{error.tokens // 2}",
             )

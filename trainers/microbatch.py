@@ -20,6 +20,8 @@ class Cutting:
     """Of a micro-batch, padding included."""
     launch_tokens: int
     """What a micro-batch costs besides its tokens, in tokens."""
+    packing: bool = False
+    """Whether padding goes through embeddings and head alone (`trainers.packing`)."""
 
     @classmethod
     def of(cls, batching: Batching) -> Cutting:
@@ -29,6 +31,7 @@ class Cutting:
         return cls(
             max_tokens=DEFAULT_MAX_TOKENS if most == "auto" else most,
             launch_tokens=DEFAULT_LAUNCH_TOKENS if launch == "auto" else launch,
+            packing=batching.packing,
         )
 
 
@@ -36,6 +39,9 @@ DEFAULT_MAX_TOKENS = 8192
 """Where nobody has tried, as in an evaluation apart from a run."""
 DEFAULT_LAUNCH_TOKENS = 128
 """Where nobody has measured it: about what it is of a small encoder on a CPU."""
+_PADDING_LIKE_ONE_PACKED = 32
+"""So many tokens of padding cost, and need memory, like one of a packed row: embeddings are about
+that small a part of an encoder."""
 
 
 def cut_microbatches(lengths: IntArray, cutting: Cutting) -> list[IntArray]:
@@ -44,7 +50,9 @@ def cut_microbatches(lengths: IntArray, cutting: Cutting) -> list[IntArray]:
     Rows are sorted by length (ties keep their order) and cut where the sum of what the
     micro-batches cost is least: each costs `cutting.launch_tokens`, and its rows times the longest
     of them, which is what padding makes of them. That is at most `cutting.max_tokens`; a single row
-    that is longer has a micro-batch of its own. No rows give no micro-batches.
+    that is longer has a micro-batch of its own. No rows give no micro-batches. With
+    `cutting.packing` padding counts for little instead: a micro-batch costs the sum of its rows,
+    and a small part of the padding.
 
     With sorted rows no micro-batch needs others than neighbours. The least cost of the first j rows
     is that of the first i, for the best i, and of a micro-batch from i to j: n steps, of as many
@@ -53,15 +61,20 @@ def cut_microbatches(lengths: IntArray, cutting: Cutting) -> list[IntArray]:
     order = np.argsort(-lengths, kind="stable").astype(np.int64)
     longest = np.maximum(1, lengths[order]).astype(np.int64)
     num_rows = len(order)
-    # The first row of the largest micro-batch that ends before j; rises with j.
-    reach = np.arange(num_rows) + np.maximum(1, cutting.max_tokens // longest)
-    first_of = np.searchsorted(reach, np.arange(1, num_rows + 1), side="left")
+    before = np.concatenate([[0], np.cumsum(longest)])
+    padding_like_one = _PADDING_LIKE_ONE_PACKED if cutting.packing else 1
     least = np.zeros(num_rows + 1, dtype=np.int64)
     begins = np.zeros(num_rows + 1, dtype=np.int64)
     numbers = np.arange(num_rows + 1)
+    first = 0
     for end in range(1, num_rows + 1):
-        first = first_of[end - 1]
-        costs = least[first:end] + (end - numbers[first:end]) * longest[first:end]
+        begin = numbers[first:end]
+        tokens = before[end] - before[begin]
+        padding = (end - begin) * longest[begin] - tokens
+        sizes = tokens + padding // padding_like_one  # falls with `begin`
+        too_large = min(int(np.count_nonzero(sizes > cutting.max_tokens)), len(sizes) - 1)
+        first += too_large
+        costs = least[first:end] + sizes[too_large:]
         best = int(np.argmin(costs))
         least[end] = costs[best] + cutting.launch_tokens
         begins[end] = first + best
@@ -73,6 +86,8 @@ def cut_microbatches(lengths: IntArray, cutting: Cutting) -> list[IntArray]:
     return cuts[::-1]
 
 
-def padded_tokens(lengths: IntArray) -> int:
-    """Tokens of a micro-batch of rows with these lengths, padding included."""
-    return len(lengths) * max(1, int(lengths.max()))
+def computed_tokens(lengths: IntArray, cutting: Cutting) -> int:
+    """Tokens that go through the layers for a micro-batch of rows with these lengths: padding
+    included, where it is not packed."""
+    lengths = np.maximum(1, lengths)
+    return int(lengths.sum() if cutting.packing else len(lengths) * lengths.max())

@@ -96,11 +96,11 @@ def replicate(
 
     The gradient buckets have one layout from the first step on: DDP lays them out anew after its
     first backward pass, by the order in which gradients came, so that pass is made here, as in an
-    evaluation, with `loss_of`, which gives the loss of rows that weigh nothing. Otherwise the first step after a
-    resume would sum in another order than the steps of a run that goes on, and weights would no
-    longer be bit-identical. A model of which some passes leave parameters unused keeps its first
-    layout, and pays for looking for them in each step. Models of a few
-    MiB and more get four buckets or more, so that reduction overlaps with the backward pass.
+    evaluation, with `loss_of`, which gives the loss of rows that weigh nothing. Otherwise the first
+    step after a resume would sum in another order than the steps of a run that goes on, and weights
+    would no longer be bit-identical. A model of which some passes leave parameters unused keeps its
+    first layout, and pays for looking for them in each step. Models of a few MiB and more get four
+    buckets or more, so that reduction overlaps with the backward pass.
 
     With several ranks, called by all of them at the same point.
     """

@@ -342,13 +342,14 @@ VALUES = [
     (
         "batching:",
         "batching is empty, but must be a group of keys",
-        "write its keys below it (global_batch_size, max_tokens_per_microbatch, launch_tokens), "
-        "or remove batching:",
+        "write its keys below it (global_batch_size, max_tokens_per_microbatch, launch_tokens, "
+        "packing), or remove batching:",
     ),
     (
         "batching: [1]",
         "batching is [1], but must be a group of keys",
-        "write its keys below it: global_batch_size, max_tokens_per_microbatch, launch_tokens",
+        "write its keys below it: global_batch_size, max_tokens_per_microbatch, launch_tokens, "
+        "packing",
     ),
     (
         "batching: {global_batch_size: 1e3}",

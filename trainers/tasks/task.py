@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from trainers.data.items import Items
 
 Batch = dict[str, torch.Tensor]
-"""Collated rows on one device; the first dimension of every tensor is the row."""
+"""Collated rows on one device. The first dimension of a tensor is the row, but for those that pack
+the rows (`trainers.packing`)."""
 
 
 @dataclass(frozen=True)
@@ -134,5 +135,7 @@ def build_task(spec: JobSpec, *, model_folder: Path, index: Index) -> Task:
     if spec.task.kind == "text-classification":
         from trainers.tasks.text_classification import TextClassification
 
-        return TextClassification(spec.task, model_folder=model_folder, index=index)
+        return TextClassification(
+            spec.task, model_folder=model_folder, index=index, packing=spec.batching.packing
+        )
     raise SpecError(f"task.kind is {spec.task.kind}, which no task here carries out")

@@ -20,6 +20,7 @@ from jobs.errors import DataError, Problem, SpecError
 from trainers.data.index import Index
 from trainers.data.items import Items, Ragged, numbers_of
 from trainers.data.tokenizers import has_own_files, tokenizer_digest
+from trainers.packing import pack_blocks, packed_tensors, packing_arguments
 from trainers.positions import most_tokens
 from trainers.tasks.confusion import ConfusionMetrics
 from trainers.tasks.task import Batch, Evaluation
@@ -44,10 +45,14 @@ _DROPOUT_KEYS = (
 
 
 class TextClassification:
-    """Cross-entropy over `labels`; texts are cut at `max_tokens`."""
+    """Cross-entropy over `labels`; texts are cut at `max_tokens`. With `packing` the model's layers
+    compute no padding."""
 
-    def __init__(self, spec: job.Task, *, model_folder: Path, index: Index) -> None:
+    def __init__(
+        self, spec: job.Task, *, model_folder: Path, index: Index, packing: bool = False
+    ) -> None:
         self._spec = spec
+        self._packing = packing
         self._tokenizer = load_tokenizer(model_folder)
         self._pad_id = self._tokenizer.pad_token_id
         if self._pad_id is None:
@@ -145,7 +150,18 @@ class TextClassification:
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._no_model(error) from error
+        if self._packing:
+            pack_blocks(model, self.forward, self._sample())
         return model
+
+    def _sample(self) -> Batch:
+        """Rows of several lengths and different tokens."""
+        lengths = np.array([5, 3, 3, 1])
+        special = set(self._tokenizer.all_special_ids)
+        ids = [number for number in range(len(self._tokenizer)) if number not in special]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        tokens = Ragged(np.resize(ids, offsets[-1]).astype(np.int32), offsets)
+        return self.collate(Items({"input_ids": tokens, "label": np.zeros(4, dtype=np.int64)}))
 
     def _no_model(self, error: Exception) -> SpecError:
         return SpecError(
@@ -231,11 +247,16 @@ class TextClassification:
         return np.ones(len(items))
 
     def collate(self, items: Items) -> Batch:
-        """`input_ids` and `attention_mask` [n, longest], `label` and `weight` [n]."""
-        return padded(items, pad_id=self._pad_id) | {"weight": torch.ones(len(items))}
+        """`input_ids` and `attention_mask` [n, longest], `label` and `weight` [n], and with packing
+        what `packed_tensors` gives."""
+        batch = padded(items, pad_id=self._pad_id) | {"weight": torch.ones(len(items))}
+        return batch | self._packed(self.lengths(items))
+
+    def _packed(self, lengths: npt.NDArray[np.int64]) -> Batch:
+        return packed_tensors(lengths) if self._packing else {}
 
     def empty_batch(self, *, rows: int = 1, tokens: int = 2) -> Batch:
-        return {
+        return self._packed(np.full(rows, tokens)) | {
             "input_ids": torch.full((rows, tokens), self._pad_id),
             "attention_mask": torch.ones(rows, tokens, dtype=torch.int64),
             "label": torch.zeros(rows, dtype=torch.int64),
@@ -246,7 +267,11 @@ class TextClassification:
 
     def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Logits [n, labels], float32."""
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        output = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            **packing_arguments(batch),
+        )
         logits: torch.Tensor = output.logits.float()
         return logits
 
