@@ -88,7 +88,7 @@ def _adapt(block: nn.Module, spec: Model) -> None:
             return checkpoint(computed, *inputs, use_reentrant=False, **keys)
         return computed(*inputs, **keys)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def replicate(
     if not leaves_some:
         loss_of(replica).backward()  # type: ignore[no-untyped-call]
         replica.zero_grad(set_to_none=True)
-    replica.train(was_training)
+    replica.train(was_training)  # type: ignore[no-untyped-call]
     return replica
 
 
@@ -202,5 +202,5 @@ def seed_generators(*keys: int) -> None:
     seed = int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
     # What torch.manual_seed does for these devices; it takes a hundred times as long.
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
