@@ -98,10 +98,10 @@ def largest_of_the_quick(trials: Sequence[Trial]) -> int:
 def _try(trainee: Trainee, *, rows: int, tokens: int) -> tuple[float | None, bool]:
     """Seconds of a pass over so many rows, None where they do not fit; and whether twice as many
     would."""
-    batch = trainee.task.empty_batch(rows=rows, tokens=tokens)
     cutting = Cutting(rows * tokens, launch_tokens=0)
     try:
         with spare_passes(trainee, cutting, rows=rows, tokens=tokens) as run:
+            batch = trainee.task.empty_batch(rows=rows, tokens=tokens)
             peak, room = _peak_and_room(trainee, lambda: run(batch))
             taken = [_seconds(run, batch, trainee.device) for _ in range(_REPEATS)]
     except MicrobatchTooLarge:

@@ -124,6 +124,7 @@ def replicate(
         gradient_as_bucket_view=True,
         find_unused_parameters=leaves_some,
     )
+    replica.eval()
     if not leaves_some:
         loss_of(replica).backward()  # type: ignore[no-untyped-call]
         replica.zero_grad(set_to_none=True)

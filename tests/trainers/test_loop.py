@@ -244,14 +244,21 @@ class PoisonedLoss:
         if int(os.environ.get("RANK", "0")) != self.rank:
             return
         whole, calls = TextClassification.loss, 0
+        run, is_training = TextClassification.forward, False
+
+        def forward(task: Any, model: nn.Module, rows: Any) -> torch.Tensor:
+            nonlocal is_training
+            is_training = model.training
+            return run(task, model, rows)
 
         def loss(task: Any, output: torch.Tensor, rows: Any) -> torch.Tensor:
             nonlocal calls
-            calls += torch.is_grad_enabled()
+            calls += is_training
             found = whole(task, output, rows)
             return found * math.inf if self.count <= calls <= self.last else found
 
         TextClassification.loss = loss  # type: ignore[method-assign]
+        TextClassification.forward = forward  # type: ignore[method-assign]
 
 
 class SkipsStep:
@@ -302,12 +309,14 @@ def test_skipped_steps_in_a_row_are_counted_over_a_resume(scene: Scene) -> None:
     spec = scene.job(train={"max_skipped_in_a_row": 2}, checkpoint={"every_steps": 100})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextClassification, "loss", TextClassification.loss)
+        patch.setattr(TextClassification, "forward", TextClassification.forward)
         PoisonedLoss(rank=0, count=3)()
         hear(patch, stop_at=4)
         stopped = scene.train(spec)
     assert (stopped.state, stopped.step) == (State.STOPPED, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextClassification, "loss", TextClassification.loss)
+        patch.setattr(TextClassification, "forward", TextClassification.forward)
         PoisonedLoss(rank=0, count=1, last=2)()
         outcome = scene.train(spec, generation=2)
     assert outcome.state is State.FAILED_USER

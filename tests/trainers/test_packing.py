@@ -321,7 +321,13 @@ class PackedPasses:
         if self.strategy == "fsdp":
             model = shard(model, device=CPU, dtype=torch.float32)
         elif self.strategy == "ddp":
-            model = replicate(model, device=CPU, world_size=world)
+            spare = batch_of([2])
+            model = replicate(
+                model,
+                device=CPU,
+                world_size=world,
+                loss_of=lambda model: 0 * forward(model, spare).sum(),
+            )
         model.train()
         for number, lengths in enumerate([(9, 4, 4, 1), (1,), (6, 6, 2)]):
             rows = range(len(lengths))[rank::world]
