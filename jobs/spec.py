@@ -551,6 +551,16 @@ class JobSpec(SpecPart):
         return self
 
     @model_validator(mode="after")
+    def _packed_rows_are_not_compiled(self) -> JobSpec:
+        if self.model.compile and self.batching.packing:
+            raise UnfitError(
+                "model.compile and batching.packing are both true, but packed rows have other "
+                "sizes in each micro-batch, for each of which the compiler would compile anew",
+                "remove one of them",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _early_stopping_has_data(self) -> JobSpec:
         if self.train.early_stopping is not None and self.data.validation is None:
             raise no_validation_set()

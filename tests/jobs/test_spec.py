@@ -86,6 +86,15 @@ def test_each_key_belongs_to_the_digest_of_what_it_decides(
     assert changed_digests(**changes) == groups
 
 
+def test_packed_rows_are_not_compiled() -> None:
+    compiled = TREE["model"] | {"compile": True}
+    assert job(model=compiled).model.compile
+    assert job(batching={"packing": True}).batching.packing
+    with pytest.raises(SpecError, match="both true") as told:
+        job(model=compiled, batching={"packing": True})
+    assert told.value.problems[0].hint == "remove one of them"
+
+
 def test_tf32_is_for_gpus() -> None:
     model = TREE["model"] | {"precision": "tf32"}
     assert job(model=model, workers={"gpus": 1}).model.precision == "tf32"
