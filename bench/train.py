@@ -9,12 +9,13 @@ same global batch, from the same weights, and are judged on the same test rows:
 
     naive           every row padded to 128 tokens, the global batch in one pass
     Trainer         Hugging Face's, dynamic padding, or length grouping as well
-    Shoal           one process, without Ray; with --compile also with model.compile
+    Shoal           one process, without Ray; also with batching.packing, and with --compile with
+                    model.compile
     Shoal, bare     two processes: Shoal under torchrun, and a bare loop over the very same
                     micro-batches, which lie ready in memory
 
 With --device cuda there is one process, which needs no Ray: in bfloat16 naive and Trainer (where
-accelerate is installed), Shoal in float32, tf32 and bfloat16, and in that compiled, or with
+accelerate is installed), Shoal in float32, tf32 and bfloat16, and in that compiled, packed, or with
 activation checkpointing.
 
 A row's own time is that of the steps after the first two, on a GPU after the first epoch: no start,
@@ -183,6 +184,7 @@ def _on_cpu(variants: _Variants, compiled: bool) -> dict[str, Variant]:
         "Trainer, dynamic padding": partial(variants.trainer, "random"),
         "Trainer, length grouping": partial(variants.trainer, "group_by_length"),
         "Shoal": partial(variants.shoal, 1),
+        "Shoal, packing": partial(variants.shoal, 1, packing=True),
         **(also if compiled else {}),
     }
 
@@ -204,6 +206,7 @@ def _on_gpu(variants: _Variants) -> dict[str, Variant]:
         "Shoal, float32": partial(shoal, precision="float32"),
         "Shoal, tf32": partial(shoal, precision="tf32"),
         "Shoal, bfloat16, compile": partial(shoal, precision=half, compile=True),
+        "Shoal, bfloat16, packing": partial(shoal, precision=half, packing=True),
         "Shoal, bfloat16, activation checkpointing": partial(
             shoal, precision=half, activation_checkpointing=True
         ),
@@ -254,9 +257,9 @@ class _Variants:
                 torch.save(steps, folder / f"{rank}.pt")
         return self._loop("bare", workers=workers, batches=str(folder))
 
-    def shoal(self, workers: int, **model: Any) -> dict[str, Any]:
+    def shoal(self, workers: int, *, packing: bool = False, **model: Any) -> dict[str, Any]:
         """`model`: keys of the job's model."""
-        spec = self._job(workers, **model)
+        spec = self._job(workers, packing=packing, **model)
         self._runs += 1
         run_id = f"run-{self._runs}"
         file = self._place / f"{run_id}.yaml"
@@ -268,7 +271,7 @@ class _Variants:
         reader = RunReader(open_store(spec.store.uri), run_id)
         lines = [line for line in reader.metrics() if line["kind"] == "train"]
         [attempt] = reader.attempts()
-        if workers == 2:
+        if workers == 2 and self._launch_tokens is None:
             self._launch_tokens = attempt.launch_tokens
         warm = [line for line in lines if line["step"] <= self._warm_steps]
         timed = lines[len(warm) :]
@@ -289,14 +292,20 @@ class _Variants:
             "seconds": outcome.seconds,
         }
 
-    def _job(self, workers: int, **model: Any) -> JobSpec:
+    def _job(self, workers: int, *, packing: bool = False, **model: Any) -> JobSpec:
+        # The bare loop has the micro-batches of the first run with as many workers.
+        known = self._launch_tokens if workers == 2 else None
         return parse_spec(
             {
                 "name": "bench",
                 "task": {"labels": list(LABELS), "max_tokens": MOST_TOKENS},
                 "model": {"source": self._model, "precision": "float32", **model},
                 "data": {**self._data, "seed": 7},
-                "batching": {"global_batch_size": GLOBAL_BATCH},
+                "batching": {
+                    "global_batch_size": GLOBAL_BATCH,
+                    "packing": packing,
+                    "launch_tokens": "auto" if known is None else known,
+                },
                 "optimizer": {"learning_rate": LEARNING_RATE},
                 "train": {"epochs": self._epochs, "log_every_steps": self._log_every},
                 "checkpoint": {"every_steps": 10_000},
