@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,14 @@ from trainers.microbatch import Cutting
 from trainers.parallel import seed_generators
 from trainers.records import read_attempts
 
-pytestmark = pytest.mark.filterwarnings(
-    # of torch's own, of what its compiler loads and looks at
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-)
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings(
+        # of torch's own, of what its compiler loads and looks at
+        "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    ),
+]
 
 COMPILED = Model(source="x", compile=True)
 RECOMPUTED = Model(source="x", activation_checkpointing=True)
@@ -50,6 +56,12 @@ def encoder(folder: Path) -> nn.Module:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with dropout, of three blocks."""
     return tiny_model(tmp_path_factory.mktemp("blocks"), layers=3, dropout=0.3)
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes the ranks longer than all else that they do."""
+    monkeypatch.setattr(ranks, "TIMEOUT_SECONDS", 600)
 
 
 @pytest.fixture
@@ -92,6 +104,14 @@ def saved_bytes(model: nn.Module) -> int:
     return total
 
 
+def run_to_the_end(scene: Scene, run_id: str, spec: JobSpec, **options: Any) -> None:
+    generation = options.pop("generation", 1)
+    assignment = assignment_of(spec, run_id, generation=generation)
+    outcome = run_ranks(assignment, world_size=spec.workers.count, **options)
+    assert outcome is not None
+    assert outcome.state is State.SUCCEEDED
+
+
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
@@ -116,10 +136,7 @@ def test_ranks_that_compute_activations_twice_train_the_same_weights(
 ) -> None:
     workers = {"count": 2, "strategy": strategy}
     for run_id, own in (("plain", {}), ("recomputed", {"activation_checkpointing": True})):
-        spec = scene.job(workers=workers, model=own)
-        outcome = run_ranks(assignment_of(spec, run_id), world_size=2)
-        assert outcome is not None
-        assert outcome.state is State.SUCCEEDED
+        run_to_the_end(scene, run_id, scene.job(workers=workers, model=own))
     assert final_weights(scene.runs, "recomputed") == final_weights(scene.runs, "plain")
 
 
@@ -169,6 +186,39 @@ def test_parameters_keep_their_names(folder: Path, spec: Model) -> None:
     assert list(adapted.state_dict()) == list(plain.state_dict())
     assert [n for n, _ in adapted.named_parameters()] == [n for n, _ in plain.named_parameters()]
     assert [n for n, _ in adapted.named_modules()] == [n for n, _ in plain.named_modules()]
+
+
+@dataclass(frozen=True)
+class WithoutCpp:
+    """In this process compiled blocks are traced, with their gradients, and no C++ is made of them;
+    each graph leaves a file in a folder."""
+
+    folder: Path
+
+    def __call__(self) -> None:
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            from torch._dynamo.backends.debugging import aot_eager
+
+            traced = aot_eager(graph, inputs)
+            (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+            return traced
+
+        torch.compile = partial(torch.compile, backend=backend)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_blocks_of_several_ranks_are_compiled_as_those_of_one(scene: Scene, strategy: str) -> None:
+    workers = {"count": 2, "strategy": strategy}
+    twice = {"compile": True, "activation_checkpointing": True}
+    run_to_the_end(scene, "plain", scene.job(workers=workers))
+    for run_id, own in (("compiled", {"compile": True}), ("twice", twice)):
+        folder = scene.folder / run_id
+        folder.mkdir()
+        spec = scene.job(workers=workers, model=own)
+        run_to_the_end(scene, run_id, spec, before=WithoutCpp(folder))
+        assert len(list(folder.iterdir())) == 2 * 3
+        assert losses(scene.runs, run_id) == pytest.approx(losses(scene.runs, "plain"), rel=1e-3)
+    assert final_weights(scene.runs, "twice") == final_weights(scene.runs, "compiled")
 
 
 def test_an_evaluation_runs_the_blocks_as_they_are(folder: Path, graphs: list[Any]) -> None:
@@ -249,14 +299,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestWithInductor:
-    """Real C++ for the blocks of the tiny model, compiled once, and once more for the resume."""
-
-    pytestmark = pytest.mark.timeout(900)
+    """Real C++ for the blocks of the tiny model: some 40 s of processor time for each cache."""
 
     @pytest.fixture(autouse=True)
     def _surroundings(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
-        monkeypatch.setattr(ranks, "TIMEOUT_SECONDS", 600)
 
     def test_gradients_that_are_computed_twice_are_those_of_compiled_blocks(
         self, scene: Scene
@@ -277,32 +324,10 @@ class TestWithInductor:
     ) -> None:
         """The second attempt with a cache of its own, as on another machine."""
         spec = scene.job(model={"compile": True})
-        self.run(scene, "calm", spec)
+        run_to_the_end(scene, "calm", spec)
         run_ranks(assignment_of(spec, "killed"), world_size=1, kill=Kill("manifest", 1))
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other"))
-        self.run(scene, "killed", spec, generation=2)
+        run_to_the_end(scene, "killed", spec, generation=2)
         assert read_attempts(scene.runs, scene.paths("killed"))[-1].restored_step == 5
         assert final_weights(scene.runs, "killed") == final_weights(scene.runs, "calm")
         assert any((tmp_path / "other").rglob("*.so"))
-
-    def test_ranks_compile_and_compute_twice(self, scene: Scene) -> None:
-        twice = {"compile": True, "activation_checkpointing": True}
-        for run_id, strategy, keys in (
-            ("plain", "ddp", {}),
-            ("compiled", "ddp", {"compile": True}),
-            ("ddp", "ddp", twice),
-            ("fsdp", "fsdp", twice),
-        ):
-            workers = {"count": 2, "strategy": strategy}
-            self.run(scene, run_id, scene.job(workers=workers, model=keys))
-        assert final_weights(scene.runs, "ddp") == final_weights(scene.runs, "compiled")
-        given = losses(scene.runs, "compiled")
-        assert losses(scene.runs, "fsdp") == pytest.approx(given, rel=1e-3)
-        # Compiled code draws other dropout.
-        assert losses(scene.runs, "plain") != pytest.approx(given, rel=1e-3)
-
-    def run(self, scene: Scene, run_id: str, spec: JobSpec, *, generation: int = 1) -> None:
-        assignment = assignment_of(spec, run_id, generation=generation)
-        outcome = run_ranks(assignment, world_size=spec.workers.count)
-        assert outcome is not None
-        assert outcome.state is State.SUCCEEDED
