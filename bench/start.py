@@ -10,7 +10,8 @@ but what the system keeps of files by itself; the server has the lowest share of
     first step      seconds from the command to the first optimizer step of any worker
     after the last  seconds from the last optimizer step to the end of the command
 
-What of Shoal's end comes after the last object that it stores, the run's result, is told apart.
+Of Shoal's end is told what it goes to, by the run's account, and what comes after the last object
+that it stores, the run's result.
 
 Exit code 1 where a side made another number of steps; nothing about speed is judged.
 """
@@ -39,6 +40,7 @@ from cluster.storage import join_uri, open_store
 from examples import assets
 from jobs.foreground import kill_tree
 from jobs.runs import RunReader
+from jobs.status import read_status
 from tests.tiny import LABELS, MAX_TOKENS, tiny_model, tiny_reviews, tiny_tree
 from trainers.data.prepare import prepare
 from trainers.data.prepare_plan import PrepareOptions
@@ -61,7 +63,7 @@ class Start:
     """What of that comes after the last durable object; None for the plain loop."""
     steps: int
     account: dict[str, float] | None
-    """Where the seconds of rank 0's attempt went; None for the plain loop."""
+    """Seconds of the run by purpose; None for the plain loop."""
 
 
 def main() -> int:
@@ -129,11 +131,10 @@ class Arena:
             run_id,
             is_stored=lambda: reader.result() is not None,
         )
-        outcome = reader.outcomes()[1]
+        account = dict(read_status(reader).account.seconds)
         assert stored is not None
-        return Start(
-            steps[0] - began, ended - steps[-1], ended - stored, outcome.step, outcome.seconds
-        )
+        step = reader.outcomes()[1].step
+        return Start(steps[0] - began, ended - steps[-1], ended - stored, step, account)
 
     def plain(self) -> Start:
         run_id = f"plain-{next(self._numbers)}"
@@ -231,8 +232,16 @@ def tables(result: dict[str, Any]) -> list[Table]:
         table.add_row(
             title, f"{ours[key]:.1f}", f"{plain[key]:.1f}", f"{result['ratios'][key]:.2f}"
         )
+    accounts = [run["account"] for run in result["runs"]["shoal"]]
+    for purpose, title in (
+        ("evaluation", "evaluation"),
+        ("checkpoint", "the last checkpoint, until it is durable"),
+        ("finish", "end of the workers and of Ray, report, result"),
+    ):
+        seconds = statistics.median(account[purpose] for account in accounts)
+        table.add_row(f"  of it {title}", f"{seconds:.1f}", "", "")
     table.add_row(
-        "of it after the last durable object", f"{result['after_result_seconds']:.1f}", "", ""
+        "  of it after the last durable object", f"{result['after_result_seconds']:.1f}", "", ""
     )
     return [table]
 
