@@ -99,8 +99,8 @@ class Items:
     columns: Mapping[str, Column]
 
     def __post_init__(self) -> None:
-        lengths = {name: len(column) for name, column in self.columns.items()}
-        if len(set(lengths.values())) > 1:
+        if len({len(column) for column in self.columns.values()}) > 1:
+            lengths = {name: len(column) for name, column in self.columns.items()}
             raise ValueError(f"columns of different lengths: {lengths}")
 
     def __len__(self) -> int:
