@@ -48,7 +48,13 @@ from trainers.fence import Fence, Superseded
 from trainers.launch_cost import measured_launch_tokens
 from trainers.local_copy import TICKING, DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
-from trainers.memory import MicrobatchTooLarge, is_out_of_memory, memory_fault, room_fault
+from trainers.memory import (
+    MicrobatchTooLarge,
+    is_out_of_memory,
+    keep_freed_memory,
+    memory_fault,
+    room_fault,
+)
 from trainers.microbatch import Cutting
 from trainers.microbatch_size import tried_max_tokens
 from trainers.parallel import float32_products, plain, trained_parameters
@@ -100,6 +106,8 @@ def _work(session: Session, assignment: Assignment, watch: Watchdog) -> Outcome:
     spec = assignment.spec
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(spec.workers.cpus)
+    if session.device.type == "cpu":
+        keep_freed_memory()
     account = TimeAccount()
     patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
     paths = RunPaths(assignment.run_id)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -336,3 +339,23 @@ def test_the_limit_halves_where_several_rows_did_not_fit(
 ) -> None:
     """The job's own is 256."""
     assert microbatch_limit(last, state, broke_off, of_job=256) == limit
+
+
+def pages_cleared(program: str) -> int:
+    """Pages that the system gives a process that takes 64 MiB twenty times over."""
+    code = f"""
+import resource, torch
+from trainers.memory import keep_freed_memory
+{program}
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_memory_that_was_freed_is_kept_for_the_next_pass() -> None:
+    assert pages_cleared("keep_freed_memory()") < pages_cleared("") / 10
