@@ -12,6 +12,7 @@ import re
 import threading
 import time
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -44,7 +45,8 @@ class _Made:
 
     process: int
     credentials: ReadOnlyCredentials | None
-    store: obstore.store.S3Store
+    store: obstore.store.S3Store | None
+    """None where the bucket is reached in a way that obstore does not know."""
 
 
 class QuickReads:
@@ -79,13 +81,13 @@ class QuickReads:
             or not _PLAIN_BUCKET.fullmatch(bucket)
         ):
             return None
-        store = self._store(session, endpoint_url, region, bucket)
-        if store is None:
-            return None
         import obstore
         import obstore.exceptions
 
         try:
+            store = self._store(session, endpoint_url, region, bucket)
+            if store is None:
+                return None
             found = obstore.get_range(store, key, start=start, end=end)
             data = found.to_bytes() if len(found) == end - start else None
         except (obstore.exceptions.BaseError, OSError, ValueError):
@@ -108,14 +110,16 @@ class QuickReads:
                 return None
             credentials = found.get_frozen_credentials()
         process = os.getpid()
+        if _process not in (None, process):
+            return None  # before the lock, which a fork may have taken with it
         made = self._made.get(bucket)
         if made is not None and (made.process, made.credentials) == (process, credentials):
             return made.store
         with self._lock:
-            if _process not in (None, process) or not _is_plain(self._settings, endpoint_url):
-                return None
-            _process = process
-            store = _make_store(self._settings, credentials, endpoint_url, region, bucket)
+            store = None
+            if _is_plain(self._settings, endpoint_url):
+                _process = process
+                store = _make_store(self._settings, credentials, endpoint_url, region, bucket)
             self._made[bucket] = _Made(process, credentials, store)
             return store
 
@@ -130,9 +134,14 @@ def _is_plain(settings: S3Settings, endpoint_url: str) -> bool:
         return False
     if settings.endpoint_url and settings.addressing_style == "virtual":
         return False
-    if settings.is_loopback and url.scheme in urllib.request.getproxies():
+    if settings.is_loopback and _named(urllib.request.getproxies(), url.scheme):
         return bool(urllib.request.proxy_bypass(url.netloc))
-    return not botocore.utils.get_environ_proxies(endpoint_url)
+    return not _named(botocore.utils.get_environ_proxies(endpoint_url), url.scheme)
+
+
+def _named(proxies: Mapping[str, str], scheme: str) -> bool:
+    """Whether a proxy is named for URLs of a scheme."""
+    return scheme in proxies or "all" in proxies
 
 
 def _make_store(

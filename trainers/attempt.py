@@ -182,7 +182,7 @@ def microbatch_limit(
     known = [record.max_tokens_per_microbatch for record in (last, restored) if record is not None]
     limits = [limit for limit in (of_job, *known) if limit is not None and limit != "auto"]
     if crash is not None and crash.out_of_memory is not None and _can_halve(crash):
-        limits = [min(*limits, crash.out_of_memory.tokens) // 2]
+        limits = [min([*limits, crash.out_of_memory.tokens]) // 2]
     held = min(limits, default=None)
     return None if held == of_job else held
 

@@ -112,13 +112,13 @@ def compile_ahead(trainee: Trainee, cutting: Cutting, *, most_row_tokens: int) -
     """Compiles by passes over several rows, over rows of which one is padded, and over one row.
 
     How a sum is shared out to threads is decided by the sizes that the compiler meets first. They
-    are the same at each start, so that a resumed run adds up as the one before. Called by all ranks
+    are the same at each start, whatever a micro-batch may hold by then, so that a resumed run adds
+    up as the one before. Called by all ranks
     at the same point; raises MicrobatchTooLarge, on this rank alone, where memory runs out.
     """
-    tokens = max(2, min(_AHEAD_TOKENS, most_row_tokens, cutting.max_tokens // 2))
-    rows = max(2, min(_AHEAD_ROWS, cutting.max_tokens // tokens))
+    rows, tokens = _AHEAD_ROWS, max(2, min(_AHEAD_TOKENS, most_row_tokens))
     if rows == tokens:  # would be taken for one size
-        tokens += 1 if tokens == 2 else -1
+        tokens -= 1
     task = trainee.task
     with spare_passes(trainee, cutting, rows=rows, tokens=tokens) as run:
         run(task.empty_batch(rows=rows, tokens=tokens))

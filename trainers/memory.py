@@ -41,6 +41,13 @@ def keep_freed_memory() -> None:
             return
 
 
+def give_back_memory() -> None:
+    """Has glibc give what is freed back to the system. Source: malloc_trim(3)."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 class MicrobatchTooLarge(Exception):  # noqa: N818 - named for what it says
     """The memory did not suffice for the passes over some rows."""
 

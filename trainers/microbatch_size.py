@@ -17,7 +17,7 @@ from torch import nn
 from trainers.agreement import Agreement
 from trainers.free_memory import free_bytes
 from trainers.loop import Trainee
-from trainers.memory import MicrobatchTooLarge
+from trainers.memory import MicrobatchTooLarge, give_back_memory
 from trainers.microbatch import Cutting
 from trainers.parallel import is_sharded, local_part
 from trainers.spare_passes import spare_passes
@@ -50,27 +50,35 @@ class Trial:
 
 
 def tried_max_tokens(
-    trainee: Trainee, agreement: Agreement, *, most_row_tokens: int, most_tokens: int
+    trainee: Trainee,
+    agreement: Agreement,
+    *,
+    most_row_tokens: int,
+    most_tokens: int,
+    local_world_size: int,
 ) -> int:
     """The most tokens of a micro-batch, padding included: the largest that is about as quick, by
     token, as the quickest; the same on all ranks.
 
     It holds one row of `most_row_tokens` at least, and is at most about `most_tokens`, beyond which
-    no micro-batch of the run would be. Called by all ranks at the same point, before the first
-    step: no weights change.
+    no micro-batch of the run would be. On CPUs the `local_world_size` ranks of a node share its
+    memory. Called by all ranks at the same point, before the first step: no weights change.
 
     Raises MicrobatchTooLarge, on this rank alone, where the memory does not suffice for one row,
     or runs out in a model that is cut over the ranks, which the others would wait for.
     """
     trials = list[Trial]()
     for rows in _doubling(-(-most_tokens // most_row_tokens)):
-        seconds, fits_twice = _try(trainee, rows=rows, tokens=most_row_tokens)
+        seconds, fits_twice = _try(
+            trainee, rows=rows, tokens=most_row_tokens, ranks_of_node=local_world_size
+        )
         told = agreement.gather([seconds, fits_twice])
         if any(taken is None for taken, _ in told):
             break
         trials.append(Trial(rows * most_row_tokens, max(taken for taken, _ in told)))
         if not all(fits for _, fits in told) or gains_nothing(trials):
             break
+    give_back_memory()
     return largest_of_the_quick(trials)
 
 
@@ -95,14 +103,16 @@ def largest_of_the_quick(trials: Sequence[Trial]) -> int:
     return max(trial.tokens for trial in trials if trial.rate * _GAIN >= best)
 
 
-def _try(trainee: Trainee, *, rows: int, tokens: int) -> tuple[float | None, bool]:
+def _try(
+    trainee: Trainee, *, rows: int, tokens: int, ranks_of_node: int
+) -> tuple[float | None, bool]:
     """Seconds of a pass over so many rows, None where they do not fit; and whether twice as many
     would."""
     cutting = Cutting(rows * tokens, launch_tokens=0)
     try:
         with spare_passes(trainee, cutting, rows=rows, tokens=tokens) as run:
             batch = trainee.task.empty_batch(rows=rows, tokens=tokens)
-            peak, room = _peak_and_room(trainee, lambda: run(batch))
+            peak, room = _peak_and_room(trainee, lambda: run(batch), ranks_of_node)
             taken = [_seconds(run, batch, trainee.device) for _ in range(_REPEATS)]
     except MicrobatchTooLarge:
         if rows == 1 or is_sharded(trainee.model):
@@ -123,11 +133,14 @@ def _seconds(run: Callable[[Batch], None], batch: Batch, device: torch.device) -
     return time.perf_counter() - began
 
 
-def _peak_and_room(trainee: Trainee, run: Callable[[], None]) -> tuple[float, float]:
+def _peak_and_room(
+    trainee: Trainee, run: Callable[[], None], ranks_of_node: int
+) -> tuple[float, float]:
     """Bytes that a pass needs on top of what is held, and that there are for it."""
     device = trainee.device
     if device.type != "cuda":
-        room = free_bytes()
+        give_back_memory()
+        room = free_bytes() / ranks_of_node
         return _CPU_TEMPORARIES * _kept_bytes(trainee.model, run), room
     held = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -262,6 +262,7 @@ class _Rank:
                 self._agreement,
                 most_row_tokens=spec.task.max_tokens,
                 most_tokens=rows * spec.task.max_tokens,
+                local_world_size=self._session.local_world_size,
             )
             self._attempt = self._attempt.model_copy(update={"max_tokens_per_microbatch": found})
             self._spec = as_cut(self._spec, self._attempt)

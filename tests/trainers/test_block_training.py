@@ -243,21 +243,22 @@ def test_compiling_ahead_leaves_no_trace(scene: Scene, graphs: list[Any]) -> Non
     assert all(p.grad is None for p in trainee.model.parameters())
 
 
-@pytest.mark.parametrize("limit", [1, 8, 64, 10_000])
-@pytest.mark.parametrize("most_row_tokens", [8, 12, 512])
-def test_what_is_compiled_ahead_is_within_the_limits_and_never_square(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, limit: int, most_row_tokens: int
+@pytest.mark.parametrize("most_row_tokens", [8, 11, 12, 512])
+def test_what_is_compiled_ahead_depends_on_no_limit_and_is_never_square(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, most_row_tokens: int
 ) -> None:
     trainee, shapes = scene.trainee(scene.job()), list[tuple[int, int]]()
     monkeypatch.setattr(
         "trainers.block_training.spare_passes",
         lambda *_, **__: _Passes(lambda batch: shapes.append(tuple(batch["input_ids"].shape))),
     )
-    compile_ahead(trainee, Cutting(limit, 1), most_row_tokens=most_row_tokens)
+    for limit in (1, 10_000):
+        compile_ahead(trainee, Cutting(limit, 1), most_row_tokens=most_row_tokens)
+    assert shapes[:3] == shapes[3:]
+    del shapes[3:]
     assert [rows > 1 for rows, _ in shapes] == [True, True, False]
     for rows, tokens in shapes:
         assert rows != tokens
-        assert rows * tokens <= max(limit, 6)
         assert tokens <= most_row_tokens
 
 
@@ -298,11 +299,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestWithInductor:
-    """Real C++ for the blocks of the tiny model: some 40 s of processor time for each cache."""
+    """Real C++ for the blocks of the tiny model."""
 
     @pytest.fixture(autouse=True)
     def _surroundings(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        # The compiler's own optimizations are most of its time.
+        quick = cache / "g++"
+        quick.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+        quick.chmod(0o755)
+        monkeypatch.setenv("CXX", str(quick))
 
     def test_gradients_that_are_computed_twice_are_those_of_compiled_blocks(
         self, scene: Scene

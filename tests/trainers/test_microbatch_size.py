@@ -53,10 +53,10 @@ def tried(
     sizes = list[int]()
     own = microbatch_size._try
 
-    def look(trainee: Any, *, rows: int, tokens: int) -> Any:
+    def look(trainee: Any, *, rows: int, tokens: int, ranks_of_node: int) -> Any:
         assert tokens == MAX_TOKENS
         sizes.append(rows)
-        return own(trainee, rows=rows, tokens=tokens)
+        return own(trainee, rows=rows, tokens=tokens, ranks_of_node=ranks_of_node)
 
     monkeypatch.setattr(microbatch_size, "_try", look)
     for name, value in patches.items():
