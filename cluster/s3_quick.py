@@ -1,6 +1,6 @@
 """Ranged reads of S3 at little cost: a first try by obstore, whose client is written in Rust.
 
-Of a request for 200 KB botocore takes several milliseconds of the processor, most of them with the
+Of a request for 200 KB botocore takes some two milliseconds of the processor, most of it with the
 interpreter's lock; obstore takes a fraction of one, without it. It has one try only: whoever it
 fails reads again through botocore, which knows retries, deadlines and what to tell the user.
 """

@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
     """Has the allocator of the C library keep what a pass has freed for the next one.
 
     By default glibc gives large blocks back to the system at once, which then has to clear each
-    page anew: about a tenth of a step on a CPU. What the process holds stays at its peak. Nothing
+    page anew: up to a tenth of a step on a CPU. What the process holds stays at its peak. Nothing
     happens with other C libraries. Source: mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
