@@ -20,6 +20,8 @@
     report/index.html, report/report.json
     evaluations/DIGEST/predictions.parquet      the best model on other data, by the data's digest;
     evaluations/DIGEST/metrics.json             written last
+    study/00000001.json                         what happened in a study, as jobs/study/log.py has it
+    trials/0007/...                             a trial of it: a run of its own
     ray/generation-0001/...                     Ray Train's own notes; never read
     result.json                                 how the run ended; written last
     deleting.json                               the run is being deleted; readers refuse it
@@ -219,6 +221,8 @@ class Outcome(SealedRecord):
     step: int
     failure: Failure | None = None
     best_step: int | None = None
+    trial: int | None = None
+    """Of a study: the trial whose best checkpoint is its model."""
     test: dict[str, Any] | None = None
     """Evaluation of the best model on the test set (or validation set, see `tested_on`)."""
     before: dict[str, Any] | None = None
@@ -497,6 +501,23 @@ class RunPaths:
     def evaluation(self, data_digest: str) -> str:
         """Folder of an evaluation on other data, with a slash at its end."""
         return self._join("evaluations", data_digest) + "/"
+
+    @property
+    def study(self) -> str:
+        return self._join("study/")
+
+    def study_object(self, first: int, last: int | None = None) -> str:
+        """An object of a study's log: of one append, or of those from `first` to `last`."""
+        name = f"{first:08d}" if last is None else f"{first:08d}-{last:08d}"
+        return self._join("study", f"{name}.json")
+
+    @property
+    def trials(self) -> str:
+        return self._join("trials/")
+
+    def trial(self, number: int) -> RunPaths:
+        """The run folder of a study's trial."""
+        return RunPaths(self._join("trials", f"{number:04d}"))
 
     @property
     def ray(self) -> str:

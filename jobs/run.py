@@ -1,7 +1,7 @@
 """The program that drives a run, the same on a laptop and in a cluster: `python -m jobs.run URI`.
 
 main -> drive        lease, result, report
-          _fit       Ray, signals, the workers
+          _fit       Ray, signals, the workers, or the trials of a study
 """
 
 from __future__ import annotations
@@ -156,13 +156,18 @@ def _fit(
                 python = stack.enter_context(fork_server()) if forks else None
                 stack.enter_context(ray_cluster(workers))
                 stack.enter_context(own_node_watched(taken.announce))
-                from trainers.fit import fit
+                # Not in the main thread: there Ray would take SIGINT for an abort without a
+                # checkpoint.
+                if assignment.spec.search is not None:
+                    from jobs.search import search
 
-                # Not in the main thread: there Ray Train would take SIGINT for an abort without
-                # a checkpoint.
-                work = partial(
-                    fit, assignment, telemetry, python=python, is_taken=taken.is_announced
-                )
+                    work = partial(search, assignment, telemetry, is_taken=taken.is_announced)
+                else:
+                    from trainers.fit import fit
+
+                    work = partial(
+                        fit, assignment, telemetry, python=python, is_taken=taken.is_announced
+                    )
                 return _in_thread(work, taken=taken)
         except Exception as error:
             return Failure.of(error, where="driver")

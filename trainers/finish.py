@@ -26,12 +26,15 @@ _WRITE_ATTEMPTS = 5
 def build_result(
     store: Store, paths: RunPaths, *, generation: int, ended: Outcome | Failure
 ) -> Result:
-    """The result of a run that has just ended. Reads manifests and attempts.
+    """The result of a run that has just ended. Reads manifests and attempts: of a study, those of
+    its best trial.
 
     Where an attempt's record is damaged, nobody can tell which checkpoints count: none is named.
     """
+    trial = ended.trial if isinstance(ended, Outcome) else None
+    model = paths if trial is None else paths.trial(trial)
     try:
-        live = live_manifests(read_manifests(store, paths), read_attempts(store, paths))
+        live = live_manifests(read_manifests(store, model), read_attempts(store, model))
     except DamagedObject as damaged:
         live = []
         if isinstance(ended, Outcome) and ended.failure is None:
@@ -48,8 +51,8 @@ def build_result(
         # An outcome of no attempt knows no step.
         step=max(outcome.step if outcome else 0, live[-1].step if live else 0),
         finished_at=time.time(),
-        best_checkpoint=_relative(paths, best) if best else None,
-        last_checkpoint=_relative(paths, live[-1]) if live else None,
+        best_checkpoint=_relative(paths, model.checkpoint(best.name)) if best else None,
+        last_checkpoint=_relative(paths, model.checkpoint(live[-1].name)) if live else None,
         outcome=outcome,
         failure=failure,
     )
@@ -80,6 +83,5 @@ def write_result(store: Store, paths: RunPaths, result: Result) -> None:
     store.write_if_match(paths.result, result.to_bytes(), etag=head.etag)
 
 
-def _relative(paths: RunPaths, manifest: Manifest) -> str:
-    folder = paths.checkpoint(manifest.name)
+def _relative(paths: RunPaths, folder: str) -> str:
     return folder.removeprefix(paths.run_id + "/").rstrip("/")

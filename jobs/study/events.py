@@ -49,6 +49,8 @@ class Asked(StudyEvent):
     repeats: int | None = None
     """Number of the trial whose values this one repeats; None: its own."""
     donor: Donor | None = None
+    until: float = 1.0
+    """Fraction of the budget at which it is first to report."""
     bracket: int = 0
     """Of the scheduler; 0 for those without brackets."""
     purpose: Literal["search", "finalist"] = "search"
@@ -96,6 +98,13 @@ class Decided(StudyEvent):
     """For people."""
 
 
+class Left(StudyEvent):
+    """The slot has left the trial as it was decided; what was to be saved of it is durable."""
+
+    kind: Literal["left"] = "left"
+    trial: int
+
+
 class Lost(StudyEvent):
     """The leg of a trial ended by no decision: its process died, or the driver did."""
 
@@ -114,6 +123,14 @@ class Failed(StudyEvent):
     failure: Failure
 
 
+class Closed(StudyEvent):
+    """The search asks for no more trials, and ends those that are under way at their next report;
+    what comes after the search goes on."""
+
+    kind: Literal["closed"] = "closed"
+    reason: str
+
+
 class Extended(StudyEvent):
     """The study was given more trials, and perhaps another space."""
 
@@ -125,6 +142,7 @@ class Extended(StudyEvent):
 
 
 Event = Annotated[
-    Asked | Started | Reported | Decided | Lost | Failed | Extended, Field(discriminator="kind")
+    Asked | Started | Reported | Decided | Left | Lost | Failed | Closed | Extended,
+    Field(discriminator="kind"),
 ]
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)

@@ -1,0 +1,539 @@
+"""Ray Tune: the slots of a study, and who tells them what to do.
+
+    search          the study's outcome
+      _Desk         [driver] hears what slots say, asks the engine, and tells them what is next
+      Slot          [its own process] trains trials, one after the other
+
+A slot is what Tune calls a trial: a process with the resources that a trial of the study needs, as
+many as the cluster has room for and the study has work for. Tune starts them, again where one has
+died, and more of them where the cluster grows. It remembers nothing of the study: the engine decides
+from the study's log alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ray import tune
+from ray.tune.execution.placement_groups import PlacementGroupFactory
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.stopper import Stopper
+
+from cluster.ray_runtime import describe_shortage, free_on_nodes, resources_of, staying_nodes
+from cluster.storage import StorageError, Store, open_store
+from jobs.errors import ClusterError, Problem
+from jobs.record import Failure, Outcome, RunPaths, State
+from jobs.spec import JobSpec, StoreAt
+from jobs.study.engine import Engine, Leg, Report
+from jobs.study.log import StudyLog
+from jobs.study.samplers import make_sampler
+from jobs.study.schedulers import make_scheduler
+from jobs.study.space import job_with, space_of
+from jobs.study.trials import Trials
+from jobs.submit import request_stop
+from trainers.assignment import (
+    Assignment,
+    DonorCheckpoint,
+    EvaluationReport,
+    TrialPlan,
+    Verdict,
+)
+from trainers.controls import POLL_SECONDS, Requests, requests_to
+from trainers.patience import Patience
+from trainers.telemetry import Telemetry
+
+_IDLE_SECONDS = 0.2
+_SLOT_SECONDS = 20.0
+"""How long slots may take to start before it is said what they wait for."""
+_MAX_SLOTS = 1024
+
+_TELL_SECONDS = 1.0
+_CLOSE = 1e-9
+"""Fractions that differ by less are the same."""
+_VERDICTS = {
+    "continue": Verdict.GO_ON,
+    "finish": Verdict.GO_ON,
+    "pause": Verdict.PAUSE,
+    "stop": Verdict.END,
+}
+
+_log = logging.getLogger("shoal.search")
+
+
+def search(
+    assignment: Assignment, telemetry: Telemetry, *, is_taken: Callable[[], bool] = lambda: False
+) -> Outcome | Failure:
+    """Makes the study's trials on the Ray cluster to which this process is attached, to its end.
+
+    A request to the run, or `is_taken` (this process's own machine is to go), ends it with the
+    states of its trials saved. Raises what keeps its log from being written.
+    """
+    spec = assignment.spec
+    patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
+    store = patience.store(open_store(spec.store.uri, spec.store.access))
+    study_log = StudyLog(store, RunPaths(assignment.run_id), generation=assignment.generation)
+    desk = _Desk(assignment, store, make_engine(spec, study_log), telemetry)
+    resources = PlacementGroupFactory([resources_of(spec.workers)])
+    with tempfile.TemporaryDirectory(prefix="shoal-tune-") as notes, desk.listening(is_taken):
+        tune.Tuner(
+            tune.with_resources(Slot, resources),
+            tune_config=tune.TuneConfig(scheduler=desk, num_samples=_slots(spec)),
+            run_config=tune.RunConfig(
+                name="slots",
+                storage_path=notes,
+                stop=_EndOfStudy(desk),
+                failure_config=tune.FailureConfig(max_failures=-1),
+                verbose=0,
+            ),
+        ).fit()
+    return desk.ended()
+
+
+def make_engine(spec: JobSpec, log: StudyLog) -> Engine:
+    """The study of a job, as far as its log tells it."""
+    assert spec.search is not None
+    events = log.open()
+    space = space_of(spec)
+    return Engine(
+        spec.search,
+        make_sampler(spec.search, space),
+        make_scheduler(spec.search, space),
+        log,
+        events,
+        gpus=spec.workers.gpus,
+    )
+
+
+def _slots(spec: JobSpec) -> int:
+    """As many as could ever be at work at once; Tune starts those that there is room for."""
+    search = spec.search
+    assert search is not None
+    most = search.trials * search.repeats
+    if search.max_concurrent != "auto":
+        most = min(most, search.max_concurrent)
+    return min(most, _MAX_SLOTS)
+
+
+# ------------------------------------------------------------------- what is said between them
+
+
+@dataclass(frozen=True)
+class Train:
+    """To a slot: begin a leg."""
+
+    assignment: Assignment
+    until: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To a slot that has reported."""
+
+    decision: str
+    until: float | None
+
+
+@dataclass(frozen=True)
+class Test:
+    """To a slot: measure the best model of a trial on a data set."""
+
+    store: StoreAt
+    run_id: str
+    data: str
+
+
+@dataclass(frozen=True)
+class Wait:
+    """To a slot: there is nothing to do for it now."""
+
+
+Order = Train | Answer | Test | Wait
+
+
+@dataclass(frozen=True)
+class Free:
+    """From a slot: it has nothing to do."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """From a slot: its trial has evaluated its model, and waits."""
+
+    report: Report
+
+
+@dataclass(frozen=True)
+class Gone:
+    """From a slot: its trial has ended or is left with its state durable, or it broke off."""
+
+    outcome: Outcome | None
+    crash: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Tested:
+    """From a slot: what it has measured, or why it cannot."""
+
+    evaluation: dict[str, Any] | None
+    failure: Failure | None
+
+
+# ------------------------------------------------------------------------------------- the desk
+
+
+class _Desk(FIFOScheduler):  # type: ignore[misc]
+    """Tune's scheduler, whose trials are slots: none is ever paused, and all end with the study."""
+
+    def __init__(
+        self, assignment: Assignment, store: Store, engine: Engine, telemetry: Telemetry
+    ) -> None:
+        super().__init__()
+        self._assignment = assignment
+        self._paths = RunPaths(assignment.run_id)
+        self._store = store
+        self._engine = engine
+        self._telemetry = telemetry
+        self._spec = assignment.spec
+        self._trial_of: dict[str, int] = {}
+        self._told_at = 0.0
+        self._stops: State | None = None
+        """STOPPED or RECOVERING, once the study is asked to end."""
+        self._test: Tested | None = None
+        self._tester: str | None = None
+        """The slot that tests the winner."""
+        self._slots: set[str] = set()
+        """Those that live."""
+        self._told_to_stop: set[int] = set()
+        self._said = ""
+        self._broke: Exception | None = None
+        self.is_over = False
+
+    # ---- called by Tune
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """A slot has said something; it waits for its order."""
+        self._slots.add(trial.trial_id)
+        try:
+            order = self._order(trial.trial_id, result["said"])
+        except Exception as error:
+            # Tune would wrap it: `ended` raises it as it is.
+            self._broke, self.is_over, order = error, True, None
+        if order is None:
+            return str(TrialScheduler.STOP)
+        trial.temporary_state.ray_actor.hear.remote(order)
+        return str(TrialScheduler.CONTINUE)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """The process of a slot has died; Tune starts another one."""
+        self._slots.discard(trial.trial_id)
+        if self._tester == trial.trial_id:
+            self._tester = None
+        number = self._trial_of.pop(trial.trial_id, None)
+        if number is not None:
+            cause = _last_line(trial.get_error())
+            self._warn(f"trial {number} broke off: {cause}")
+            self._engine.lost(number, cause)
+        super().on_trial_error(tune_controller, trial)
+
+    # ---- in a thread of its own
+
+    @contextmanager
+    def listening(self, is_taken: Callable[[], bool]) -> Iterator[None]:
+        """Hears requests to the study while the block lasts, and says what it waits for."""
+        ended = threading.Event()
+        thread = threading.Thread(
+            target=self._listen, args=(ended, is_taken), name="shoal-study", daemon=True
+        )
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _listen(self, ended: threading.Event, is_taken: Callable[[], bool]) -> None:
+        without_slots = time.monotonic()
+        asked = Requests()
+        while not ended.wait(POLL_SECONDS):
+            try:
+                asked = requests_to(
+                    self._store,
+                    self._paths,
+                    after=self._assignment.controls_seen,
+                    attempt=1,
+                    generation=self._assignment.generation,
+                )
+            except StorageError as error:
+                _log.warning("requests to the study cannot be read: %s", error)
+            if asked.stop:
+                self._stop(State.STOPPED)
+            elif asked.yields or is_taken():
+                self._stop(State.FAILED_INFRA)
+            if self._slots:
+                without_slots = time.monotonic()
+            else:
+                self._say_waiting(time.monotonic() - without_slots)
+
+    def _stop(self, state: State) -> None:
+        """Trials save their states, and the study ends, to be resumed."""
+        if self._stops is None:
+            self._stops = state
+            self._telemetry.state(State.STOPPING, "the trials save their states")
+        for number in set(self._trial_of.values()) - self._told_to_stop:
+            request_stop(self._store, self._paths.trial(number).run_id, by="the study")
+            self._told_to_stop.add(number)
+        if not self._slots:
+            self.is_over = True
+
+    def _say_waiting(self, seconds: float) -> None:
+        workers, limit = self._spec.workers, 60 * self._spec.retries.wait_minutes
+        if seconds < _SLOT_SECONDS:
+            return
+        shortage = describe_shortage(workers, staying_nodes(), free=free_on_nodes())
+        if seconds > limit:
+            self._broke = ClusterError(
+                Problem(
+                    f"no trial could be started in {limit / 60:g} minutes: {shortage}",
+                    "lower workers.cpus, workers.gpus or workers.memory_gib, add nodes, or raise "
+                    "retries.wait_minutes",
+                )
+            )
+            self.is_over = True
+        elif shortage != self._said:
+            self._said = shortage
+            self._telemetry.state(State.STARTING, f"no slot for a trial yet: {shortage}")
+
+    # ---- what is next
+
+    def _order(self, slot: str, said: Free | Told | Gone | Tested) -> Order | None:
+        """What the slot is to do; None where the study has no more for it."""
+        match said:
+            case Told(report):
+                decided = self._engine.reported(self._trial_of[slot], report)
+                self._tell()
+                if self._stops and decided.decision == "continue":
+                    return Answer("pause", None)
+                return Answer(decided.decision, decided.until)
+            case Gone():
+                self._take_leave(self._trial_of.pop(slot), said)
+            case Tested():
+                self._test = said
+        self._tell()
+        return self._next(slot)
+
+    def _take_leave(self, number: int, gone: Gone) -> None:
+        outcome, failure = gone.outcome, gone.crash
+        if failure is not None:
+            self._warn(f"trial {number} broke off: {failure.problems[0][0]}")
+            self._engine.lost(number, failure.problems[0][0])
+        elif outcome is not None and outcome.failure is not None:
+            self._warn(f"trial {number} failed: {outcome.failure.problems[0][0]}")
+            self._engine.failed(number, outcome.failure)
+        elif self._engine.trials[number].status == "leaving":
+            self._engine.left(number)
+        # Else it was stopped on the way: it goes on when the study is resumed.
+
+    def _next(self, slot: str) -> Order | None:
+        leg = None if self._stops else self._engine.work(slot)
+        if leg is not None:
+            self._trial_of[slot] = leg.trial
+            return Train(self._assigned(leg), leg.until)
+        if self._trial_of:
+            return Wait()
+        winner = None if self._stops else self._engine.trials.winner()
+        test = self._spec.data.test
+        if winner is not None and test is not None and self._test is None:
+            if self._tester is not None:
+                return Wait()
+            self._tester = slot
+            self._telemetry.state(State.RUNNING, f"testing the best trial, {winner.number}")
+            run_id = self._paths.trial(winner.number).run_id
+            return Test(self._spec.store, run_id, test)
+        self.is_over = True
+        return None
+
+    def _assigned(self, leg: Leg) -> Assignment:
+        paths = self._paths.trial(leg.trial)
+        donor = leg.donor and DonorCheckpoint(
+            self._paths.trial(leg.donor.trial).run_id, leg.donor.step
+        )
+        assert self._spec.search is not None
+        return Assignment(
+            spec=job_with(self._spec, leg.values, repeat=leg.repeat),
+            run_id=paths.run_id,
+            generation=self._assignment.generation,
+            controls_seen=0,
+            trial=TrialPlan(
+                study=self._paths.run_id,
+                metric=self._spec.search.metric,
+                mode=self._spec.search.mode,
+                donor=donor,
+            ),
+        )
+
+    # ---- the end
+
+    def ended(self) -> Outcome | Failure:
+        """What has become of the study."""
+        trials = self._engine.trials
+        winner = trials.winner()
+        if self._broke is not None:
+            raise self._broke
+        if self._stops is State.STOPPED:
+            return Outcome(attempt=0, state=State.STOPPED, step=0)
+        if self._stops is not None:
+            problem = ("the driver's machine is taken; the states of all trials are saved", None)
+            return Failure(
+                state=self._stops, problems=(problem,), where="driver", exit_code=3
+            )
+        if winner is None:
+            return _without_winner(trials)
+        tested = self._test
+        if tested is not None and tested.failure is not None:
+            return tested.failure
+        return Outcome(
+            attempt=0,
+            state=State.SUCCEEDED,
+            step=winner.step,
+            trial=winner.number,
+            test=tested.evaluation if tested is not None else None,
+            tested_on="test" if tested is not None else None,
+        )
+
+    def _warn(self, message: str) -> None:
+        self._telemetry.event("warning", message)
+
+    def _tell(self) -> None:
+        """Says where the study stands, at most once a second."""
+        now = time.monotonic()
+        if now - self._told_at >= _TELL_SECONDS:
+            self._told_at = now
+            self._telemetry.state(State.RUNNING, self._engine.trials.summary())
+
+
+class _EndOfStudy(Stopper):  # type: ignore[misc]
+    """Ends all slots once the study is over, those that wait for room included."""
+
+    def __init__(self, desk: _Desk) -> None:
+        self._desk = desk
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._desk.is_over
+
+
+def _without_winner(trials: Trials) -> Failure:
+    """Why no trial has a score."""
+    failed = [t.failure for t in trials.by_number.values() if t.failure is not None]
+    if failed:
+        return failed[0]
+    problem = "no trial has reported the metric of search.metric"
+    return Failure(state=State.FAILED_USER, problems=((problem, None),), where="driver")
+
+
+def _last_line(error: BaseException | str | None) -> str:
+    lines = str(error or "its process died").strip().splitlines()
+    return lines[-1] if lines else "its process died"
+
+
+# ------------------------------------------------------------------------------------- the slot
+
+
+class Slot(tune.Trainable):  # type: ignore[misc]
+    """A process that trains trials, one after the other. Each `step` says one thing to the desk; its
+    order comes by `hear` before the next step."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        self._sayings: queue.SimpleQueue[Told | Gone | Tested] = queue.SimpleQueue()
+        self._work: threading.Thread | None = None
+
+    def hear(self, order: Order) -> None:
+        """Called by the desk, in the order of what was said."""
+        if isinstance(order, Answer):
+            self._answers.put(order)
+        elif not isinstance(order, Wait):
+            # The loop stays where it is while the desk thinks: it is not in this thread.
+            work = _Leg(order, self._ask).run if isinstance(order, Train) else partial(_test, order)
+            self._work = threading.Thread(
+                target=lambda: self._sayings.put(work()), name="shoal-trial", daemon=True
+            )
+            self._work.start()
+
+    def step(self) -> dict[str, Any]:
+        """What there is to be said, once there is something."""
+        if self._work is None:
+            time.sleep(_IDLE_SECONDS)
+            return {"said": Free()}
+        said = self._sayings.get()
+        if not isinstance(said, Told):
+            self._work.join()
+            self._work = None
+        return {"said": said}
+
+    def _ask(self, report: Report) -> Answer:
+        self._sayings.put(Told(report))
+        return self._answers.get()
+
+
+class _Leg:
+    """A stretch of a trial in a slot."""
+
+    def __init__(self, order: Train, ask: Callable[[Report], Answer]) -> None:
+        self._assignment = order.assignment
+        self._until = order.until
+        self._ask = ask
+        self._since = time.monotonic()
+
+    def run(self) -> Gone:
+        """Trains until the study has another trial for the slot, or until the trial has ended."""
+        from trainers.trial import run_trial
+
+        try:
+            return Gone(run_trial(self._assignment, self._decide))
+        except Exception as error:
+            # As a retry may go otherwise: the desk counts it.
+            _log.exception("the trial broke off")
+            return Gone(None, Failure.of(error, where=f"slot on {socket.gethostname()}"))
+
+    def _decide(self, told: EvaluationReport) -> Verdict:
+        if told.fraction < self._until - _CLOSE:
+            return Verdict.GO_ON
+        now = time.monotonic()
+        answer = self._ask(
+            Report(
+                step=told.step,
+                fraction=told.fraction,
+                epochs=told.epochs,
+                value=told.value,
+                best=told.best,
+                seconds=round(now - self._since, 3),
+            )
+        )
+        self._since = time.monotonic()
+        if answer.until is not None:
+            self._until = answer.until
+        return _VERDICTS[answer.decision]
+
+
+def _test(order: Test) -> Tested:
+    """The best model of a trial on other data."""
+    from trainers.evaluate import evaluate_run
+
+    try:
+        store = open_store(order.store.uri, order.store.access)
+        return Tested(evaluate_run(store, order.run_id, order.data, None), None)
+    except Exception as error:
+        return Tested(None, Failure.of(error, where=f"slot on {socket.gethostname()}"))

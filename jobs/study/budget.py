@@ -1,0 +1,69 @@
+"""When a search asks for no more trials before it has made all of them."""
+
+from __future__ import annotations
+
+from jobs.search_spec import Search
+from jobs.study.events import Asked, Decided, Event, Failed, Reported
+from jobs.study.samplers import score_of
+
+
+class Budget:
+    """What a search has spent, from its events."""
+
+    def __init__(self, search: Search, *, gpus: int) -> None:
+        """`gpus` is how many a trial has."""
+        self._search = search
+        self._gpus = gpus
+        self._began_at: float | None = None
+        self._epochs: dict[int, float] = {}
+        self._newest: dict[int, Reported] = {}
+        self.epochs = 0.0
+        """Of all trials; what a clone has of its donor is not counted again."""
+        self.seconds = 0.0
+        """Of trials on slots."""
+        self._best: float | None = None
+        self._without_gain = 0
+        """Trials that ended one after the other without improving the best."""
+
+    def observe(self, event: Event) -> None:
+        if self._began_at is None and event.at:
+            self._began_at = event.at
+        if isinstance(event, Asked) and event.donor is not None:
+            self._epochs[event.trial] = self._epochs.get(event.donor.trial, 0.0)
+        elif isinstance(event, Reported):
+            self.epochs += event.epochs - self._epochs.get(event.trial, 0.0)
+            self.seconds += event.seconds
+            self._epochs[event.trial] = event.epochs
+            self._newest[event.trial] = event
+        elif isinstance(event, Decided) and event.decision in ("pause", "stop", "finish"):
+            self._judge(self._newest.pop(event.trial, None))
+        elif isinstance(event, Failed):
+            self._newest.pop(event.trial, None)
+            self._without_gain += 1
+
+    def exhausted(self, *, now: float) -> str | None:
+        """Why the search is to end, as a sentence; `now` in Unix seconds."""
+        budget, patience = self._search.budget, self._search.patience
+        hours = (now - self._began_at) / 3600 if self._began_at is not None else 0.0
+        gpu_hours = self.seconds * self._gpus / 3600
+        for key, limit, spent in (
+            ("epochs", budget.epochs, self.epochs),
+            ("gpu_hours", budget.gpu_hours, gpu_hours),
+            ("hours", budget.hours, hours),
+        ):
+            if limit is not None and spent >= limit:
+                return f"search.budget.{key} ({limit:g}) is used up"
+        if patience is not None and self._without_gain >= patience:
+            return f"{self._without_gain} trials in a row have not improved the best"
+        return None
+
+    def _judge(self, newest: Reported | None) -> None:
+        """Whether a trial that is left has improved the best."""
+        if newest is None:
+            return
+        value = score_of(newest, self._search)
+        sign = 1 if self._search.mode == "min" else -1
+        if value is not None and (self._best is None or sign * value < sign * self._best):
+            self._best, self._without_gain = value, 0
+        else:
+            self._without_gain += 1

@@ -1,0 +1,281 @@
+"""What a free slot does next, and what becomes of a trial that has reported; all of it from the log.
+
+    Engine.work       a leg for a free slot
+    Engine.reported   whether a trial goes on
+    Engine.left, lost, failed
+
+Each method makes durable what it decides before it answers. A new Engine that has observed the same
+events answers alike, whatever the driver before it was doing when it died.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from jobs.record import Failure, State
+from jobs.search_spec import Search
+from jobs.study.budget import Budget
+from jobs.study.events import (
+    Asked,
+    Closed,
+    Decided,
+    Donor,
+    Event,
+    Extended,
+    Failed,
+    Left,
+    Lost,
+    Reported,
+    Started,
+    Values,
+)
+from jobs.study.samplers import Sampler
+from jobs.study.schedulers import Scheduler
+from jobs.study.trials import Trial, Trials
+
+FULL = 1.0 - 1e-9
+"""From this fraction on a trial has had its full budget."""
+
+
+@dataclass(frozen=True)
+class Leg:
+    """What a slot is to do: train a trial until it reports at or past a fraction."""
+
+    trial: int
+    number: int
+    values: Values
+    repeat: int
+    until: float
+    donor: Donor | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a trial tells of an evaluation; as the event `Reported`."""
+
+    step: int
+    fraction: float
+    epochs: float
+    value: float | None
+    best: float | None
+    seconds: float
+
+
+class Log(Protocol):
+    """Where events become durable."""
+
+    def append(self, events: Sequence[Event]) -> None: ...
+
+
+class Engine:
+    """The study: its trials, and what comes next."""
+
+    def __init__(
+        self,
+        search: Search,
+        sampler: Sampler,
+        scheduler: Scheduler,
+        log: Log,
+        events: Iterable[Event] = (),
+        *,
+        gpus: int = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`events` is what the log holds. Legs that were under way then are lost, as their slots
+        were the former driver's."""
+        self._search = search
+        self._sampler = sampler
+        self._scheduler = scheduler
+        self._log = log
+        self._clock = clock
+        self._budget = Budget(search, gpus=gpus)
+        self._pending: list[Event] = []
+        self.trials = Trials(search)
+        for event in events:
+            self._observe(event)
+        for number in list(self.trials.running):
+            self._note(Lost(trial=number, cause="the study's driver ended", counts=False))
+        self._commit()
+
+    # ------------------------------------------------------------------------------ what happens
+
+    def work(self, slot: str) -> Leg | None:
+        """The next leg for a free slot; None where there is nothing to do for it now, or, where
+        nothing is running either, at all."""
+        while (number := self._first_ready()) is None and (event := self._next()) is not None:
+            self._note(event)
+        if number is None:
+            self._commit()
+            return None
+        trial = self.trials[number]
+        self._note(Started(trial=trial.number, leg=trial.legs + 1, slot=slot, until=trial.until))
+        self._commit()
+        return Leg(
+            trial=trial.number,
+            number=trial.legs,
+            values=trial.values,
+            repeat=trial.repeat,
+            until=trial.until,
+            donor=trial.donor,
+        )
+
+    def reported(self, number: int, report: Report) -> Decided:
+        """Whether the trial goes on, and until where.
+
+        A trial that began again from a checkpoint before its last report tells that once more, and
+        is answered as before.
+        """
+        trial = self.trials[number]
+        if report.step > trial.step:
+            self._note(Reported(trial=number, **asdict(report)))
+            if self.trials.closed is None and (reason := self._exhausted()) is not None:
+                self._note(Closed(reason=reason))
+            self._note(self._decide(trial))
+            self._commit()
+        if trial.decision == "continue" and self._has_waiting_clones(number):
+            # Its clones begin with what it saves here; then it goes on.
+            return Decided(trial=number, decision="pause", reason="its clones begin")
+        until = trial.until if trial.decision == "continue" else None
+        return Decided(trial=number, decision=trial.decision, until=until, reason=trial.reason)
+
+    def left(self, number: int) -> None:
+        """The slot has left the trial as it was told to; what was to be saved of it is durable."""
+        self._note(Left(trial=number))
+        self._commit()
+
+    def lost(self, number: int, cause: str) -> None:
+        """The leg of the trial broke off. It begins again from its last checkpoint, unless its
+        retries are used up."""
+        trial = self.trials[number]
+        self._note(Lost(trial=number, cause=cause, counts=True))
+        if trial.losses > self._search.retries:
+            problem = (
+                f"it broke off {trial.losses} times, the last time as {cause}",
+                "raise search.retries, which are counted for each trial",
+            )
+            failure = Failure(state=State.FAILED_INFRA, problems=(problem,), exit_code=3)
+            self._note(Failed(trial=number, failure=failure))
+        self._commit()
+
+    def failed(self, number: int, failure: Failure) -> None:
+        """The trial failed as it would again; the study goes on without it."""
+        self._note(Failed(trial=number, failure=failure))
+        self._commit()
+
+    def extend(self, trials: int, space: dict[str, Any] | None = None) -> None:
+        """The search is to have that many trials, of another space where one is given."""
+        self._note(Extended(trials=trials, space=space))
+        self._commit()
+
+    # --------------------------------------------------------------------------------- decisions
+
+    def _first_ready(self) -> int | None:
+        """Clones first: before their donors go on, and save over what they begin with. A clone
+        waits until that is durable."""
+        found = [
+            (trial.donor is None or trial.legs > 0, number)
+            for number in self.trials.ready
+            if not self._waits_for_donor(trial := self.trials[number])
+        ]
+        return min(found)[1] if found else None
+
+    def _waits_for_donor(self, trial: Trial) -> bool:
+        return (
+            trial.donor is not None
+            and trial.legs == 0
+            and self.trials[trial.donor.trial].saved_step < trial.donor.step
+        )
+
+    def _has_waiting_clones(self, number: int) -> bool:
+        return any(
+            (donor := self.trials[n].donor) is not None
+            and donor.trial == number
+            and self._waits_for_donor(self.trials[n])
+            for n in self.trials.ready
+        )
+
+    def _next(self) -> Event | None:
+        """What has to happen for a slot to have work; None where nothing can now."""
+        return self._next_of_search() if self.trials.closed is None else self._next_after_search()
+
+    def _next_of_search(self) -> Event | None:
+        trials, number = self.trials, len(self.trials)
+        if (reason := self._exhausted()) is not None:
+            return Closed(reason=reason)
+        event = self._scheduler.next()
+        if isinstance(event, Asked):
+            return event.model_copy(update={"trial": number})
+        if event is not None:
+            return event
+        if (asked := trials.unrepeated) is not None:
+            of = asked.trial if asked.repeats is None else asked.repeats
+            again = {"trial": number, "repeat": asked.repeat + 1, "repeats": of}
+            return asked.model_copy(update=again)
+        if trials.configurations >= trials.wanted:
+            is_done = not trials.running
+            return Closed(reason=f"all {trials.wanted} trials have been made") if is_done else None
+        if not self._scheduler.takes_new():
+            return None
+        values = self._sampler.ask(number)
+        if values is None:
+            is_done = not trials.running
+            return Closed(reason="all of the space has been tried") if is_done else None
+        bracket = self._scheduler.bracket()
+        until = self._scheduler.first(bracket)
+        return Asked(trial=number, values=values, bracket=bracket, until=until)
+
+    def _next_after_search(self) -> Event | None:
+        """The end of those that wait, then the finalists."""
+        trials, finalists = self.trials, self._search.finalists
+        for number in trials.paused:
+            return Decided(trial=number, decision="stop", reason=trials.closed or "")
+        if finalists is None or any(trials[n].purpose == "search" for n in trials.running):
+            return None
+        chosen = [runs[0] for runs in trials.ranked()[: finalists.count]]
+        if trials.finalists >= len(chosen) * finalists.seeds:
+            return None
+        # By turns, so that each has as many as the others.
+        seed, place = divmod(trials.finalists, len(chosen))
+        return Asked(
+            trial=len(trials),
+            values=chosen[place].values,
+            repeat=self._search.repeats + seed,
+            repeats=chosen[place].number,
+            purpose="finalist",
+        )
+
+    def _decide(self, trial: Trial) -> Decided:
+        if trial.fraction >= FULL:
+            return Decided(trial=trial.number, decision="finish", reason="its budget is used up")
+        if trial.purpose == "finalist":
+            return Decided(trial=trial.number, decision="continue", until=1.0)
+        if self.trials.closed is not None:
+            return Decided(trial=trial.number, decision="stop", reason=self.trials.closed)
+        return self._scheduler.decide(trial.number)
+
+    def _exhausted(self) -> str | None:
+        return self._budget.exhausted(now=self._clock())
+
+    # ------------------------------------------------------------------------------- bookkeeping
+
+    def _note(self, event: Event) -> None:
+        """An event has happened; it becomes durable with the next `_commit`."""
+        stamped = event.model_copy(update={"at": round(self._clock(), 3)})
+        self._pending.append(stamped)
+        self._observe(stamped)
+
+    def _commit(self) -> None:
+        if self._pending:
+            self._log.append(self._pending)
+            self._pending = []
+
+    def _observe(self, event: Event) -> None:
+        self.trials.observe(event)
+        trial = getattr(event, "trial", None)
+        if trial is None or self.trials[trial].purpose == "search":
+            self._budget.observe(event)
+            self._sampler.observe(event)
+            self._scheduler.observe(event)

@@ -1,0 +1,163 @@
+"""The log of a study in its run folder: numbered objects that are written only if absent.
+
+    study/00000001.jsonl               what one append wrote
+    study/00000001-00000512.jsonl      many of them in one, so that a long log is read quickly
+
+A driver that has taken the run over begins with an object of its own. One that was superseded then
+finds its next number taken, and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter
+
+from cluster.storage import ObjectExists, ObjectMissing, Store, read_whole
+from jobs.errors import EnvironmentFault, Problem
+from jobs.record import DAMAGED_RECORD_HINT, RunPaths
+from jobs.seal import sealed, unsealed
+from jobs.study.events import Event
+
+OBJECTS_IN_ONE = 512
+_MAX_PARALLEL_READS = 16
+_EVENTS: TypeAdapter[list[Event]] = TypeAdapter(list[Event])
+_NAME = re.compile(r"(\d{8,})(?:-(\d{8,}))?\.json")
+
+
+class StudySuperseded(EnvironmentFault):
+    """Another driver goes on with this study."""
+
+
+@dataclass(frozen=True)
+class _Object:
+    key: str
+    first: int
+    last: int
+
+
+class StudyLog:
+    """Appends to a study's log, for the one driver that holds the run's lease; `open` comes first."""
+
+    def __init__(self, store: Store, paths: RunPaths, *, generation: int) -> None:
+        self._store = store
+        self._paths = paths
+        self._generation = generation
+        self._last = 0
+        self._merged = 0
+        """Number of the last object that a merged one holds."""
+
+    def open(self) -> list[Event]:
+        """Ends what the log holds with an object of this driver's, and gives its events."""
+        events: list[Event] = []
+        while True:
+            for one, held in read_objects(self._store, self._paths, after=self._last):
+                events += held
+                self._last = one.last
+                if one.last > one.first:
+                    self._merged = one.last
+            try:
+                self._write(())
+            except ObjectExists:
+                continue  # the driver before was still writing
+            return events
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Makes events durable, all of them or none; StudySuperseded if another driver goes on."""
+        try:
+            self._write(events)
+        except ObjectExists:
+            raise StudySuperseded(
+                Problem(f"another driver has gone on with the study {self._paths.run_id}")
+            ) from None
+        if self._last - self._merged >= OBJECTS_IN_ONE:
+            self._merge()
+
+    def _write(self, events: Sequence[Event]) -> None:
+        number = self._last + 1
+        self._store.write_if_absent(
+            self._paths.study_object(number), _payload(events, self._generation)
+        )
+        self._last = number
+
+    def _merge(self) -> None:
+        """Puts the single objects into one, and removes them."""
+        first, last = self._merged + 1, self._merged + OBJECTS_IN_ONE
+        objects = [
+            _Object(self._paths.study_object(n), n, n) for n in range(first, last + 1)
+        ]
+        events = [event for _, held in _read(self._store, objects) for event in held]
+        self._store.write(
+            self._paths.study_object(first, last), _payload(events, self._generation)
+        )
+        self._store.delete([one.key for one in objects])
+        self._merged = last
+
+
+def read_events(store: Store, paths: RunPaths) -> list[Event]:
+    """All events of a study, in order, for readers."""
+    try:
+        objects = read_objects(store, paths)
+    except ObjectMissing:  # the driver has just put them into one
+        objects = read_objects(store, paths)
+    return [event for _, held in objects for event in held]
+
+
+def read_objects(
+    store: Store, paths: RunPaths, *, after: int = 0
+) -> list[tuple[_Object, list[Event]]]:
+    """The objects after that number with their events, in order, up to the first gap."""
+    return _read(store, list(_contiguous(store, paths, after=after)))
+
+
+def _contiguous(store: Store, paths: RunPaths, *, after: int) -> Iterator[_Object]:
+    found = [
+        one
+        for head in store.list(paths.study)
+        if (one := _parsed(head.key, paths)) is not None and one.last > after
+    ]
+    # A merged object before the single ones in it, which may not be removed yet.
+    found.sort(key=lambda one: (one.first, -one.last))
+    last = after
+    for one in found:
+        if one.last <= last:
+            continue
+        if one.first > last + 1:
+            return
+        yield one
+        last = one.last
+
+
+def _parsed(key: str, paths: RunPaths) -> _Object | None:
+    match = _NAME.fullmatch(key.removeprefix(paths.study))
+    if match is None:
+        return None
+    first = int(match[1])
+    return _Object(key, first, int(match[2] or first))
+
+
+def _read(store: Store, objects: Sequence[_Object]) -> list[tuple[_Object, list[Event]]]:
+    if not objects:
+        return []
+    with ThreadPoolExecutor(min(_MAX_PARALLEL_READS, len(objects))) as pool:
+        return list(zip(objects, pool.map(lambda one: _events(store, one.key), objects)))
+
+
+def _events(store: Store, key: str) -> list[Event]:
+    return read_whole(store, key, _parse, hint=DAMAGED_RECORD_HINT)
+
+
+def _parse(payload: bytes) -> list[Event]:
+    """ValueError where it is no object of a log."""
+    tree = unsealed(json.loads(payload))
+    return _EVENTS.validate_python(tree.get("events"))
+
+
+def _payload(events: Sequence[Event], generation: int) -> bytes:
+    return sealed(
+        {"generation": generation, "events": [event.model_dump(mode="json") for event in events]}
+    )
