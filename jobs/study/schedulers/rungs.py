@@ -1,0 +1,15 @@
+"""Fractions of the budget at which trials are compared."""
+
+from __future__ import annotations
+
+
+def rung_fractions(*, reduction_factor: int, first: float) -> tuple[float, ...]:
+    """The fractions reduction_factor**-k that are not below `first`, the smallest first; 1.0 last.
+
+    Each is the float nearest to its value, as is a number of steps divided by the steps planned: a
+    trial that evaluates after a third of its steps has reached the rung at one third.
+    """
+    fractions = [1.0]
+    while (fraction := 1 / reduction_factor ** len(fractions)) >= first:
+        fractions.append(fraction)
+    return tuple(reversed(fractions))
