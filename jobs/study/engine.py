@@ -207,7 +207,8 @@ class Engine:
             return Closed(reason=reason)
         event = self._scheduler.next()
         if isinstance(event, Asked):
-            return event.model_copy(update={"trial": number})
+            until = self._scheduler.first(event.bracket)
+            return event.model_copy(update={"trial": number, "until": until})
         if event is not None:
             return event
         if (asked := trials.unrepeated) is not None:
@@ -220,9 +221,8 @@ class Engine:
         if not self._scheduler.takes_new():
             return None
         values = self._sampler.ask(number)
-        if values is None:
-            is_done = not trials.running
-            return Closed(reason="all of the space has been tried") if is_done else None
+        if values is None:  # all of the space is tried: there are no more trials to be had
+            return Extended(trials=trials.configurations)
         bracket = self._scheduler.bracket()
         until = self._scheduler.first(bracket)
         return Asked(trial=number, values=values, bracket=bracket, until=until)
@@ -278,4 +278,6 @@ class Engine:
         if trial is None or self.trials[trial].purpose == "search":
             self._budget.observe(event)
             self._sampler.observe(event)
+            if isinstance(event, Extended):  # schedulers count repetitions, too
+                event = event.model_copy(update={"trials": event.trials * self._search.repeats})
             self._scheduler.observe(event)

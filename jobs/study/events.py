@@ -43,7 +43,7 @@ class Asked(StudyEvent):
     kind: Literal["asked"] = "asked"
     trial: int
     values: Values
-    """Of the active keys of the space: a conditional key whose condition does not hold is absent."""
+    """Of the active keys of the space: a key whose condition does not hold is absent."""
     repeat: int = 0
     """Which of the repetitions of these values over seeds this is; see `Search.repeats`."""
     repeats: int | None = None
@@ -52,7 +52,7 @@ class Asked(StudyEvent):
     until: float = 1.0
     """Fraction of the budget at which it is first to report."""
     bracket: int = 0
-    """Of the scheduler; 0 for those without brackets."""
+    """Of the scheduler; of a clone the round after which it begins; 0 where neither is known."""
     purpose: Literal["search", "finalist"] = "search"
 
 
