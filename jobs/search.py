@@ -166,6 +166,11 @@ class Free:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """From a slot: its clone has the donor's checkpoint."""
+
+
+@dataclass(frozen=True)
 class Told:
     """From a slot: its trial has evaluated its model, and waits."""
 
@@ -315,9 +320,12 @@ class _Desk(FIFOScheduler):  # type: ignore[misc]
 
     # ---- what is next
 
-    def _order(self, slot: str, said: Free | Told | Gone | Tested) -> Order | None:
+    def _order(self, slot: str, said: Free | Begun | Told | Gone | Tested) -> Order | None:
         """What the slot is to do; None where the study has no more for it."""
         match said:
+            case Begun():
+                self._engine.cloned(self._trial_of[slot])
+                return Answer("continue", None)
             case Told(report):
                 decided = self._engine.reported(self._trial_of[slot], report)
                 self._tell()
@@ -457,7 +465,7 @@ class Slot(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any]) -> None:
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self._sayings: queue.SimpleQueue[Told | Gone | Tested] = queue.SimpleQueue()
+        self._sayings: queue.SimpleQueue[Begun | Told | Gone | Tested] = queue.SimpleQueue()
         self._work: threading.Thread | None = None
 
     def hear(self, order: Order) -> None:
@@ -478,20 +486,20 @@ class Slot(tune.Trainable):  # type: ignore[misc]
             time.sleep(_IDLE_SECONDS)
             return {"said": Free()}
         said = self._sayings.get()
-        if not isinstance(said, Told):
+        if isinstance(said, Gone | Tested):
             self._work.join()
             self._work = None
         return {"said": said}
 
-    def _ask(self, report: Report) -> Answer:
-        self._sayings.put(Told(report))
+    def _ask(self, said: Begun | Told) -> Answer:
+        self._sayings.put(said)
         return self._answers.get()
 
 
 class _Leg:
     """A stretch of a trial in a slot."""
 
-    def __init__(self, order: Train, ask: Callable[[Report], Answer]) -> None:
+    def __init__(self, order: Train, ask: Callable[[Begun | Told], Answer]) -> None:
         self._assignment = order.assignment
         self._until = order.until
         self._ask = ask
@@ -499,9 +507,11 @@ class _Leg:
 
     def run(self) -> Gone:
         """Trains until the study has another trial for the slot, or until the trial has ended."""
-        from trainers.trial import run_trial
+        from trainers.trial import prepare_clone, run_trial
 
         try:
+            if prepare_clone(self._assignment):
+                self._ask(Begun())
             return Gone(run_trial(self._assignment, self._decide))
         except Exception as error:
             # As a retry may go otherwise: the desk counts it.
@@ -512,16 +522,15 @@ class _Leg:
         if told.fraction < self._until - _CLOSE:
             return Verdict.GO_ON
         now = time.monotonic()
-        answer = self._ask(
-            Report(
-                step=told.step,
-                fraction=told.fraction,
-                epochs=told.epochs,
-                value=told.value,
-                best=told.best,
-                seconds=round(now - self._since, 3),
-            )
+        report = Report(
+            step=told.step,
+            fraction=told.fraction,
+            epochs=told.epochs,
+            value=told.value,
+            best=told.best,
+            seconds=round(now - self._since, 3),
         )
+        answer = self._ask(Told(report))
         self._since = time.monotonic()
         if answer.until is not None:
             self._until = answer.until

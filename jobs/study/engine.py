@@ -20,6 +20,7 @@ from jobs.search_spec import Search
 from jobs.study.budget import Budget
 from jobs.study.events import (
     Asked,
+    Cloned,
     Closed,
     Decided,
     Donor,
@@ -135,11 +136,16 @@ class Engine:
                 self._note(Closed(reason=reason))
             self._note(self._decide(trial))
             self._commit()
-        if trial.decision == "continue" and self._has_waiting_clones(number):
-            # Its clones begin with what it saves here; then it goes on.
+        if trial.decision == "continue" and number in self.trials.uncloned:
+            # It broke off before this was saved, with which its clones begin.
             return Decided(trial=number, decision="pause", reason="its clones begin")
         until = trial.until if trial.decision == "continue" else None
         return Decided(trial=number, decision=trial.decision, until=until, reason=trial.reason)
+
+    def cloned(self, number: int) -> None:
+        """The clone has its donor's checkpoint."""
+        self._note(Cloned(trial=number))
+        self._commit()
 
     def left(self, number: int) -> None:
         """The slot has left the trial as it was told to; what was to be saved of it is durable."""
@@ -173,28 +179,23 @@ class Engine:
     # --------------------------------------------------------------------------------- decisions
 
     def _first_ready(self) -> int | None:
-        """Clones first: before their donors go on, and save over what they begin with. A clone
-        waits until that is durable."""
+        """Clones first. A donor does not go on, and save over what they begin with, before they
+        have it; they wait until it is durable."""
         found = [
-            (trial.donor is None or trial.legs > 0, number)
+            (trial.donor is None, number)
             for number in self.trials.ready
-            if not self._waits_for_donor(trial := self.trials[number])
+            if not self._is_held(trial := self.trials[number])
         ]
         return min(found)[1] if found else None
 
-    def _waits_for_donor(self, trial: Trial) -> bool:
+    def _is_held(self, trial: Trial) -> bool:
+        clones = self.trials.uncloned.get(trial.number, ())
+        if any(self.trials[n].donor.step <= trial.saved_step for n in clones):  # type: ignore[union-attr]
+            return True
         return (
             trial.donor is not None
-            and trial.legs == 0
+            and trial.number in self.trials.uncloned.get(trial.donor.trial, ())
             and self.trials[trial.donor.trial].saved_step < trial.donor.step
-        )
-
-    def _has_waiting_clones(self, number: int) -> bool:
-        return any(
-            (donor := self.trials[n].donor) is not None
-            and donor.trial == number
-            and self._waits_for_donor(self.trials[n])
-            for n in self.trials.ready
         )
 
     def _next(self) -> Event | None:

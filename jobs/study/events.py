@@ -68,6 +68,13 @@ class Started(StudyEvent):
     """Fraction of the budget at which the trial is to report and wait for a decision."""
 
 
+class Cloned(StudyEvent):
+    """A clone's folder holds the checkpoint with which it begins; its donor may go on."""
+
+    kind: Literal["cloned"] = "cloned"
+    trial: int
+
+
 class Reported(StudyEvent):
     """A trial has evaluated its model at or past the fraction that it was to report at."""
 
@@ -142,7 +149,7 @@ class Extended(StudyEvent):
 
 
 Event = Annotated[
-    Asked | Started | Reported | Decided | Left | Lost | Failed | Closed | Extended,
+    Asked | Started | Cloned | Reported | Decided | Left | Lost | Failed | Closed | Extended,
     Field(discriminator="kind"),
 ]
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)

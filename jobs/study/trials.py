@@ -11,6 +11,7 @@ from jobs.record import Failure
 from jobs.search_spec import Search
 from jobs.study.events import (
     Asked,
+    Cloned,
     Closed,
     Decided,
     Donor,
@@ -79,6 +80,8 @@ class Trials:
         self.running: dict[int, None] = {}
         """Those on slots, in the order in which they came there."""
         self.paused: dict[int, None] = {}
+        self.uncloned: dict[int, set[int]] = {}
+        """Donors, each with its clones that do not have its checkpoint yet."""
         for event in events:
             self.observe(event)
 
@@ -151,6 +154,8 @@ class Trials:
                 trial.status, trial.slot, trial.legs = "running", event.slot, event.leg
                 trial.until = event.until
                 self.running[trial.number] = None
+            case Cloned():
+                self._forget_clone(self.by_number[event.trial])
             case Reported():
                 trial = self.by_number[event.trial]
                 trial.step, trial.fraction, trial.epochs = event.step, event.fraction, event.epochs
@@ -177,6 +182,7 @@ class Trials:
                 self.running.pop(trial.number, None)
                 self.ready.discard(trial.number)
                 trial.status, trial.failure = "failed", event.failure
+                self._forget_clone(trial)
             case Closed():
                 self.closed = event.reason
             case Extended():
@@ -195,6 +201,7 @@ class Trials:
         )
         if asked.donor is not None and donor is not None:
             trial.step, trial.fraction, trial.epochs = asked.donor.step, donor.fraction, donor.epochs
+            self.uncloned.setdefault(donor.number, set()).add(trial.number)
         self.by_number[trial.number] = trial
         if asked.purpose == "finalist":
             self.finalists += 1
@@ -228,6 +235,12 @@ class Trials:
                 trial.status = "stopped"
             case "finish":
                 trial.status = "finished"
+
+    def _forget_clone(self, trial: Trial) -> None:
+        if trial.donor is not None and (waiting := self.uncloned.get(trial.donor.trial)):
+            waiting.discard(trial.number)
+            if not waiting:
+                del self.uncloned[trial.donor.trial]
 
     def _make_ready(self, trial: Trial) -> None:
         trial.status = "ready"

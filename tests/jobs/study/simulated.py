@@ -81,6 +81,7 @@ class Simulation:
             if leg.donor is not None and leg.trial not in self.saved:
                 assert self.saved[leg.donor.trial] == leg.donor.step, "the donor has gone on"
                 self.saved[leg.trial] = leg.donor.step
+                engine.cloned(leg.trial)
             schedule(slot, leg, self.saved.get(leg.trial, 0), leg.until)
 
         def schedule(slot: str, leg: Leg, done: int, until: float) -> None:
