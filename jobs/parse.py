@@ -18,14 +18,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from jobs.errors import Problem, SpecError
-from jobs.problems import Sources, no_group, problems_of
+from jobs.problems import Sources, no_group
 from jobs.schema import job_schema
 from jobs.seal import DIGEST, unsealed
-from jobs.spec import MAX_RUN_ID_CHARACTERS, RUN_ID_PATTERN, JobSpec, no_validation_set
+from jobs.spec import MAX_RUN_ID_CHARACTERS, RUN_ID_PATTERN, JobSpec
 from jobs.strict_yaml import read_yaml
+from jobs.study.recommended import with_recommended_space
+from jobs.study.space_checks import space_problems
+from jobs.tree import job_of
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
@@ -187,16 +188,10 @@ def _read_text(path: Path) -> str:
 
 
 def _validate(tree: Mapping[str, Any], sources: Sources) -> tuple[JobSpec | None, list[Problem]]:
-    try:
-        return JobSpec.model_validate(_lists_as_tuples(tree)), []
-    except ValidationError as error:
-        problems = problems_of(error, sources)
-    if _stops_early_without_validation(tree):
-        # Pydantic looks at rules across parts only where every part is right.
-        unfit = no_validation_set()
-        across = Problem(f"{sources.where}: {unfit}", unfit.hint)
-        problems += [] if across in problems else [across]
-    return None, problems
+    spec, problems = job_of(with_recommended_space(tree), sources)
+    if spec is not None and (problems := space_problems(spec, sources)):
+        return None, problems
+    return spec, problems
 
 
 def _with_overrides(
@@ -214,7 +209,7 @@ def _with_overrides(
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    parts = path.strip().split(".")
+    parts = _parts(path.strip())
     where = f"--set {override}"
     if not equals or not all(parts):
         raise SpecError(
@@ -240,24 +235,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = document.value
 
 
-def _lists_as_tuples(value: Any) -> Any:
-    """YAML and JSON know lists only; the spec holds tuples, because it is frozen."""
-    if isinstance(value, Mapping):
-        # A key that YAML reads as a number or as nothing is an unknown key like another.
-        return {str(key): _lists_as_tuples(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return tuple(_lists_as_tuples(inner) for inner in value)
-    return value
-
-
-def _stops_early_without_validation(tree: Mapping[str, Any]) -> bool:
-    train, data = tree.get("train"), tree.get("data")
-    return (
-        isinstance(train, Mapping)
-        and train.get("early_stopping") is not None
-        and isinstance(data, Mapping)
-        and data.get("validation") is None
-    )
+def _parts(path: str) -> list[str]:
+    """The keys on the way to a value; those of `search.space` hold dots themselves."""
+    searched = path.removeprefix("search.space.")
+    return path.split(".") if searched == path else ["search", "space", searched]
 
 
 def _kind(value: object) -> str:

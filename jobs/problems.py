@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from jobs.errors import Problem
 from jobs.schema import expected, field_schema, keys_of, kinds_of, known_paths
-from jobs.spec import UnfitError
+from jobs.spec_parts import UnfitError
 
 Path = tuple[int | str, ...]
 
@@ -39,6 +39,8 @@ _EXAMPLES = {
     "store": "s3://shoal/runs",
     "store.uri": "s3://shoal/runs",
     "train.early_stopping": "{metric: validation/f1, patience: 3}",
+    "search": "{space: recommended, trials: 64}",
+    "search.finalists": "{count: 3, seeds: 3}",
 }
 """What to type for keys whose default says too little."""
 
@@ -59,6 +61,8 @@ _NAMES_ELSEWHERE = {
     "eval_steps": "train.evaluate_every_steps",
     "save_steps": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep_last",
+    "n_trials": "search.trials",
+    "num_samples": "search.trials",
 }
 """Names that other tools give to our keys."""
 
@@ -96,6 +100,8 @@ def problems_of(error: ValidationError, sources: Sources) -> list[Problem]:
     """Every problem of a job file once, in the order of its keys."""
     found: dict[Path, ErrorDetails] = {}
     for detail in error.errors():
+        if detail["type"] == "default_factory_not_called":
+            continue  # a default that follows from keys which are wrong themselves
         path = _known_part(detail)
         # Each branch of `auto or a number` fails; one of them is enough.
         found.setdefault(path, detail)
@@ -287,7 +293,7 @@ def _unknown_key(path: Path, where: str) -> Problem:
     key, parent = str(last), _name(tuple(parents))
     message = f"{where}: {_name(path)} is not a known key"
     paths = known_paths()
-    siblings = [p.rpartition(".")[2] for p in paths if p.rpartition(".")[0] == parent]
+    siblings = keys_of(field_schema(parents) or {})
     if _SECRET.search(key) and not difflib.get_close_matches(key, siblings, n=1, cutoff=0.9):
         instead = (
             "name a secret of Kubernetes in cluster.env_from_secrets"

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.search_spec import RECOMMENDED
 from jobs.spec import JobSpec
 
 Schema = Mapping[str, Any]
@@ -26,6 +27,15 @@ def job_schema() -> dict[str, Any]:
     parts: dict[str, Any] = schema["$defs"]
     store = schema["properties"]["store"]
     store["anyOf"] = [{"type": "string", "minLength": 1}, {"$ref": store.pop("$ref")}]
+    search = parts["Search"]["properties"]
+    space = {"type": "object", "additionalProperties": search["space"].pop("additionalProperties")}
+    search["space"].pop("type")
+    search["space"] |= {"default": RECOMMENDED, "anyOf": [{"const": RECOMMENDED}, space]}
+    for key, default in (("algorithm", "tpe"), ("scheduler", "asha")):
+        group = {name: search[key].pop(name) for name in ("discriminator", "oneOf")}
+        kinds: list[dict[str, Any]] = [{"enum": list(group["discriminator"]["mapping"])}]
+        kinds += [{"type": "null"}] if key == "scheduler" else []
+        search[key] |= {"default": default, "anyOf": [*kinds, group]}
     for part in (schema, *parts.values()):
         part["description"] = _one_line(part["description"])
         for field in part["properties"].values():
@@ -62,8 +72,11 @@ def field_schema(path: Sequence[int | str]) -> Schema | None:
 
 def kinds_of(schema: Schema) -> dict[str, list[str]]:
     """Kind -> its keys, of a group whose key `kind` decides which others it has; else empty."""
-    mapping = schema.get("discriminator", {}).get("mapping", {})
-    return {kind: keys_of({"$ref": reference}) for kind, reference in mapping.items()}
+    for group in (schema, *schema.get("anyOf", ())):
+        mapping = group.get("discriminator", {}).get("mapping", {})
+        if mapping:
+            return {kind: keys_of({"$ref": reference}) for kind, reference in mapping.items()}
+    return {}
 
 
 def known_paths() -> list[str]:
@@ -140,7 +153,8 @@ def _inside(option: Schema, key: int | str) -> Schema | None:
     elif isinstance(key, int):
         inner = option.get("items")
     else:
-        inner = option.get("properties", {}).get(key)
+        others = option.get("additionalProperties") or None
+        inner = option.get("properties", {}).get(key, others)
     return inner
 
 

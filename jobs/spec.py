@@ -14,20 +14,23 @@ from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 
 from jobs.seal import sealed
+from jobs.search_spec import Search
+from jobs.spec_parts import Metric, Mode, Text
+from jobs.spec_parts import SpecPart as SpecPart
+from jobs.spec_parts import UnfitError as UnfitError
 
 MAX_RUN_ID_CHARACTERS = 47
 """KubeRay derives other names from a RayJob's name; 47 keeps all of them under DNS-1035's 63."""
@@ -43,22 +46,6 @@ RUN_ID_PATTERN = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _KUBERNETES_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*")
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-class SpecPart(BaseModel):
-    """A frozen part of the job file that refuses unknown keys and values of another type."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class UnfitError(ValueError):
-    """A value that its key cannot take; `hint` says what to type instead."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
 
 
 def _integer_as_text(value: object) -> object:
@@ -84,7 +71,6 @@ def format_bytes(num_bytes: float) -> str:
     return f"{int(num_bytes)} B"
 
 
-Text = Annotated[str, Field(min_length=1)]
 Label = Annotated[
     str,
     BeforeValidator(_integer_as_text),
@@ -300,18 +286,13 @@ class Optimizer(SpecPart):
 class EarlyStopping(SpecPart):
     """When training ends because the model no longer improves."""
 
-    metric: Literal[
-        "validation/loss",
-        "validation/accuracy",
-        "validation/f1",
-        "validation/precision",
-        "validation/recall",
-    ] = "validation/f1"
+    metric: Metric = "validation/f1"
     """What is watched; f1, precision and recall are means over the classes."""
-    mode: Literal["min", "max"] = "max"
+    mode: Mode = "max"
     """Whether smaller or larger is better."""
-    patience: PositiveInt = 3
-    """Evaluations in a row without improvement after which training stops."""
+    patience: PositiveInt | None = 3
+    """Evaluations in a row without improvement after which training stops; null: it never does, and
+    `metric` only tells which checkpoint is the best."""
     min_delta: NonNegativeFloat = 0.0
     """Smallest change that counts as improvement."""
 
@@ -462,11 +443,11 @@ def auto_lanes(worker_counts: range) -> int:
     return max(multiples, key=lambda lanes: (sum(lanes % w == 0 for w in worker_counts), -lanes))
 
 
-def no_validation_set() -> UnfitError:
-    """What is wrong with a job that stops early and measures nothing."""
+def no_validation_set(needed_by: str) -> UnfitError:
+    """What is wrong with a job that compares what it does not measure."""
     return UnfitError(
-        "train.early_stopping needs a validation set, but data.validation is not given",
-        "give data.validation the folder of the set, or remove train.early_stopping",
+        f"{needed_by} needs a validation set, but data.validation is not given",
+        f"give data.validation the folder of the set, or remove {needed_by}",
     )
 
 
@@ -496,6 +477,25 @@ class JobSpec(SpecPart):
     """Where the workers are: `{kind: local}`, or `{kind: kuberay, image: ...}`."""
     tracking: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
     """Where metrics go besides the run folder's own."""
+    search: Search | None = None
+    """Many trials of this job with other values, of which the best is wanted; null: one run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _search_compares_what_stops(cls, tree: object) -> object:
+        if not isinstance(tree, dict):
+            return tree
+        search, train = tree.get("search"), tree.get("train")
+        stopping = train.get("early_stopping") if isinstance(train, dict) else None
+        if not isinstance(search, dict) or "metric" in search or not isinstance(stopping, dict):
+            return tree
+        # A group that is wrong is told of at its own place only.
+        try:
+            watched = EarlyStopping.model_validate(stopping)
+        except ValidationError:
+            return tree
+        inherited = {"metric": watched.metric, "mode": watched.mode}
+        return {**tree, "search": {**inherited, **search}}
 
     @model_validator(mode="before")
     @classmethod
@@ -563,7 +563,27 @@ class JobSpec(SpecPart):
     @model_validator(mode="after")
     def _early_stopping_has_data(self) -> JobSpec:
         if self.train.early_stopping is not None and self.data.validation is None:
-            raise no_validation_set()
+            raise no_validation_set("train.early_stopping")
+        return self
+
+    @model_validator(mode="after")
+    def _search_has_data(self) -> JobSpec:
+        if self.search is not None and self.data.validation is None:
+            raise no_validation_set("search")
+        return self
+
+    @model_validator(mode="after")
+    def _search_and_trials_agree_on_the_best(self) -> JobSpec:
+        search, stopping = self.search, self.train.early_stopping
+        if search is None or stopping is None:
+            return self
+        if (search.metric, search.mode) != (stopping.metric, stopping.mode):
+            raise UnfitError(
+                f"search compares trials by the {search.mode} of {search.metric}, but "
+                f"train.early_stopping, by which a trial keeps its best checkpoint, watches the "
+                f"{stopping.mode} of {stopping.metric}",
+                "remove search.metric and search.mode, or set train.early_stopping to the same",
+            )
         return self
 
     @property
@@ -582,7 +602,7 @@ class JobSpec(SpecPart):
         return auto_lanes(self.workers.counts) if self.data.lanes == "auto" else self.data.lanes
 
     @property
-    def best(self) -> tuple[str, Literal["min", "max"], float]:
+    def best(self) -> tuple[str, Mode, float]:
         """Metric that tells the best checkpoint, its direction, and the least improvement."""
         stopping = self.train.early_stopping
         if stopping is None:

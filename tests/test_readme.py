@@ -8,10 +8,9 @@ from pathlib import Path
 
 import click
 import pytest
-import yaml
 
 from jobs.cli import COMMANDS, cli
-from jobs.parse import parse_spec
+from jobs.parse import load_spec
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -58,11 +57,15 @@ def test_the_readme_tells_of_every_command() -> None:
     assert set(COMMANDS) <= told
 
 
-def test_the_job_in_the_readme_is_a_job() -> None:
-    (job,) = re.findall(r"```yaml\n(.*?)```", text_of("README.md"), re.DOTALL)
-    tree = yaml.safe_load(job)
-    tree["optimizer"]["learning_rate"] = float(tree["optimizer"]["learning_rate"])
-    assert parse_spec(tree, where="README.md").workers.count == 4
+def test_the_job_in_the_readme_is_a_job_and_so_is_its_search(tmp_path: Path) -> None:
+    job, search = re.findall(r"```yaml\n(.*?)```", text_of("README.md"), re.DOTALL)
+    file = tmp_path / "job.yaml"
+    file.write_text(job, encoding="utf-8")
+    assert load_spec(file).workers.count == 4
+    file.write_text(job + search, encoding="utf-8")
+    spec = load_spec(file)
+    assert spec.search is not None
+    assert spec.search.metric == "validation/f1"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

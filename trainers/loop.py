@@ -351,9 +351,14 @@ def judge(spec: JobSpec, progress: Progress, evaluation: Evaluation | None) -> P
     if progress.best_value is None or sign * (value - progress.best_value) > min_delta:
         return replace(progress, best_step=progress.step, best_value=value, bad_evaluations=0)
     bad = progress.bad_evaluations + 1
+    return replace(progress, bad_evaluations=bad, finished=stops_early(spec, bad))
+
+
+def stops_early(spec: JobSpec, bad_evaluations: int) -> bool:
+    """Whether so many evaluations in a row without improvement end the training."""
     stopping = spec.train.early_stopping
-    ended = stopping is not None and bad >= stopping.patience
-    return replace(progress, bad_evaluations=bad, finished=ended)
+    patience = None if stopping is None else stopping.patience
+    return patience is not None and bad_evaluations >= patience
 
 
 def commit_is_due(spec: JobSpec, progress: Progress) -> bool:

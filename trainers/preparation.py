@@ -23,7 +23,7 @@ from trainers.data.partition import ORDER_VERSION, fit_window, refuse_small_memo
 from trainers.evaluation import move
 from trainers.freezing import freeze
 from trainers.local_copy import TICKING
-from trainers.loop import Plan, Progress, Trainee, forward
+from trainers.loop import Plan, Progress, Trainee, forward, stops_early
 from trainers.optim import build_optimizer
 from trainers.parallel import compute_type, is_sharded, replicate, shard
 from trainers.patience import Patience
@@ -171,7 +171,7 @@ def prepare(
     optimizer = build_optimizer(model, spec.optimizer)
     if folder is not None:
         load_optimizer(folder, model, optimizer)
-    if progress.step < plan.total_steps and not _stopped_early(progress, spec):
+    if progress.step < plan.total_steps and not stops_early(spec, progress.bad_evaluations):
         progress = replace(progress, finished=False)  # epochs may have been added
     trainee = Trainee(
         task=task,
@@ -242,8 +242,3 @@ def replicated(prepared: Prepared, session: Session) -> Prepared:
         ),
     )
     return replace(prepared, trainee=replace(trainee, model=model))
-
-
-def _stopped_early(progress: Progress, spec: JobSpec) -> bool:
-    stopping = spec.train.early_stopping
-    return stopping is not None and progress.bad_evaluations >= stopping.patience

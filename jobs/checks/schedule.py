@@ -128,10 +128,11 @@ def check_steps(spec: JobSpec, totals: Totals) -> Iterator[Finding]:
             f"set train.evaluate_every_steps to {each} (once an epoch) or less, or remove it",
         )
     evaluations = math.ceil(total / (every or each))
-    if stopping is not None and stopping.patience >= evaluations:
+    patience = stopping.patience if stopping is not None else None
+    if patience is not None and patience >= evaluations:
         yield warning(
             "train",
-            f"train.early_stopping.patience is {stopping.patience}, but the run is evaluated "
+            f"train.early_stopping.patience is {patience}, but the run is evaluated "
             f"{evaluations} times, so it never stops early",
             "lower train.early_stopping.patience or train.evaluate_every_steps, or raise "
             "train.epochs",

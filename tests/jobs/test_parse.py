@@ -9,6 +9,7 @@ import pytest
 
 from jobs.errors import Problem, SpecError, render_error
 from jobs.parse import apply_overrides, load_spec, parse_spec, recorded_spec
+from jobs.search_spec import ASHA, Finalists, MedianStopping, Search, TPESearch
 from jobs.spec import JobSpec
 
 GOOD = """\
@@ -259,7 +260,7 @@ class TestAnUnknownKey:
             f"did you mean {meant}?",
         )
 
-    @pytest.mark.parametrize("key", ["search", "1", "~", "on"])
+    @pytest.mark.parametrize("key", ["sweep", "1", "~", "on"])
     def test_without_a_near_one_lists_the_known_ones(self, key: str) -> None:
         message, hint = problem(GOOD + f"{key}: null\n")
         assert message.endswith("is not a known key")
@@ -616,6 +617,217 @@ def test_problems_are_printed_with_their_hints() -> None:
     assert render_error(error) == (
         "error: one is wrong\n\nhint: write two\n\nerror: three is wrong"
     )
+
+
+# ---------------------------------------------------------------------------------- search
+
+STUDY = GOOD.replace("data: {", "data: {validation: s3://lake/reviews/validation, ")
+
+
+def search_of(text: str, *overrides: str) -> Search:
+    search = load(STUDY + text, *overrides).search
+    assert search is not None
+    return search
+
+
+@pytest.mark.usefixtures("in_folder")
+class TestSearch:
+    def test_is_none_where_it_is_not_given_and_changes_nothing(self) -> None:
+        assert load(GOOD).search is None
+        assert load(STUDY).digests() == load(STUDY + "search: {trials: 3}\n").digests()
+
+    def test_has_defaults_for_all_of_its_keys(self) -> None:
+        search = search_of("search: {}\n")
+        assert (search.metric, search.mode, search.score) == ("validation/loss", "min", "best")
+        assert (search.algorithm, search.scheduler) == (TPESearch(), ASHA())
+        assert (search.trials, search.max_concurrent) == (64, "auto")
+        assert search.finalists == Finalists(count=3, seeds=3)
+        assert "optimizer.learning_rate" in search.space
+
+    def test_takes_kinds_as_texts_or_as_groups(self) -> None:
+        text = "search: {algorithm: random, scheduler: {kind: median, startup_trials: 2}}\n"
+        assert search_of(text).algorithm.kind == "random"
+        assert search_of(text).scheduler == MedianStopping(startup_trials=2)
+        assert search_of(text, "search.scheduler=null").scheduler.kind == "none"
+        assert search_of(text, "search.scheduler=none").scheduler.kind == "none"
+
+    def test_compares_trials_by_what_early_stopping_watches(self) -> None:
+        stopping = "train: {early_stopping: {metric: validation/accuracy}}\n"
+        search = search_of(stopping + "search: {}\n")
+        assert (search.metric, search.mode) == ("validation/accuracy", "max")
+        least = stopping.replace("}}", ", mode: min}}")
+        assert search_of(least + "search: {}\n").mode == "min"
+        assert search_of(stopping + "search: {metric: validation/accuracy}\n").mode == "max"
+        message, hint = problem(STUDY + stopping + "search: {metric: validation/f1}\n")
+        assert message == (
+            "job.yaml: search compares trials by the max of validation/f1, but "
+            "train.early_stopping, by which a trial keeps its best checkpoint, watches the max of "
+            "validation/accuracy"
+        )
+        assert hint is not None
+        assert hint.startswith("remove search.metric")
+
+    def test_of_a_metric_knows_whether_more_is_better(self) -> None:
+        assert search_of("search: {metric: validation/f1}\n").mode == "max"
+        assert search_of("search: {metric: validation/loss}\n").mode == "min"
+        assert search_of("search: {metric: validation/f1, mode: min}\n").mode == "min"
+
+    def test_needs_a_validation_set(self) -> None:
+        assert problem(GOOD + "search: {}\n") == (
+            "job.yaml: search needs a validation set, but data.validation is not given",
+            "give data.validation the folder of the set, or remove search",
+        )
+
+    def test_may_be_changed_key_by_key(self) -> None:
+        path = "search.space.optimizer.learning_rate"
+        text = "search: {space: {model.dropout: {uniform: [0, 0.1]}}}\n"
+        search = search_of(text, f"{path}={{loguniform: [1e-5, 1e-4]}}", "search.trials=9")
+        assert list(search.space) == ["model.dropout", "optimizer.learning_rate"]
+        assert search.space["optimizer.learning_rate"].loguniform == (1e-5, 1e-4)
+        assert search.trials == 9
+        message, _ = problem(STUDY + text, f"{path}={{uniform: [0, 1]}}")
+        assert message == (
+            f"--set {path}={{uniform: [0, 1]}}: {path}: optimizer.learning_rate is 0.0, but must "
+            "be a number above 0"
+        )
+
+    @pytest.mark.parametrize(
+        ("text", "message", "hint"),
+        [
+            (
+                "{space: recomended}",
+                'search.space is "recomended", but must be recommended or a group of keys',
+                "write space: recommended",
+            ),
+            (
+                "{space: {}}",
+                "search.space holds no key",
+                "write space: recommended, or for example "
+                "space: {optimizer.learning_rate: {loguniform: [1e-6, 1e-3]}}",
+            ),
+            (
+                "{space: {optimizer.learning_rate: {loguniform: [0, 1]}}}",
+                "search.space.optimizer.learning_rate has loguniform from 0.0, but numbers that "
+                "have a logarithm are above 0",
+                "raise the lower end, or write uniform",
+            ),
+            (
+                "{space: {optimizer.learning_rate: {loguniform: [1e-3, 1e-6]}}}",
+                "search.space.optimizer.learning_rate has loguniform from 0.001 to 1e-06, but the "
+                "first must be below the second",
+                "write the lower end first, as in loguniform: [1e-06, 0.001]",
+            ),
+            (
+                "{space: {model.dropout: {quniform: [0, 0.4, 0.5]}}}",
+                "search.space.model.dropout has quniform with a step of 0.5, but it must be above "
+                "0 and at most 0.4, the width of the range",
+                "change the third number",
+            ),
+            (
+                "{space: {model.dropout: {uniform: [0, 0.4], choice: [0]}}}",
+                "search.space.model.dropout has uniform and choice",
+                "give one of uniform, loguniform, quniform, qloguniform, integer, log-integer, "
+                "choice, grid",
+            ),
+            (
+                "{space: {model.dropout: {when: {optimizer.kind: sgd}}}}",
+                "search.space.model.dropout says nothing about its values",
+                "give one of uniform, loguniform, quniform, qloguniform, integer, log-integer, "
+                "choice, grid",
+            ),
+            (
+                "{space: {model.dropout: {choice: [0.1, 0.1]}}}",
+                "search.space.model.dropout lists 0.1 twice",
+                "remove the second",
+            ),
+            (
+                "{space: {model.dropout: {lognormal: [0, 1]}}}",
+                "search.space.model.dropout.lognormal is not a known key",
+                "did you mean search.space.model.dropout.loguniform?",
+            ),
+            (
+                "{space: {model.dropout: {grid: [0, 0.1]}}}",
+                "search has algorithm tpe, but model.dropout is given by grid: grids are for "
+                "algorithm grid, which takes nothing else",
+                "give model.dropout as choice: [...], or choose algorithm grid for all keys",
+            ),
+            (
+                "{space: {model.dropout: {choice: [0, 0.1]}}, algorithm: grid}",
+                "search has algorithm grid, but model.dropout is given by choice: grids are for "
+                "algorithm grid, which takes nothing else",
+                "give model.dropout as grid: [...], or choose algorithm tpe",
+            ),
+            (
+                "{space: {model.dropout: {choice: [0, 0.1]}}, algorithm: cmaes}",
+                "search has algorithm cmaes, which searches numbers, but the space has none that "
+                "every trial has",
+                "choose algorithm tpe, or add a key with a range and without when",
+            ),
+            (
+                "{algorithm: tpee}",
+                'search.algorithm.kind is "tpee", but must be random or grid or tpe or gp or cmaes',
+                "write kind: tpe",
+            ),
+            (
+                "{algorithm: {kind: random, startup_trials: 4}}",
+                "search.algorithm.startup_trials belongs to search.algorithm.kind gp, but "
+                "search.algorithm.kind is random",
+                "write search.algorithm.kind: gp, or keep random alone: "
+                "--set 'search.algorithm={kind: random}'",
+            ),
+            (
+                "{metric: f1}",
+                'search.metric is "f1", but must be validation/loss, validation/accuracy, '
+                "validation/f1, validation/precision or validation/recall",
+                "write metric: validation/f1",
+            ),
+            (
+                "{scheduler: {kind: asha, reduction_factor: 1}}",
+                "search.scheduler.reduction_factor is 1, but must be a whole number of at least 2",
+                None,
+            ),
+            (
+                "{trials: 0}",
+                "search.trials is 0, but must be a whole number above 0",
+                "write for example trials: 64",
+            ),
+            (
+                "{scheduler: pbt, space: {batching.global_batch_size: {choice: [8, 16]}}}",
+                "search has scheduler pbt and searches batching.global_batch_size, but a clone "
+                "goes on in the middle of another trial, where batching.global_batch_size cannot "
+                "change",
+                "search optimizer.learning_rate, optimizer.weight_decay, optimizer.betas, "
+                "optimizer.epsilon, optimizer.momentum, optimizer.max_grad_norm, model.dropout "
+                "alone, or choose scheduler asha",
+            ),
+            (
+                "{scheduler: pbt, trials: 3}",
+                "search has 3 trials, but the population of pbt is 8",
+                "set search.trials to 8 or more, or search.scheduler.population to 3 or less",
+            ),
+            (
+                "{scheduler: pb2, repeats: 2}",
+                "search has scheduler pb2 and repeats, but a clone's values are only the last part "
+                "of how it was trained, which another seed does not repeat",
+                "remove search.repeats, or choose scheduler asha",
+            ),
+            (
+                "{scheduler: pb2, space: {model.dropout: {choice: [0, 0.1]}}}",
+                "search has scheduler pb2, which chooses numbers, but the space has choices alone",
+                "choose scheduler pbt, or give a key a range",
+            ),
+            (
+                "{scheduler: pbt, algorithm: grid, space: {model.dropout: {grid: [0, 0.1]}}}",
+                "search has scheduler pbt, which changes the values of trials, but algorithm grid, "
+                "which is to try each combination",
+                "choose algorithm random, or scheduler asha",
+            ),
+        ],
+    )
+    def test_that_cannot_work_says_so_in_its_line(
+        self, text: str, message: str, hint: str | None
+    ) -> None:
+        assert problem(STUDY + f"search: {text}\n") == (f"job.yaml, line 6: {message}", hint)
 
 
 # ------------------------------------------------------------------------------- overrides

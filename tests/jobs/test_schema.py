@@ -66,6 +66,11 @@ def test_every_example_is_right_for_editors_and_for_the_parser(path: Path) -> No
         {"data": {"train": "t", "stream_memory": 4096, "lanes": 8}},
         {"task": {"labels": ["a", 1]}},
         {"model": {"source": "m", "dropout": None}},
+        {"search": {}},
+        {"search": {"space": "recommended", "algorithm": "tpe", "scheduler": None}},
+        {"search": {"algorithm": {"kind": "gp"}, "scheduler": {"kind": "asha", "first": 0.1}}},
+        {"search": {"space": {"train.epochs": {"log-integer": [1, 4], "when": {"a.b": [1, 2]}}}}},
+        {"search": {"space": {"model.freeze": {"choice": [[], ["embeddings"]]}}}},
     ],
 )
 def test_the_schema_takes_each_way_to_write_a_value(change: dict[str, Any]) -> None:
@@ -79,7 +84,17 @@ def test_the_schema_takes_each_way_to_write_a_value(change: dict[str, Any]) -> N
     jsonschema.validate(job | change, job_schema())
 
 
-@pytest.mark.parametrize("change", [{"stor": "runs"}, {"workers": {"count": 0}}, {"model": {}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stor": "runs"},
+        {"workers": {"count": 0}},
+        {"model": {}},
+        {"search": {"space": "recomended"}},
+        {"search": {"space": {"model.dropout": {"lognormal": [0, 1]}}}},
+        {"search": {"algorithm": "tpee"}},
+    ],
+)
 def test_the_schema_refuses_what_the_parser_refuses(change: dict[str, Any]) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"name": "a"} | change, job_schema())
@@ -105,6 +120,8 @@ def test_every_key_can_be_found_and_said_in_words() -> None:
         ("task.labels", "a list of at least 2 texts"),
         ("store", "a text or a group of keys"),
         ("store.access.profile", "a text"),
+        ("search.space", "recommended or a group of keys"),
+        ("search.scheduler.kind", "none or asha or hyperband or median or pbt or pb2"),
     ],
 )
 def test_what_a_key_may_hold_is_said_in_words(path: str, words: str) -> None:

@@ -112,6 +112,12 @@ def test_the_best_is_the_first_of_equals_and_bad_evaluations_are_counted(scene: 
     assert [p.finished for p in found] == [False, False, False, False, True]
 
 
+def test_without_patience_the_metric_only_tells_the_best(scene: Scene) -> None:
+    found = judged(stopping(scene, patience=None), [0.5, 0.7, *[0.6] * 9])
+    assert found[-1].best_step == 2
+    assert not any(p.finished for p in found)
+
+
 def test_a_change_up_to_min_delta_is_no_improvement(scene: Scene) -> None:
     found = judged(stopping(scene, min_delta=0.25, patience=9), [0.25, 0.5, 0.625])
     assert [p.best_step for p in found] == [1, 1, 3]
