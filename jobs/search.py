@@ -37,8 +37,8 @@ from jobs.spec import JobSpec, StoreAt
 from jobs.study.engine import Engine, Leg, Report
 from jobs.study.log import StudyLog
 from jobs.study.samplers import make_sampler
-from jobs.study.schedulers import make_scheduler
-from jobs.study.space import job_with, space_of
+from jobs.study.schedulers.making import make_scheduler
+from jobs.study.space import job_with, space_of, trial_seed
 from jobs.study.trials import Trials
 from jobs.submit import request_stop
 from trainers.assignment import (
@@ -106,7 +106,7 @@ def make_engine(spec: JobSpec, log: StudyLog) -> Engine:
     space = space_of(spec)
     return Engine(
         spec.search,
-        make_sampler(spec.search, space),
+        make_sampler(spec.search, space, spec.search.seed),
         make_scheduler(spec.search, space),
         log,
         events,
@@ -377,7 +377,7 @@ class _Desk(FIFOScheduler):  # type: ignore[misc]
         )
         assert self._spec.search is not None
         return Assignment(
-            spec=job_with(self._spec, leg.values, repeat=leg.repeat),
+            spec=job_with(self._spec, leg.values, seed=trial_seed(self._spec, leg.repeat)),
             run_id=paths.run_id,
             generation=self._assignment.generation,
             controls_seen=0,
@@ -401,9 +401,7 @@ class _Desk(FIFOScheduler):  # type: ignore[misc]
             return Outcome(attempt=0, state=State.STOPPED, step=0)
         if self._stops is not None:
             problem = ("the driver's machine is taken; the states of all trials are saved", None)
-            return Failure(
-                state=self._stops, problems=(problem,), where="driver", exit_code=3
-            )
+            return Failure(state=self._stops, problems=(problem,), where="driver", exit_code=3)
         if winner is None:
             return _without_winner(trials)
         tested = self._test

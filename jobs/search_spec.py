@@ -210,11 +210,9 @@ class MedianStopping(SpecPart):
     (Golovin et al., 2017)."""
 
     kind: Literal["median"] = "median"
-    """Compares trials at the same fraction of their budgets."""
+    """Compares trials at the same fraction of their budgets, after each evaluation."""
     first: InsideFraction = 0.2
     """Fraction of a trial's budget before which it is not stopped."""
-    every: InsideFraction = 0.1
-    """Fraction of a trial's budget between two comparisons."""
     startup_trials: PositiveInt = 5
     """Others that must have come as far before a trial is stopped."""
 
@@ -295,6 +293,11 @@ def _mode_of(given: dict[str, Any]) -> Mode:
     return "min" if given.get("metric") == "validation/loss" else "max"
 
 
+def _trials_of(given: dict[str, Any]) -> int:
+    scheduler = given.get("scheduler")
+    return scheduler.population if isinstance(scheduler, PBT | PB2) else 64
+
+
 def _finalists_of(given: dict[str, Any]) -> Finalists | None:
     return None if isinstance(given.get("scheduler"), PBT | PB2) else Finalists()
 
@@ -316,8 +319,9 @@ class Search(SpecPart):
     """How the next trial's values are chosen: a kind, or its group of keys."""
     scheduler: Scheduler = ASHA()
     """How long a trial goes on: a kind, or its group of keys; null: every trial to its end."""
-    trials: PositiveInt = 64
-    """Trials at most, repeats and finalists not counted."""
+    trials: PositiveInt = Field(default_factory=_trials_of)
+    """Trials at most, repeats, clones and finalists not counted; not given: 64, and for pbt and pb2
+    their population, which it is."""
     seed: NonNegativeInt = 0
     """Seed of everything that the search draws at random."""
     repeats: PositiveInt = 1
@@ -388,11 +392,11 @@ class Search(SpecPart):
                 "has scheduler pb2, which chooses numbers, but the space has choices alone",
                 "choose scheduler pbt, or give a key a range",
             )
-        if self.trials < population:
+        if self.trials != population:
             raise UnfitError(
-                f"has {self.trials} trials, but the population of {kind} is {population}",
-                f"set search.trials to {population} or more, or search.scheduler.population to "
-                f"{self.trials} or less",
+                f"has {self.trials} trials, but the population of {kind} is {population}, and all "
+                "other trials are its clones",
+                f"remove search.trials, or set search.scheduler.population to {self.trials}",
             )
         for key, given in (("repeats", self.repeats > 1), ("finalists", bool(self.finalists))):
             if given:

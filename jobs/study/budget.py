@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jobs.search_spec import Search
 from jobs.study.events import Asked, Decided, Event, Failed, Reported
-from jobs.study.samplers import score_of
+from jobs.study.score import WORST, score_of
 
 
 class Budget:
@@ -21,7 +21,7 @@ class Budget:
         """Of all trials; what a clone has of its donor is not counted again."""
         self.seconds = 0.0
         """Of trials on slots."""
-        self._best: float | None = None
+        self._best = WORST
         self._without_gain = 0
         """Trials that ended one after the other without improving the best."""
 
@@ -61,9 +61,8 @@ class Budget:
         """Whether a trial that is left has improved the best."""
         if newest is None:
             return
-        value = score_of(newest, self._search)
-        sign = 1 if self._search.mode == "min" else -1
-        if value is not None and (self._best is None or sign * value < sign * self._best):
-            self._best, self._without_gain = value, 0
+        score = score_of(newest, self._search)
+        if score > self._best:
+            self._best, self._without_gain = score, 0
         else:
             self._without_gain += 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from jobs.record import Failure, State
 from jobs.search_spec import Search
@@ -51,6 +51,7 @@ class Leg:
     repeat: int
     until: float
     donor: Donor | None
+    """What a clone begins with, if it does not have that yet."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,17 @@ class Engine:
         log: Log,
         events: Iterable[Event] = (),
         *,
+        is_saved: Callable[[int, int], bool],
         gpus: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`events` is what the log holds. Legs that were under way then are lost, as their slots
-        were the former driver's."""
+        were the former driver's. `is_saved` looks whether a trial has a checkpoint of a step."""
         self._search = search
         self._sampler = sampler
         self._scheduler = scheduler
         self._log = log
+        self._is_saved = is_saved
         self._clock = clock
         self._budget = Budget(search, gpus=gpus)
         self._pending: list[Event] = []
@@ -98,7 +101,7 @@ class Engine:
         for event in events:
             self._observe(event)
         for number in list(self.trials.running):
-            self._note(Lost(trial=number, cause="the study's driver ended", counts=False))
+            self._lose(self.trials[number], "the study's driver ended", counts=False)
         self._commit()
 
     # ------------------------------------------------------------------------------ what happens
@@ -120,7 +123,7 @@ class Engine:
             values=trial.values,
             repeat=trial.repeat,
             until=trial.until,
-            donor=trial.donor,
+            donor=trial.donor if self.trials.is_uncloned(trial) else None,
         )
 
     def reported(self, number: int, report: Report) -> Decided:
@@ -156,7 +159,7 @@ class Engine:
         """The leg of the trial broke off. It begins again from its last checkpoint, unless its
         retries are used up."""
         trial = self.trials[number]
-        self._note(Lost(trial=number, cause=cause, counts=True))
+        self._lose(trial, cause, counts=True)
         if trial.losses > self._search.retries:
             problem = (
                 f"it broke off {trial.losses} times, the last time as {cause}",
@@ -194,7 +197,7 @@ class Engine:
             return True
         return (
             trial.donor is not None
-            and trial.number in self.trials.uncloned.get(trial.donor.trial, ())
+            and self.trials.is_uncloned(trial)
             and self.trials[trial.donor.trial].saved_step < trial.donor.step
         )
 
@@ -216,11 +219,11 @@ class Engine:
             of = asked.trial if asked.repeats is None else asked.repeats
             again = {"trial": number, "repeat": asked.repeat + 1, "repeats": of}
             return asked.model_copy(update=again)
+        is_done = not trials.running and not trials.ready
         if trials.configurations >= trials.wanted:
-            is_done = not trials.running
             return Closed(reason=f"all {trials.wanted} trials have been made") if is_done else None
         if not self._scheduler.takes_new():
-            return None
+            return Closed(reason="all trials have had their budget") if is_done else None
         values = self._sampler.ask(number)
         if values is None:  # all of the space is tried: there are no more trials to be had
             return Extended(trials=trials.configurations)
@@ -256,6 +259,15 @@ class Engine:
         if self.trials.closed is not None:
             return Decided(trial=trial.number, decision="stop", reason=self.trials.closed)
         return self._scheduler.decide(trial.number)
+
+    def _lose(self, trial: Trial, cause: str, *, counts: bool) -> None:
+        """A leg broke off; unless all that was left of it was to say that the state is durable."""
+        if trial.status == "leaving" and (
+            trial.decision == "stop" or self._is_saved(trial.number, trial.step)
+        ):
+            self._note(Left(trial=trial.number))
+        else:
+            self._note(Lost(trial=trial.number, cause=cause, counts=counts))
 
     def _exhausted(self) -> str | None:
         return self._budget.exhausted(now=self._clock())

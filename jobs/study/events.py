@@ -52,7 +52,7 @@ class Asked(StudyEvent):
     until: float = 1.0
     """Fraction of the budget at which it is first to report."""
     bracket: int = 0
-    """Of the scheduler; of a clone the round after which it begins; 0 where neither is known."""
+    """Of the scheduler; of a clone the round after which it begins; 0 where it has neither."""
     purpose: Literal["search", "finalist"] = "search"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class StudyLog:
         self._last = 0
         self._merged = 0
         """Number of the last object that a merged one holds."""
+        self._unmerged: deque[Sequence[Event]] = deque()
+        """What the objects after that hold, so that it is not read again to be merged."""
 
     def open(self) -> list[Event]:
         """Ends what the log holds with an object of this driver's, and gives its events."""
@@ -60,6 +63,8 @@ class StudyLog:
                 self._last = one.last
                 if one.last > one.first:
                     self._merged = one.last
+                else:
+                    self._unmerged.append(held)
             try:
                 self._write(())
             except ObjectExists:
@@ -74,8 +79,8 @@ class StudyLog:
             raise StudySuperseded(
                 Problem(f"another driver has gone on with the study {self._paths.run_id}")
             ) from None
-        if self._last - self._merged >= OBJECTS_IN_ONE:
-            self._merge()
+        if self._last - self._merged > OBJECTS_IN_ONE:
+            self._merge_up_to(self._merged + OBJECTS_IN_ONE)
 
     def _write(self, events: Sequence[Event]) -> None:
         number = self._last + 1
@@ -83,18 +88,15 @@ class StudyLog:
             self._paths.study_object(number), _payload(events, self._generation)
         )
         self._last = number
+        self._unmerged.append(tuple(events))
 
-    def _merge(self) -> None:
-        """Puts the single objects into one, and removes them."""
-        first, last = self._merged + 1, self._merged + OBJECTS_IN_ONE
-        objects = [
-            _Object(self._paths.study_object(n), n, n) for n in range(first, last + 1)
-        ]
-        events = [event for _, held in _read(self._store, objects) for event in held]
-        self._store.write(
-            self._paths.study_object(first, last), _payload(events, self._generation)
-        )
-        self._store.delete([one.key for one in objects])
+    def _merge_up_to(self, last: int) -> None:
+        """Puts the single objects up to that number into one, and removes them."""
+        first = self._merged + 1
+        keys = [self._paths.study_object(number) for number in range(first, last + 1)]
+        events = [event for _ in keys for event in self._unmerged.popleft()]
+        self._store.write(self._paths.study_object(first, last), _payload(events, self._generation))
+        self._store.delete(keys)
         self._merged = last
 
 

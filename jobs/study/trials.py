@@ -25,6 +25,7 @@ from jobs.study.events import (
     Values,
 )
 
+
 @dataclass(slots=True)
 class Trial:
     """A trial, as the log tells it."""
@@ -97,9 +98,7 @@ class Trials:
         """What a trial is judged by so far."""
         return trial.best if self._search.score == "best" else trial.value
 
-    def ranked(
-        self, purpose: Literal["search", "finalist"] = "search"
-    ) -> list[list[Trial]]:
+    def ranked(self, purpose: Literal["search", "finalist"] = "search") -> list[list[Trial]]:
         """The configurations that have a score, each with its repetitions, the one with the best
         mean first; of equals the earlier one."""
         runs: dict[int, list[Trial]] = {}
@@ -107,6 +106,10 @@ class Trials:
             if trial.purpose == purpose and self.score(trial) is not None:
                 runs.setdefault(trial.of, []).append(trial)
         return sorted(runs.values(), key=lambda group: (self._mean_loss(group), group[0].of))
+
+    def is_uncloned(self, trial: Trial) -> bool:
+        """Whether it is a clone that does not have its donor's checkpoint yet."""
+        return trial.donor is not None and trial.number in self.uncloned.get(trial.donor.trial, ())
 
     def winner(self) -> Trial | None:
         """The trial whose best checkpoint is the study's model; None where none has a score.
@@ -200,7 +203,11 @@ class Trials:
             until=asked.until,
         )
         if asked.donor is not None and donor is not None:
-            trial.step, trial.fraction, trial.epochs = asked.donor.step, donor.fraction, donor.epochs
+            trial.step, trial.fraction, trial.epochs = (
+                asked.donor.step,
+                donor.fraction,
+                donor.epochs,
+            )
             self.uncloned.setdefault(donor.number, set()).add(trial.number)
         self.by_number[trial.number] = trial
         if asked.purpose == "finalist":
@@ -237,7 +244,8 @@ class Trials:
                 trial.status = "finished"
 
     def _forget_clone(self, trial: Trial) -> None:
-        if trial.donor is not None and (waiting := self.uncloned.get(trial.donor.trial)):
+        if trial.donor is not None and self.is_uncloned(trial):
+            waiting = self.uncloned[trial.donor.trial]
             waiting.discard(trial.number)
             if not waiting:
                 del self.uncloned[trial.donor.trial]

@@ -13,7 +13,7 @@ from jobs.search_spec import Search
 from jobs.study.engine import Engine, Leg, Report
 from jobs.study.events import Event, Values
 from jobs.study.samplers import make_sampler
-from jobs.study.schedulers import make_scheduler
+from jobs.study.schedulers.making import make_scheduler
 from jobs.study.space import Space
 
 Objective = Callable[[Values, int, float], float]
@@ -30,22 +30,31 @@ class MemoryLog:
 
     def append(self, events: Sequence[Event]) -> None:
         if self.dies_after is not None and self.appends >= self.dies_after:
-            raise Killed
+            raise KilledError
         self.appends += 1
         self.events += events
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The driver is gone."""
 
 
-def engine_of(search: Search, space: Space, log: MemoryLog, *, now: float = 0.0) -> Engine:
+def engine_of(
+    search: Search,
+    space: Space,
+    log: MemoryLog,
+    simulation: Simulation | None = None,
+    *,
+    now: float = 0.0,
+) -> Engine:
+    saved = {} if simulation is None else simulation.saved
     return Engine(
         search,
-        make_sampler(search, space),
+        make_sampler(search, space, search.seed),
         make_scheduler(search, space),
         log,
         list(log.events),
+        is_saved=lambda trial, step: saved.get(trial, 0) >= step,
         clock=lambda: now,
     )
 
@@ -78,7 +87,7 @@ class Simulation:
             leg = engine.work(slot)
             if leg is None:
                 return
-            if leg.donor is not None and leg.trial not in self.saved:
+            if leg.donor is not None:
                 assert self.saved[leg.donor.trial] == leg.donor.step, "the donor has gone on"
                 self.saved[leg.trial] = leg.donor.step
                 engine.cloned(leg.trial)
@@ -115,8 +124,7 @@ class Simulation:
 
     def _report(self, leg: Leg, done: int, sign: int) -> Report:
         values = [
-            self.objective(leg.values, leg.repeat, n / self.evaluations)
-            for n in range(1, done + 1)
+            self.objective(leg.values, leg.repeat, n / self.evaluations) for n in range(1, done + 1)
         ]
         return Report(
             step=done,

@@ -1,0 +1,300 @@
+"""A study's engine: nothing is lost or made twice, whatever kills its driver, and when."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from jobs.parse import parse_spec
+from jobs.record import Failure, State
+from jobs.search_spec import Search
+from jobs.study.engine import Engine, Report
+from jobs.study.events import Asked, Closed, Decided, Failed, Reported, Started, Values
+from jobs.study.space import Space, space_of
+from tests.jobs.study.simulated import KilledError, MemoryLog, Simulation, engine_of
+
+SCHEDULERS: dict[str, Any] = {
+    "none": None,
+    "asha": {"kind": "asha", "reduction_factor": 3},
+    "hyperband": {"kind": "hyperband", "reduction_factor": 3},
+    "median": {"kind": "median", "startup_trials": 2},
+    "pbt": {"kind": "pbt", "population": 6, "every": 1 / 3},
+    "pb2": {"kind": "pb2", "population": 6, "every": 1 / 3},
+}
+SPACE = {
+    "optimizer.learning_rate": {"loguniform": [1e-5, 1e-1]},
+    "optimizer.weight_decay": {"uniform": [0.0, 0.3]},
+}
+
+
+def study(scheduler: str = "asha", **keys: Any) -> tuple[Search, Space]:
+    tree = {
+        "name": "study",
+        "task": {"labels": ["a", "b"]},
+        "model": {"source": "model"},
+        "data": {"train": "train", "validation": "validation"},
+        "store": "runs",
+        "search": {
+            "metric": "validation/accuracy",
+            "mode": "max",
+            "space": SPACE,
+            "scheduler": SCHEDULERS[scheduler],
+            "algorithm": "random",
+            "trials": 6 if scheduler in ("pbt", "pb2") else 12,
+            "finalists": None,
+            **keys,
+        },
+    }
+    spec = parse_spec(tree, where="job")
+    assert spec.search is not None
+    return spec.search, space_of(spec)
+
+
+def accuracy(values: Values, repeat: int, fraction: float) -> float:
+    """Best at a learning rate of 1e-3, and rising with the budget; another seed is worth little."""
+    off = abs(math.log10(values["optimizer.learning_rate"]) + 3) / 4
+    decay = abs(values["optimizer.weight_decay"] - 0.1)
+    return (0.9 - 0.3 * off - 0.1 * decay) * (1 - 0.5 * math.exp(-4 * fraction)) + repeat * 1e-4
+
+
+def run(search: Search, space: Space, *, slots: int = 1, speed: Any = None) -> Engine:
+    engine = engine_of(search, space, MemoryLog())
+    simulation = Simulation(accuracy, slots=slots)
+    if speed is not None:
+        simulation.speed = speed
+    simulation.run(engine)
+    return engine
+
+
+def triples(log: MemoryLog) -> set[tuple[str, float, float | None]]:
+    """(values, fraction, metric) of all reports."""
+    values = {e.trial: str(e.values) for e in log.events if isinstance(e, Asked)}
+    return {
+        (values[e.trial], round(e.fraction, 6), e.value)
+        for e in log.events
+        if isinstance(e, Reported)
+    }
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_study_ends_with_no_trial_left_over(scheduler: str, slots: int) -> None:
+    search, space = study(scheduler)
+    engine = run(search, space, slots=slots, speed=lambda trial: 1 + trial % 3)
+    trials = engine.trials
+    assert engine.trials.closed is not None
+    assert not trials.running
+    assert not trials.ready
+    assert not trials.paused
+    assert {t.status for t in trials.by_number.values()} <= {"stopped", "finished"}
+    assert trials.configurations == search.trials
+    best = trials.winner()
+    assert best is not None
+    assert trials.score(best) == max(t.best for t in trials.by_number.values())
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_driver_that_is_killed_at_any_moment_changes_nothing(scheduler: str) -> None:
+    search, space = study(scheduler)
+    calm = MemoryLog()
+    engine = engine_of(search, space, calm)
+    whole = Simulation(accuracy)
+    whole.run(engine)
+    winner = engine.trials.winner()
+    for moment in range(0, calm.appends, max(1, calm.appends // 25)):
+        log, simulation = MemoryLog(dies_after=moment), Simulation(accuracy)
+        with pytest.raises(KilledError):
+            simulation.run(engine_of(search, space, log, simulation))
+        log.dies_after = None
+        again = engine_of(search, space, log, simulation)
+        simulation.run(again)
+        assert triples(log) == triples(calm)
+        assert again.trials.winner() == winner or again.trials.winner().number == winner.number
+        asked = [e.trial for e in log.events if isinstance(e, Asked)]
+        assert asked == list(range(len(asked)))
+        finished = [
+            e.trial for e in log.events if isinstance(e, Decided) and e.decision == "finish"
+        ]
+        assert len(finished) == len(set(finished))
+
+
+@pytest.mark.parametrize("scheduler", ["hyperband", "pbt", "pb2"])
+def test_a_synchronous_study_is_the_same_on_two_slots_with_kills(scheduler: str) -> None:
+    search, space = study(scheduler)
+    calm = MemoryLog()
+    Simulation(accuracy, slots=2).run(engine_of(search, space, calm))
+    for moment in range(1, calm.appends, max(1, calm.appends // 10)):
+        log, simulation = MemoryLog(dies_after=moment), Simulation(accuracy, slots=2)
+        with pytest.raises(KilledError):
+            simulation.run(engine_of(search, space, log, simulation))
+        log.dies_after = None
+        simulation.run(engine_of(search, space, log, simulation))
+        assert triples(log) == triples(calm)
+
+
+def test_many_kills_in_one_study() -> None:
+    search, space = study("asha")
+    calm = MemoryLog()
+    Simulation(accuracy).run(engine_of(search, space, calm))
+    log, simulation = MemoryLog(), Simulation(accuracy)
+    for _ in range(200):
+        log.dies_after = log.appends + 3
+        try:
+            simulation.run(engine_of(search, space, log, simulation))
+        except KilledError:
+            continue
+        break
+    log.dies_after = None
+    simulation.run(engine_of(search, space, log, simulation))
+    assert triples(log) == triples(calm)
+
+
+def test_a_lost_trial_goes_on_until_its_retries_are_used_up() -> None:
+    search, space = study("none", retries=1, trials=2)
+    log = MemoryLog()
+    engine = engine_of(search, space, log)
+    leg = engine.work("a")
+    assert leg is not None
+    engine.lost(leg.trial, "its process died")
+    again = engine.work("a")
+    assert again is not None
+    assert (again.trial, again.number) == (leg.trial, 2)
+    engine.lost(leg.trial, "its process died again")
+    trial = engine.trials[leg.trial]
+    assert trial.status == "failed"
+    assert trial.failure is not None
+    assert "broke off 2 times" in trial.failure.problems[0][0]
+    following = engine.work("a")
+    assert following is not None
+    assert following.trial == 1
+
+
+def test_a_failed_trial_does_not_end_the_study() -> None:
+    search, space = study("asha", trials=4)
+    engine = engine_of(search, space, MemoryLog())
+    leg = engine.work("a")
+    assert leg is not None
+    failure = Failure(state=State.FAILED_USER, problems=(("not a number", None),))
+    engine.failed(leg.trial, failure)
+    Simulation(accuracy).run(engine)
+    assert engine.trials[leg.trial].failure == failure
+    assert engine.trials.configurations == 4
+    assert engine.trials.winner() is not None
+
+
+def test_a_report_that_comes_again_is_answered_as_before() -> None:
+    search, space = study("asha")
+    log = MemoryLog()
+    engine = engine_of(search, space, log)
+    leg = engine.work("a")
+    assert leg is not None
+    report = Report(step=1, fraction=1 / 9, epochs=1, value=0.5, best=0.5, seconds=1)
+    first = engine.reported(leg.trial, report)
+    count = len(log.events)
+    again = engine.reported(leg.trial, report)
+    assert (again.decision, again.until) == (first.decision, first.until)
+    assert len(log.events) == count
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"budget": {"epochs": 20.0}}, "budget.epochs"),
+        ({"patience": 3}, "3 trials in a row"),
+    ],
+)
+def test_a_budget_ends_the_search(keys: dict[str, Any], reason: str) -> None:
+    search, space = study("none", trials=100, **keys)
+    engine = run(search, space)
+    assert reason in (engine.trials.closed or "")
+    assert len(engine.trials) < 50
+    assert {t.status for t in engine.trials.by_number.values()} <= {"stopped", "finished"}
+
+
+def test_hours_are_counted_from_the_first_event() -> None:
+    search, space = study("none", trials=100, budget={"hours": 2.0})
+    log = MemoryLog()
+    engine = engine_of(search, space, log, now=1000.0)
+    assert engine.work("a") is not None
+    later = engine_of(search, space, log, now=1000.0 + 2 * 3600)
+    leg = later.work("a")
+    assert leg is not None  # it was lost, and is told at its next report that all is over
+    report = Report(step=9, fraction=0.5, epochs=1, value=0.5, best=0.5, seconds=1)
+    assert later.reported(leg.trial, report).decision == "stop"
+    later.left(leg.trial)
+    assert later.work("a") is None
+
+
+def test_finalists_are_the_best_with_other_seeds_and_the_best_mean_wins() -> None:
+    search, space = study("asha", finalists={"count": 2, "seeds": 3})
+    engine = run(search, space, slots=2)
+    finalists = [t for t in engine.trials.by_number.values() if t.purpose == "finalist"]
+    assert len(finalists) == 6
+    assert sorted(t.repeat for t in finalists) == [1, 1, 2, 2, 3, 3]
+    chosen = [runs[0].number for runs in engine.trials.ranked()[:2]]
+    assert {t.of for t in finalists} == set(chosen)
+    assert all(t.status == "finished" for t in finalists)
+    winner = engine.trials.winner()
+    assert winner is not None
+    assert winner.of == chosen[0]
+    assert winner.repeat == 3
+
+
+def test_repetitions_have_the_same_values_and_count_as_one() -> None:
+    search, space = study("none", trials=3, repeats=2)
+    engine = run(search, space)
+    assert [t.of for t in engine.trials.by_number.values()] == [0, 0, 2, 2, 4, 4]
+    assert [t.repeat for t in engine.trials.by_number.values()] == [0, 1] * 3
+    assert engine.trials[0].values == engine.trials[1].values
+    assert len(engine.trials.ranked()) == 3
+
+
+def test_a_grid_is_tried_whole_and_ends_the_search() -> None:
+    grid = {
+        "optimizer.learning_rate": {"grid": [1e-4, 1e-3]},
+        "model.dropout": {"grid": [0.0, 0.1]},
+    }
+    search, space = study("hyperband", algorithm="grid", space=grid, trials=100)
+    log = MemoryLog()
+    engine = engine_of(search, space, log)
+    Simulation(lambda values, repeat, fraction: fraction).run(engine)
+    assert len(engine.trials) == 4
+    assert not engine.trials.paused
+    assert any(isinstance(event, Closed) for event in log.events)
+
+
+def test_a_study_is_extended_by_more_trials() -> None:
+    search, space = study("asha", trials=6)
+    log, simulation = MemoryLog(), Simulation(accuracy)
+    engine = engine_of(search, space, log)
+    simulation.run(engine)
+    engine.extend(10)
+    simulation.run(engine)
+    assert engine.trials.configurations == 10
+    again = engine_of(search, space, log)
+    assert again.trials.wanted == 10
+    assert again.work("a") is None
+
+
+def test_clones_begin_with_what_their_donors_have_saved() -> None:
+    search, space = study("pbt")
+    engine = run(search, space, slots=3)  # the simulation asserts it at each clone's start
+    clones = [t for t in engine.trials.by_number.values() if t.donor is not None]
+    assert clones
+    assert all(t.step > t.donor.step for t in clones if t.donor is not None)
+    assert not engine.trials.uncloned
+
+
+def test_nothing_is_answered_before_it_is_durable() -> None:
+    search, space = study("asha")
+    log = MemoryLog()
+    engine = engine_of(search, space, log)
+    leg = engine.work("a")
+    assert leg is not None
+    assert isinstance(log.events[-1], Started)
+    engine.reported(leg.trial, Report(1, 1 / 9, 1.0, 0.5, 0.5, 1.0))
+    assert isinstance(log.events[-1], Decided)
+    engine.failed(leg.trial, Failure(state=State.FAILED_USER, problems=(("x", None),)))
+    assert isinstance(log.events[-1], Failed)
