@@ -13,15 +13,11 @@ from the study's log alone.
 from __future__ import annotations
 
 import logging
-import queue
-import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from ray import tune
@@ -33,39 +29,37 @@ from cluster.ray_runtime import describe_shortage, free_on_nodes, resources_of, 
 from cluster.storage import StorageError, Store, open_store
 from jobs.errors import ClusterError, Problem
 from jobs.record import Failure, Outcome, RunPaths, State
-from jobs.spec import JobSpec, StoreAt
-from jobs.study.engine import Engine, Leg, Report
+from jobs.spec import JobSpec
+from jobs.study.engine import Engine, Leg
 from jobs.study.log import StudyLog
 from jobs.study.samplers import make_sampler
 from jobs.study.schedulers.making import make_scheduler
+from jobs.study.slot import (
+    Answer,
+    Begun,
+    Gone,
+    Order,
+    Saying,
+    SlotWork,
+    Test,
+    Tested,
+    Told,
+    Train,
+    Wait,
+)
 from jobs.study.space import job_with, space_of, trial_seed
 from jobs.study.trials import Trials
 from jobs.submit import request_stop
-from trainers.assignment import (
-    Assignment,
-    DonorCheckpoint,
-    EvaluationReport,
-    TrialPlan,
-    Verdict,
-)
+from trainers.assignment import Assignment, DonorCheckpoint, TrialPlan
 from trainers.controls import POLL_SECONDS, Requests, requests_to
 from trainers.patience import Patience
 from trainers.telemetry import Telemetry
 
-_IDLE_SECONDS = 0.2
 _SLOT_SECONDS = 20.0
 """How long slots may take to start before it is said what they wait for."""
 _MAX_SLOTS = 1024
 
 _TELL_SECONDS = 1.0
-_CLOSE = 1e-9
-"""Fractions that differ by less are the same."""
-_VERDICTS = {
-    "continue": Verdict.GO_ON,
-    "finish": Verdict.GO_ON,
-    "pause": Verdict.PAUSE,
-    "stop": Verdict.END,
-}
 
 _log = logging.getLogger("shoal.search")
 
@@ -122,75 +116,6 @@ def _slots(spec: JobSpec) -> int:
     if search.max_concurrent != "auto":
         most = min(most, search.max_concurrent)
     return min(most, _MAX_SLOTS)
-
-
-# ------------------------------------------------------------------- what is said between them
-
-
-@dataclass(frozen=True)
-class Train:
-    """To a slot: begin a leg."""
-
-    assignment: Assignment
-    until: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """To a slot that has reported."""
-
-    decision: str
-    until: float | None
-
-
-@dataclass(frozen=True)
-class Test:
-    """To a slot: measure the best model of a trial on a data set."""
-
-    store: StoreAt
-    run_id: str
-    data: str
-
-
-@dataclass(frozen=True)
-class Wait:
-    """To a slot: there is nothing to do for it now."""
-
-
-Order = Train | Answer | Test | Wait
-
-
-@dataclass(frozen=True)
-class Free:
-    """From a slot: it has nothing to do."""
-
-
-@dataclass(frozen=True)
-class Begun:
-    """From a slot: its clone has the donor's checkpoint."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """From a slot: its trial has evaluated its model, and waits."""
-
-    report: Report
-
-
-@dataclass(frozen=True)
-class Gone:
-    """From a slot: its trial has ended or is left with its state durable, or it broke off."""
-
-    outcome: Outcome | None
-    crash: Failure | None = None
-
-
-@dataclass(frozen=True)
-class Tested:
-    """From a slot: what it has measured, or why it cannot."""
-
-    evaluation: dict[str, Any] | None
-    failure: Failure | None
 
 
 # ------------------------------------------------------------------------------------- the desk
@@ -320,7 +245,7 @@ class _Desk(FIFOScheduler):  # type: ignore[misc]
 
     # ---- what is next
 
-    def _order(self, slot: str, said: Free | Begun | Told | Gone | Tested) -> Order | None:
+    def _order(self, slot: str, said: Saying) -> Order | None:
         """What the slot is to do; None where the study has no more for it."""
         match said:
             case Begun():
@@ -454,93 +379,15 @@ def _last_line(error: BaseException | str | None) -> str:
     return lines[-1] if lines else "its process died"
 
 
-# ------------------------------------------------------------------------------------- the slot
-
-
 class Slot(tune.Trainable):  # type: ignore[misc]
-    """A process that trains trials, one after the other. Each `step` says one thing to the desk; its
-    order comes by `hear` before the next step."""
+    """A slot's process, as Tune wants it."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self._sayings: queue.SimpleQueue[Begun | Told | Gone | Tested] = queue.SimpleQueue()
-        self._work: threading.Thread | None = None
+        self._work = SlotWork()
 
     def hear(self, order: Order) -> None:
-        """Called by the desk, in the order of what was said."""
-        if isinstance(order, Answer):
-            self._answers.put(order)
-        elif not isinstance(order, Wait):
-            # The loop stays where it is while the desk thinks: it is not in this thread.
-            work = _Leg(order, self._ask).run if isinstance(order, Train) else partial(_test, order)
-            self._work = threading.Thread(
-                target=lambda: self._sayings.put(work()), name="shoal-trial", daemon=True
-            )
-            self._work.start()
+        """Called by the desk, before the next step."""
+        self._work.hear(order)
 
     def step(self) -> dict[str, Any]:
-        """What there is to be said, once there is something."""
-        if self._work is None:
-            time.sleep(_IDLE_SECONDS)
-            return {"said": Free()}
-        said = self._sayings.get()
-        if isinstance(said, Gone | Tested):
-            self._work.join()
-            self._work = None
-        return {"said": said}
-
-    def _ask(self, said: Begun | Told) -> Answer:
-        self._sayings.put(said)
-        return self._answers.get()
-
-
-class _Leg:
-    """A stretch of a trial in a slot."""
-
-    def __init__(self, order: Train, ask: Callable[[Begun | Told], Answer]) -> None:
-        self._assignment = order.assignment
-        self._until = order.until
-        self._ask = ask
-        self._since = time.monotonic()
-
-    def run(self) -> Gone:
-        """Trains until the study has another trial for the slot, or until the trial has ended."""
-        from trainers.trial import prepare_clone, run_trial
-
-        try:
-            if prepare_clone(self._assignment):
-                self._ask(Begun())
-            return Gone(run_trial(self._assignment, self._decide))
-        except Exception as error:
-            # As a retry may go otherwise: the desk counts it.
-            _log.exception("the trial broke off")
-            return Gone(None, Failure.of(error, where=f"slot on {socket.gethostname()}"))
-
-    def _decide(self, told: EvaluationReport) -> Verdict:
-        if told.fraction < self._until - _CLOSE:
-            return Verdict.GO_ON
-        now = time.monotonic()
-        report = Report(
-            step=told.step,
-            fraction=told.fraction,
-            epochs=told.epochs,
-            value=told.value,
-            best=told.best,
-            seconds=round(now - self._since, 3),
-        )
-        answer = self._ask(Told(report))
-        self._since = time.monotonic()
-        if answer.until is not None:
-            self._until = answer.until
-        return _VERDICTS[answer.decision]
-
-
-def _test(order: Test) -> Tested:
-    """The best model of a trial on other data."""
-    from trainers.evaluate import evaluate_run
-
-    try:
-        store = open_store(order.store.uri, order.store.access)
-        return Tested(evaluate_run(store, order.run_id, order.data, None), None)
-    except Exception as error:
-        return Tested(None, Failure.of(error, where=f"slot on {socket.gethostname()}"))
+        return {"said": self._work.say()}

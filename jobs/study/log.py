@@ -146,7 +146,9 @@ def _read(store: Store, objects: Sequence[_Object]) -> list[tuple[_Object, list[
     if not objects:
         return []
     with ThreadPoolExecutor(min(_MAX_PARALLEL_READS, len(objects))) as pool:
-        return list(zip(objects, pool.map(lambda one: _events(store, one.key), objects)))
+        return list(
+            zip(objects, pool.map(lambda one: _events(store, one.key), objects), strict=True)
+        )
 
 
 def _events(store: Store, key: str) -> list[Event]:

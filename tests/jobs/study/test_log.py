@@ -116,5 +116,5 @@ def test_a_damaged_object_is_named(store: Store) -> None:
     log.append([asked(0)])
     key = PATHS.study_object(2)
     store.write(key, store.read(key).replace(b"0.0001", b"0.0002"))
-    with pytest.raises(DamagedObject, match="study/00000002.json is damaged"):
+    with pytest.raises(DamagedObject, match=r"study/00000002\.json is damaged"):
         read_events(store, PATHS)
