@@ -1,0 +1,187 @@
+"""A study on Ray and S3: its slots and its driver die, it is stopped and extended, and its model is
+that of its best trial."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.storage import Store, join_uri
+from jobs.record import RunPaths, State
+from jobs.runs import RunReader
+from jobs.study.events import Asked, Decided, Lost, Reported
+from jobs.study.log import read_events
+from jobs.study.trials import Trials
+from tests.tiny import tiny_model, tiny_reviews, tiny_tree
+
+pytestmark = pytest.mark.timeout(900)
+
+SEARCH: dict[str, Any] = {
+    "metric": "validation/loss",
+    "space": {
+        "optimizer.learning_rate": {"loguniform": [1e-4, 1e-1]},
+        "model.dropout": {"uniform": [0.0, 0.4]},
+    },
+    "algorithm": "tpe",
+    "scheduler": {"kind": "asha", "reduction_factor": 2, "first": 0.25},
+    "trials": 8,
+    "finalists": {"count": 2, "seeds": 1},
+}
+
+
+@pytest.fixture
+def scene(tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """job.yaml in a folder; data and runs in the object store."""
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    data = tiny_reviews(join_uri(s3_store.uri, "data"), rows=320, rows_per_group=64, held_out=90)
+    tree = tiny_tree(
+        tiny_model(tmp_path / "model"),
+        {**data, "seed": 3},
+        join_uri(s3_store.uri, "runs"),
+        train={"epochs": 4},
+        search=SEARCH,
+    )
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    yield tmp_path
+    deadline = time.monotonic() + 240
+    while left := [p for p in psutil.process_iter(["environ"]) if is_of(p, tmp_path / "cache")]:
+        assert time.monotonic() < deadline, f"left running: {left}"
+        time.sleep(0.2)
+
+
+def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop(
+    scene: Path, s3_store: Store
+) -> None:
+    runs, paths = s3_store.within("runs"), RunPaths("study")
+
+    def reports() -> int:
+        return sum(isinstance(event, Reported) for event in read_events(runs, paths))
+
+    run = shoal("run", "job.yaml", "--run-id", "study", folder=scene)
+    wait_for(lambda: reports() >= 2, run)
+    next(filter(is_slot, tree_of(run))).kill()
+    wait_for(lambda: any(isinstance(e, Lost) for e in read_events(runs, paths)), run)
+    before = reports()
+    wait_for(lambda: reports() >= before + 2, run)
+    for process in tree_of(run):
+        process.kill()
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 3, output
+
+    before = reports()
+    run = shoal("resume", join_uri(runs.uri, "study"), folder=scene)
+    wait_for(lambda: reports() >= before + 2, run)
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 130, output
+    result = RunReader(runs, "study").result()
+    assert result is not None
+    assert result.state is State.STOPPED
+
+    run = shoal("resume", join_uri(runs.uri, "study"), folder=scene)
+    output, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, output
+
+    reader = RunReader(runs, "study")
+    result, search = reader.result(), reader.spec().search
+    assert result is not None
+    assert result.outcome is not None
+    assert search is not None
+    events = read_events(runs, paths)
+    trials = Trials(search, events)
+    assert trials.configurations == 8
+    assert {t.status for t in trials.by_number.values()} <= {"stopped", "finished"}
+    finished = [e.trial for e in events if isinstance(e, Decided) and e.decision == "finish"]
+    assert len(finished) == len(set(finished))
+    asked = [e.trial for e in events if isinstance(e, Asked)]
+    assert asked == list(range(len(asked)))
+    # Each trial reported each of its evaluations once, whatever died.
+    told = [(e.trial, e.step) for e in events if isinstance(e, Reported)]
+    assert len(told) == len(set(told))
+
+    winner = trials.winner()
+    assert winner is not None
+    assert winner.purpose == "finalist"
+    assert result.outcome.trial == winner.number
+    assert result.best_checkpoint is not None
+    assert result.best_checkpoint.startswith(f"trials/{winner.number:04d}/checkpoints/step-")
+    assert result.outcome.test is not None
+    assert result.outcome.test["metrics"]["loss"] == pytest.approx(winner.best, abs=0.3)
+    assert runs.head(f"study/{result.best_checkpoint}/model/model.safetensors") is not None
+    # The metric of each report is what the trial's own folder says.
+    own = RunReader(runs, paths.trial(winner.number).run_id)
+    losses = [line["metrics"]["loss"] for line in own.metrics() if line["kind"] == "evaluation"]
+    assert min(losses) == winner.best
+
+
+def test_a_cloned_trial_goes_on_where_its_donor_stood(scene: Path, s3_store: Store) -> None:
+    tree = yaml.safe_load((scene / "job.yaml").read_text())
+    tree["search"] |= {
+        "scheduler": {"kind": "pbt", "population": 3, "every": 0.25, "quantile": 0.34},
+        "algorithm": "random",
+        "space": {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-1]}},
+    }
+    del tree["search"]["trials"], tree["search"]["finalists"]
+    (scene / "job.yaml").write_text(yaml.safe_dump(tree))
+    run = shoal("run", "job.yaml", "--run-id", "study", folder=scene)
+    output, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, output
+    runs, paths = s3_store.within("runs"), RunPaths("study")
+    asked = [e for e in read_events(runs, paths) if isinstance(e, Asked)]
+    clones = [e for e in asked if e.donor is not None]
+    assert len(clones) == 3
+    for clone in clones:
+        assert clone.donor is not None
+        own = RunReader(runs, paths.trial(clone.trial).run_id)
+        steps = [line["step"] for line in own.metrics() if line["kind"] == "evaluation"]
+        assert min(steps) > clone.donor.step
+
+
+# ------------------------------------------------------------------------------------- processes
+
+
+def shoal(*arguments: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 400
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"it ended or hung: {process.communicate()[0]}")
+        time.sleep(0.1)
+
+
+def tree_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The driver of an attended run and all that it has started, not the command itself."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def is_of(process: psutil.Process, cache: Path) -> bool:
+    return (process.info["environ"] or {}).get("SHOAL_CACHE") == str(cache)
+
+
+def is_slot(process: psutil.Process) -> bool:
+    """Whether it is Ray's process of a slot; one that has ended is not."""
+    with suppress(psutil.NoSuchProcess):
+        return "ray::Slot" in " ".join(process.cmdline())
+    return False
