@@ -46,7 +46,7 @@ _SYNC_BYTES = 2**30
 """Written bytes that wait for the disk at most: the system takes many gigabytes into its memory,
 and the flush at the end would be silent until the disk has them."""
 _OPEN_ATTEMPTS = 5
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 _AWAY = (
     errno.EIO,
     errno.ESTALE,
@@ -205,6 +205,21 @@ class FolderStore:
         with path.open("rb") as source:
             return self._write(key, _blocks_of_file(source))
 
+    def copy(self, source: str, key: str) -> None:
+        """Both names are one file, where the file system can: no write ever changes a file."""
+        path = self._file(key)
+        with self._reading(source):
+            file = self._file(source).open("rb")
+        with file:
+            with _described(path, doing="write", but=()):
+                try:
+                    _link_over(self._file(source), path)
+                    return
+                except OSError as error:
+                    if error.errno not in _NO_LINKS:
+                        raise
+            self._write(key, _blocks_of_file(file))
+
     def _write(self, key: str, blocks: Iterable[bytes], *, replace: bool = True) -> str:
         def fill(file: IO[bytes]) -> None:
             unsynced_bytes = 0
@@ -343,6 +358,20 @@ def _open_part(folder: Path) -> tuple[Path, IO[bytes]]:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
     part = folder / f"{OWN_FILE_PREFIX}{uuid.uuid4().hex}{_PART_SUFFIX}"
     return part, part.open("x+b")
+
+
+def _link_over(source: Path, path: Path) -> None:
+    """Give a file another name, in place of the file that may have it."""
+    part, file = _open_part(path.parent)  # while it is there nobody removes the folder
+    file.close()
+    link = part.with_suffix(f".link{_PART_SUFFIX}")
+    try:
+        os.link(source, link)
+        os.replace(link, path)
+        _sync_folder(path.parent)
+    finally:
+        link.unlink(missing_ok=True)  # it stays where both were one file already
+        part.unlink(missing_ok=True)
 
 
 def _link_new(part: Path, path: Path) -> None:

@@ -50,6 +50,7 @@ from cluster.s3_transfer import (
     Span,
     TakePieces,
     checksum,
+    copy_parts,
     download,
     drop_upload,
     pieces_in_time,
@@ -216,6 +217,10 @@ class S3Connection:
 
 class S3Store:
     """Store below `s3://bucket/prefix`; see cluster.storage.Store for the contract."""
+
+    part_copy_bytes = 2**28
+    """Larger objects are copied in parts of this size, each in the time of a request. At one go S3
+    copies 5 GiB at most."""
 
     def __init__(self, *, bucket: str, prefix: str, connection: S3Connection) -> None:
         self._bucket = bucket
@@ -455,6 +460,35 @@ class S3Store:
             if reader.num_bytes > self._connection.settings.transfer.part_bytes:
                 return self._write_parts(key, num_bytes=reader.num_bytes, read_part=reader.read)
             return self._put(key, reader.read((0, reader.num_bytes)))
+
+    def copy(self, source: str, key: str) -> None:
+        found = self._head_object(source)
+        if found is None:
+            raise ObjectMissing(source, f"there is no {self.uri}/{source}")
+        arguments = self._writing_arguments(key)
+        held: dict[str, Any] = {
+            "CopySource": {"Bucket": self._bucket, "Key": self._key(source)},
+            "CopySourceIfMatch": found["ETag"],
+        }
+        if found["ContentLength"] > self.part_copy_bytes:
+            copy_parts(
+                lambda action: self._attempt(action, doing="write", key=key),
+                source=held,
+                arguments=arguments,
+                token=uuid.uuid4().hex,
+                num_bytes=found["ContentLength"],
+                part_bytes=self.part_copy_bytes,
+                transfer=self._connection.settings.transfer,
+            )
+            return
+
+        def copy(client: S3Client) -> None:
+            try:
+                client.copy_object(ChecksumAlgorithm="CRC32", **held, **arguments)
+            except ClientError as error:
+                raise self._reading_error(error, source) or error from error
+
+        self._attempt(copy, doing="write", key=key)
 
     def write_if_absent(self, key: str, data: bytes | memoryview) -> str:
         lost = ObjectExists(key, f"{self.uri}/{key} exists already")

@@ -72,19 +72,11 @@ def write_parts(
 ) -> str:
     """Write an object in parallel parts, each with its checksum; the object's ETag.
 
-    It appears whole or not at all; after a failure the store is told to drop the parts.
     `arguments` are those of the object: bucket, key, encryption, content type; `token` is a
     random text by which this write is known; `line` is shared by all that is sent to the store.
     """
-    place = {name: arguments[name] for name in ("Bucket", "Key")}
-    upload_id: str = attempt(
-        lambda client: client.create_multipart_upload(
-            ChecksumAlgorithm="CRC32", Metadata={WRITE_TOKEN: token}, **arguments
-        )["UploadId"]
-    )
 
-    def send(numbered: tuple[int, Span]) -> dict[str, Any]:
-        number, span = numbered
+    def send(span: Span, part: dict[str, Any]) -> dict[str, Any]:
         with _Turn() as turn:
             data = read_part(span)
             crc = checksum(data)
@@ -93,25 +85,77 @@ def write_parts(
                 body = Outgoing(data, transfer, block_bytes=line.block_bytes, on_sending=turn.end)
                 try:
                     with line.watched(len(data)):
-                        return client.upload_part(
-                            UploadId=upload_id,
-                            PartNumber=number,
-                            Body=cast(Any, body),
-                            ChecksumCRC32=crc,
-                            **place,
-                        )["ETag"]
+                        return client.upload_part(Body=cast(Any, body), ChecksumCRC32=crc, **part)[
+                            "ETag"
+                        ]
                 finally:
                     # Also where nothing could be sent: what waits to be sent again takes no turn.
                     turn.end()
 
-            etag = attempt(upload)
+            return {"ETag": attempt(upload), "ChecksumCRC32": crc}
+
+    spans = part_spans(num_bytes, part_bytes=transfer.part_bytes)
+    return _in_parts(attempt, send, spans, arguments=arguments, token=token, transfer=transfer)
+
+
+def copy_parts(
+    attempt: Attempt,
+    *,
+    source: dict[str, Any],
+    arguments: dict[str, Any],
+    token: str,
+    num_bytes: int,
+    part_bytes: int,
+    transfer: Transfer,
+) -> None:
+    """The same from parts of another object of the store, which copies them by itself.
+
+    `source` are the arguments that name the object: CopySource, CopySourceIfMatch.
+    """
+
+    def send(span: Span, part: dict[str, Any]) -> dict[str, Any]:
+        span_of_source = f"bytes={span[0]}-{span[1] - 1}"
+        copied = attempt(
+            lambda client: client.upload_part_copy(
+                CopySourceRange=span_of_source, **source, **part
+            )["CopyPartResult"]
+        )
+        return {name: copied[name] for name in ("ETag", "ChecksumCRC32") if name in copied}
+
+    spans = part_spans(num_bytes, part_bytes=part_bytes)
+    _in_parts(attempt, send, spans, arguments=arguments, token=token, transfer=transfer)
+
+
+def _in_parts(
+    attempt: Attempt,
+    send: Callable[[Span, dict[str, Any]], dict[str, Any]],
+    spans: list[Span],
+    *,
+    arguments: dict[str, Any],
+    token: str,
+    transfer: Transfer,
+) -> str:
+    """An object from parts that move in parallel; its ETag.
+
+    It appears whole or not at all; after a failure the store is told to drop the parts. `send`
+    stores a part by the arguments of the request, and gives what the store says of it.
+    """
+    place = {name: arguments[name] for name in ("Bucket", "Key")}
+    upload_id: str = attempt(
+        lambda client: client.create_multipart_upload(
+            ChecksumAlgorithm="CRC32", Metadata={WRITE_TOKEN: token}, **arguments
+        )["UploadId"]
+    )
+
+    def move(numbered: tuple[int, Span]) -> dict[str, Any]:
+        number, span = numbered
+        stored = send(span, {"UploadId": upload_id, "PartNumber": number, **place})
         if transfer.on_part is not None:
             transfer.on_part()
-        return {"PartNumber": number, "ETag": etag, "ChecksumCRC32": crc}
+        return {"PartNumber": number, **stored}
 
     try:
-        spans = part_spans(num_bytes, part_bytes=transfer.part_bytes)
-        parts = _in_parallel(send, enumerate(spans, start=1), num_threads=transfer.num_threads)
+        parts = _in_parallel(move, enumerate(spans, start=1), num_threads=transfer.num_threads)
         return _complete(attempt, place=place, upload_id=upload_id, parts=parts, token=token)
     except BaseException:
         _abort(attempt, place=place, upload_id=upload_id)

@@ -200,6 +200,11 @@ class Store(Protocol):
         """Create or replace the object from a file, in parallel parts; the new ETag."""
         ...
 
+    def copy(self, source: str, key: str) -> None:
+        """Create or replace the object from another one of this store, whose bytes do not pass
+        through here where the store can help it; raises ObjectMissing."""
+        ...
+
     def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
         """The object as a file, by parallel ranges; `path` appears whole or not at all.
 

@@ -16,7 +16,8 @@ compute          steps: forward and backward passes, updates, and what the loop 
                  The first rank's waits for slower ones are in here where gradients are averaged,
                  which goes on during the backward pass
 data_wait        the first rank waits for its rows, and cuts them into micro-batches
-synchronisation  the ranks agree on the step that comes, add up what they have done, and tell of it
+synchronisation  the ranks agree on the step that comes, add up what they have done, and tell of it;
+                 a trial waits for its study's verdict
 checkpoint       training stands still for a save: for the end of the one before, for the copy of
                  the state, and for an attempt's last
 evaluation       on the validation set, and of the untrained model

@@ -70,6 +70,8 @@ class State(StrEnum):
     SUCCEEDED = "SUCCEEDED"
     STOPPED = "STOPPED"
     """Ended by request, with a checkpoint; can be resumed."""
+    PRUNED = "PRUNED"
+    """A trial that its study has ended before its full budget."""
     FAILED_USER = "FAILED_USER"
     """The data, the model or the training itself is at fault; the same start would fail again."""
     FAILED_SPEC = "FAILED_SPEC"
@@ -90,7 +92,7 @@ class State(StrEnum):
 
     @property
     def exit_code(self) -> int:
-        """0 done, 1 failed, 2 the user's input, 3 the environment, 130 stopped."""
+        """0 done (or pruned), 1 failed, 2 the user's input, 3 the environment, 130 stopped."""
         return _EXIT_CODES.get(self, 0)
 
 
@@ -98,6 +100,7 @@ _FINAL = frozenset(
     {
         State.SUCCEEDED,
         State.STOPPED,
+        State.PRUNED,
         State.FAILED_USER,
         State.FAILED_SPEC,
         State.FAILED_RESOURCES,

@@ -35,7 +35,7 @@ from jobs.submit import record_changes, request_stop
 from trainers.controls import ask_to_yield, last_attempt
 from trainers.fork_server import fork_server
 from trainers.patience import Patience
-from trainers.telemetry import Telemetry, impatient
+from trainers.telemetry import IMPATIENT, Telemetry
 
 if TYPE_CHECKING:
     from trainers.assignment import Assignment
@@ -112,7 +112,11 @@ def drive(
         spec = reader.spec()
         with ExitStack() as stack:
             telemetry = stack.enter_context(
-                Telemetry(impatient(spec), paths, Source(lease.generation, None))
+                Telemetry(
+                    open_store(spec.store.uri, spec.store.access, transfer=IMPATIENT),
+                    paths,
+                    Source(lease.generation, None),
+                )
             )
             output = logging.getLogger("shoal.output")
             output.setLevel(logging.DEBUG)

@@ -21,6 +21,7 @@ STATE_STYLES = {
     State.STOPPING: "yellow",
     State.SUCCEEDED: "bold green",
     State.STOPPED: "yellow",
+    State.PRUNED: "dim",
     State.FAILED_USER: "bold red",
     State.FAILED_SPEC: "bold red",
     State.FAILED_RESOURCES: "bold red",

@@ -16,6 +16,7 @@ from jobs.record import Attempt, Crash, Failure, Manifest, Outcome, RunPaths, ri
 from jobs.spec import JobSpec
 from trainers.agreement import Agreement
 from trainers.assignment import Assignment
+from trainers.clone import begin_clone
 from trainers.controls import last_attempt
 from trainers.data.cache import cache_folder
 from trainers.fence import Fence
@@ -132,7 +133,10 @@ def _claim(
     session: Session,
     started_at: float,
 ) -> Claim | Outcome:
-    Fence(store, paths, generation=assignment.generation).check()
+    Fence(store, RunPaths(assignment.leaseholder), generation=assignment.generation).check()
+    donor = assignment.trial.donor if assignment.trial is not None else None
+    if assignment.trial is not None and donor is not None:
+        begin_clone(store, paths, assignment, assignment.trial, donor)
     before = rightful(read_attempts(store, paths))
     own = [a for a in before if a.generation == assignment.generation]
     if own:
@@ -140,8 +144,15 @@ def _claim(
         if ended is not None and ended.state.is_final:
             return ended
     number = last_attempt(store, paths) + 1
-    crash = read_crash(store, paths, number - 1)
+    crash = read_crash(store, paths, number - 1) if number > 1 else None
     restored, skipped = newest_restorable(store, paths, cache_folder=cache_folder())
+    if donor is not None and restored is None:
+        raise EnvironmentFault(
+            Problem(
+                f"{paths.run_id}, a clone of {donor.run_id}, has no checkpoint to go on from",
+                "; ".join(skipped) or None,
+            )
+        )
     attempt = Attempt(
         attempt=number,
         generation=assignment.generation,
@@ -150,7 +161,7 @@ def _claim(
         evaluates_first=restored is not None and restored.evaluation_pending,
         started_at=started_at,
         hosts=tuple(hosts),
-        versions=versions(),
+        versions=dict(versions()),
         device=_device_name(session.device),
         max_tokens_per_microbatch=microbatch_limit(
             before[-1] if before else None,

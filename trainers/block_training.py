@@ -93,7 +93,11 @@ def _adapt(block: nn.Module, spec: Model) -> None:
 
 @contextmanager
 def compiler_settings(spec: Model) -> Iterator[None]:
-    """Inside the block this thread compiles for a model that `adapt_blocks` has made."""
+    """Inside the block this thread compiles for a model that `adapt_blocks` has made.
+
+    Afterwards what was compiled is forgotten: by what sizes a process meets first the next model
+    would be compiled otherwise, and the number of variants is that of all models.
+    """
     if not spec.compile:
         yield
         return
@@ -105,7 +109,10 @@ def compiler_settings(spec: Model) -> Iterator[None]:
         # would no longer be alike.
         optimize_ddp=False,
     ):
-        yield
+        try:
+            yield
+        finally:
+            torch._dynamo.reset()
 
 
 def compile_ahead(trainee: Trainee, cutting: Cutting, *, most_row_tokens: int) -> None:

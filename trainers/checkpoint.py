@@ -190,13 +190,12 @@ class CheckpointWriter:
         num_others: int,
     ) -> None:
         began = time.monotonic()
-        progress = {"progress": asdict(moment.progress), "before": moment.before}
         step = moment.progress.step
         parts = self._upload(
             {
                 **files,
                 **self._small_files,
-                PROGRESS: json.dumps(progress, indent=1).encode(),
+                PROGRESS: progress_file(moment.progress, before=moment.before),
             },
             step,
         )
@@ -288,15 +287,7 @@ class CheckpointWriter:
             written = [
                 pool.submit(self._write_file, folder + name, data) for name, data in files.items()
             ]
-            parts = tuple(
-                Part(
-                    name=name,
-                    bytes=len(data),
-                    sha256=hashlib.sha256(data).hexdigest(),
-                    xxh3=xxhash.xxh3_128_hexdigest(data),
-                )
-                for name, data in sorted(files.items())
-            )
+            parts = tuple(part_of(name, data) for name, data in sorted(files.items()))
             for write in written:
                 write.result()
         return parts
@@ -339,6 +330,21 @@ class CheckpointWriter:
             found = read_whole(self._store, key, Manifest.model_validate_json, hint="")
             if found.model_copy(update={"created_at": manifest.created_at}) != manifest:
                 raise
+
+
+def part_of(name: str, data: bytes | memoryview) -> Part:
+    """What a manifest says of a file of a checkpoint."""
+    return Part(
+        name=name,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        xxh3=xxhash.xxh3_128_hexdigest(data),
+    )
+
+
+def progress_file(progress: Progress, *, before: dict[str, Any] | None) -> bytes:
+    """What `restore.parse_progress` reads."""
+    return json.dumps({"progress": asdict(progress), "before": before}, indent=1).encode()
 
 
 def _give_way() -> None:

@@ -24,6 +24,7 @@ from jobs.errors import Problem, TrainingError
 from jobs.spec import JobSpec
 from trainers import watchdog
 from trainers.agreement import Agreement, Decision, PendingDecision, Vote
+from trainers.assignment import EvaluationReport, TrialPlan, Verdict
 from trainers.buffers import KeptBuffers, SharedStatistics
 from trainers.data.lanes import NotNeeded
 from trainers.data.stream import RankBatch
@@ -66,6 +67,8 @@ class Ending(StrEnum):
     """On request; the state is committed."""
     YIELDED = "yielded"
     """To another attempt, which goes on from the state that is committed."""
+    PRUNED = "pruned"
+    """By the study of which this is a trial; nothing is committed for that."""
     FAILED = "failed"
     """A rank cannot read its rows; what was trained is committed."""
 
@@ -88,6 +91,8 @@ class Progress:
     evaluation_pending: bool = False
     """Whether the evaluation after the last step is still to be made: it was broken off."""
     finished: bool = False
+    best_score: float | None = None
+    """Of a trial: the best that an evaluation found of its study's metric."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,10 @@ class Surroundings(Protocol):
         """
         ...
 
+    def decide(self, report: EvaluationReport) -> Verdict:
+        """Whether a trial goes on, as its study says; the same on all ranks."""
+        ...
+
     def commit(self, progress: Progress, evaluation: Evaluation | None) -> None:
         """Makes the state durable, or begins to."""
         ...
@@ -208,13 +217,14 @@ def train(
     *,
     agreement: Agreement,
     time: TimeAccount,
+    trial: TrialPlan | None = None,
 ) -> tuple[Ending, Progress, Exception | None]:
     """Trains from `progress` on; returns how it ended, where, and this rank's error if it has one.
 
-    The order at a step: step, evaluation, early stopping, commit. All that a decision depends on
-    is committed with it, so a run killed anywhere takes the same decisions when it is resumed.
-    Requests are heeded between two steps, at the same step on all ranks, and in evaluations: one
-    that is broken off is the first thing that the next attempt does.
+    The order at a step: step, evaluation, early stopping, the study's verdict on a trial, commit.
+    All that a decision depends on is committed with it, so a run killed anywhere takes the same
+    decisions when it is resumed. Requests are heeded between two steps, at the same step on all
+    ranks, and in evaluations: one that is broken off is the first thing that the next attempt does.
 
     A step whose gradient is not finite is skipped. Raises TrainingError, on all ranks at the same
     step, when too many in a row are, or when what was measured is not finite; the state is not
@@ -231,11 +241,12 @@ def train(
     window = _Window(spec.train.max_skipped_in_a_row, stopwatch, time)
     committed_step = progress.step
     if progress.evaluation_pending:
-        progress, evaluation, ending = _evaluate(spec, plan, progress, around)
+        progress, evaluation, ending = _evaluate(spec, plan, progress, around, trial)
+        saves = ending is Ending.YIELDED or commit_is_due(spec, progress)
+        if saves and not progress.evaluation_pending:
+            around.commit(progress, evaluation)
         if ending is not None:
             return ending, progress, None
-        if commit_is_due(spec, progress):
-            around.commit(progress, evaluation)
     coming = None if progress.finished else feed.next_after(progress)
     while coming is not None:
         with time.spent("synchronisation"):
@@ -279,8 +290,8 @@ def train(
 
         evaluation, ending = None, None
         if is_evaluated:
-            progress, evaluation, ending = _evaluate(spec, plan, progress, around)
-        if ending is not None or commit_is_due(spec, progress):
+            progress, evaluation, ending = _evaluate(spec, plan, progress, around, trial)
+        if ending in (Ending.STOPPED, Ending.YIELDED) or commit_is_due(spec, progress):
             progress = window.look(progress, around)
             around.commit(progress, evaluation)
             committed_step = progress.step
@@ -296,10 +307,10 @@ def train(
 
 
 def _evaluate(
-    spec: JobSpec, plan: Plan, progress: Progress, around: Surroundings
+    spec: JobSpec, plan: Plan, progress: Progress, around: Surroundings, trial: TrialPlan | None
 ) -> tuple[Progress, Evaluation | None, Ending | None]:
-    """The progress after the evaluation at its step, and why training ends where that was broken
-    off."""
+    """The progress after the evaluation at its step, and why training ends there: the evaluation
+    was broken off, or a trial is not to go on."""
     try:
         evaluation = around.evaluate(progress)
     except BrokenOff as broken:
@@ -308,7 +319,13 @@ def _evaluate(
     progress = judge(spec, replace(progress, evaluation_pending=False), evaluation)
     if progress.step == plan.total_steps:
         progress = replace(progress, finished=True)
-    return progress, evaluation, None
+    if trial is None or evaluation is None:
+        return progress, evaluation, None
+    progress, report = score(trial, plan, progress, evaluation)
+    verdict = around.decide(report)
+    if progress.finished or verdict is Verdict.GO_ON:
+        return progress, evaluation, None
+    return progress, evaluation, Ending.YIELDED if verdict is Verdict.PAUSE else Ending.PRUNED
 
 
 # ------------------------------------------------------------------------------ pure decisions
@@ -359,6 +376,24 @@ def stops_early(spec: JobSpec, bad_evaluations: int) -> bool:
     stopping = spec.train.early_stopping
     patience = None if stopping is None else stopping.patience
     return patience is not None and bad_evaluations >= patience
+
+
+def score(
+    trial: TrialPlan, plan: Plan, progress: Progress, evaluation: Evaluation
+) -> tuple[Progress, EvaluationReport]:
+    """The progress with the best that the study's metric has been, and what the study is told."""
+    value = evaluation.metrics[trial.metric.removeprefix("validation/")]
+    known = [value] if progress.best_score is None else [value, progress.best_score]
+    best = max(known) if trial.mode == "max" else min(known)
+    report = EvaluationReport(
+        step=progress.step,
+        total_steps=plan.total_steps,
+        epochs=progress.step / plan.steps_per_epoch,
+        value=value,
+        best=best,
+        is_last=progress.finished,
+    )
+    return replace(progress, best_score=best), report
 
 
 def commit_is_due(spec: JobSpec, progress: Progress) -> bool:

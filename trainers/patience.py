@@ -212,6 +212,9 @@ class PatientStore:
     def download(self, key: str, path: Path, *, hashed: bool = False) -> str:
         return self._wait(lambda: self._store.download(key, path, hashed=hashed))
 
+    def copy(self, source: str, key: str) -> None:
+        self._wait(lambda: self._store.copy(source, key))
+
     def upload(self, key: str, path: Path) -> str:
         return self._wait(lambda: self._store.upload(key, path))
 

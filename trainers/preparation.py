@@ -22,6 +22,7 @@ from trainers.data.index import Index, open_index
 from trainers.data.partition import ORDER_VERSION, fit_window, refuse_small_memory
 from trainers.evaluation import move
 from trainers.freezing import freeze
+from trainers.kept import Kept
 from trainers.local_copy import TICKING
 from trainers.loop import Plan, Progress, Trainee, forward, stops_early
 from trainers.optim import build_optimizer
@@ -59,10 +60,14 @@ class Prepared:
     before: dict[str, Any] | None
 
 
-def open_data(spec: JobSpec, uri: str, patience: Patience | None = None) -> DataSet:
+def open_data(
+    spec: JobSpec, uri: str, patience: Patience | None = None, kept: Kept | None = None
+) -> DataSet:
     """A data set of the job; with `patience` its index is waited for while the store is away."""
-    store = open_store(uri, spec.data.access, transfer=TICKING)
-    index = open_index(store if patience is None else patience.store(store))
+    open_place = open_store if kept is None else kept.store
+    store = open_place(uri, spec.data.access, transfer=TICKING)
+    read_index = open_index if kept is None else kept.index
+    index = read_index(store if patience is None else patience.store(store))
     if index.num_rows == 0:
         raise DataError(
             Problem(f"the data set {uri} has no rows", "prepare it from a source that has some")
@@ -114,16 +119,18 @@ def prepare(
     restored: Manifest | None,
     *,
     patience: Patience,
+    kept: Kept | None = None,
 ) -> Prepared:
     """Everything before the first step but the replication of the model. Talks to no other rank.
 
-    Stores of data and model that are away are waited for, as `store` is by itself.
+    Stores of data and model that are away are waited for, as `store` is by itself. With `kept` what
+    this process has of an earlier trial is not made again.
     """
     watchdog.tick("opens the data sets")
     data = spec.data
-    train_set = open_data(spec, data.train, patience)
-    validation = open_data(spec, data.validation, patience) if data.validation else None
-    test = open_data(spec, data.test, patience) if data.test else None
+    train_set = open_data(spec, data.train, patience, kept)
+    validation = open_data(spec, data.validation, patience, kept) if data.validation else None
+    test = open_data(spec, data.test, patience, kept) if data.test else None
     plan = Plan(
         num_rows=train_set.index.num_rows,
         global_batch_size=spec.batching.global_batch_size,
@@ -156,12 +163,14 @@ def prepare(
         stream_memory=data.stream_memory,
     )
     watchdog.tick("fetches the model")
+    find_model = pretrained_folder if kept is None else kept.folder
     source = (
         folder / "model"
         if folder
-        else patience.call(lambda: pretrained_folder(spec, cache_folder=cache_folder()))
+        else patience.call(lambda: find_model(spec, cache_folder=cache_folder()))
     )
-    task = build_task(spec, model_folder=source, index=train_set.index)
+    make_task = build_task if kept is None else kept.task
+    task = make_task(spec, model_folder=source, index=train_set.index)
     for held_out in (validation, test):
         if held_out is not None:
             task.check_data(held_out.index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 import ray.train
 import ray.train.torch
@@ -11,7 +10,7 @@ import torch
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from trainers.assignment import Assignment
+from trainers.assignment import Assignment, EvaluationReport, Verdict
 from trainers.worker import train_worker
 
 
@@ -48,8 +47,9 @@ class RaySession:
         info = self._preemption.preemption_info
         return None if info is None else preemption_notice(info, now=time.time())
 
-    def report(self, metrics: Mapping[str, float]) -> None:
-        ray.train.report(dict(metrics))
+    def evaluated(self, report: EvaluationReport) -> Verdict:
+        """No study is there to decide: its trials are not run by Ray Train."""
+        return Verdict.GO_ON
 
 
 def preemption_notice(info: PreemptionInfo, *, now: float) -> str:

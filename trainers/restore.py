@@ -54,7 +54,8 @@ def checkpoint_copy(
     """
     content = repr([(part.name, part.sha256) for part in manifest.parts])
     digest = hashlib.sha256(content.encode()).hexdigest()[:24]
-    folder = cache_folder / "checkpoints" / f"{paths.run_id}-{manifest.step:08d}-{digest}"
+    name = f"{_flat(paths.run_id)}-{manifest.step:08d}-{digest}"
+    folder = cache_folder / "checkpoints" / name
     local_copy(store.within(paths.checkpoint(manifest.name).rstrip("/")), manifest.parts, folder)
     complete_weights(folder, manifest.parts)
     return folder
@@ -62,14 +63,24 @@ def checkpoint_copy(
 
 def drop_checkpoint_copies(run_id: str, *, cache_folder: Path) -> None:
     """Removes this node's copies of a run's checkpoints; no process may be using them."""
-    name = re.compile(rf"{re.escape(run_id)}-\d{{8}}-[0-9a-f]{{24}}")
-    for path in (cache_folder / "checkpoints").glob(f"{run_id}-*"):
+    name = re.compile(rf"{re.escape(_flat(run_id))}-\d{{8}}-[0-9a-f]{{24}}")
+    for path in (cache_folder / "checkpoints").glob(f"{_flat(run_id)}-*"):
         copy = path.name.removesuffix(".lock").removesuffix(".unfinished").removesuffix(".boot")
         if name.fullmatch(copy):
             drop_copy(path.with_name(copy))
 
 
+def _flat(run_id: str) -> str:
+    """The run id as one name of a folder: that of a trial has slashes. No id has a plus."""
+    return run_id.replace("/", "+")
+
+
 def load_progress(folder: Path) -> tuple[Progress, dict[str, Any] | None]:
     """Progress and the evaluation of the untrained model from a checkpoint's local copy."""
-    held = json.loads((folder / "progress.json").read_text())
+    return parse_progress((folder / "progress.json").read_bytes())
+
+
+def parse_progress(text: bytes) -> tuple[Progress, dict[str, Any] | None]:
+    """The same from the file's content."""
+    held = json.loads(text)
     return Progress(**held["progress"]), held["before"]

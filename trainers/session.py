@@ -1,7 +1,8 @@
 """A rank's place in the group of workers, and what its platform tells it.
 
 The worker is written over `Session`. Implementations: `ProcessSession` here (one process, or one
-of those that torchrun started) and the one over Ray Train in `trainers.ray_worker`.
+of those that torchrun started), the one over Ray Train in `trainers.ray_worker`, and that of a
+study's trial in `trainers.trial`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Mapping
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Protocol
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.errors import ClusterError, Problem
+from trainers.assignment import EvaluationReport, Verdict
 
 JOIN_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others while the group is set up."""
@@ -50,8 +51,9 @@ class Session(Protocol):
         None where it may go on. Cheap: it is asked before every step."""
         ...
 
-    def report(self, metrics: Mapping[str, float]) -> None:
-        """Hands metrics to the platform. Called at the same points on every rank."""
+    def evaluated(self, report: EvaluationReport) -> Verdict:
+        """Asks the study of which this is a trial whether it goes on; may wait for as long as the
+        study takes. Called at the same points on every rank; the first one's answer counts."""
         ...
 
 
@@ -68,6 +70,21 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
+def own_device(
+    *, use_gpu: bool, rank: int = 0, local_rank: int = 0, local_world_size: int = 1
+) -> torch.device:
+    """The device of a rank; ClusterError where the job wants a GPU and there is none for it."""
+    if use_gpu and torch.cuda.device_count() <= local_rank:
+        raise ClusterError(
+            Problem(
+                f"workers.gpus is 1, but rank {rank} on {socket.gethostname()} finds "
+                f"{torch.cuda.device_count()} GPUs for {local_world_size} workers",
+                "set workers.gpus to 0, or start fewer workers on this machine",
+            )
+        )
+    return torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+
+
 class ProcessSession:
     """One process alone, or one of a group that torchrun started (RANK, WORLD_SIZE, ...).
 
@@ -80,15 +97,12 @@ class ProcessSession:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if use_gpu and torch.cuda.device_count() <= self.local_rank:
-            raise ClusterError(
-                Problem(
-                    f"workers.gpus is 1, but rank {self.rank} on {socket.gethostname()} finds "
-                    f"{torch.cuda.device_count()} GPUs for {self.local_world_size} workers",
-                    "set workers.gpus to 0, or start fewer workers on this machine",
-                )
-            )
-        self.device = torch.device("cuda", self.local_rank) if use_gpu else torch.device("cpu")
+        self.device = own_device(
+            use_gpu=use_gpu,
+            rank=self.rank,
+            local_rank=self.local_rank,
+            local_world_size=self.local_world_size,
+        )
         self._stop = threading.Event()
         self._previous: dict[signal.Signals, object] = {}
 
@@ -125,5 +139,6 @@ class ProcessSession:
         """torchrun tells of nothing but signals, which ask for a stop."""
         return None
 
-    def report(self, metrics: Mapping[str, float]) -> None:
-        """Nobody listens: the run folder has the metrics."""
+    def evaluated(self, report: EvaluationReport) -> Verdict:
+        """No study is there to decide."""
+        return Verdict.GO_ON

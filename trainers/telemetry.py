@@ -21,13 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cluster.storage import StorageError, Store, Transfer, open_store
+from cluster.storage import StorageError, Store, Transfer
 from jobs.record import LineKind, RunPaths, Source, State
-from jobs.spec import JobSpec
 
 FLUSH_SECONDS = 2.0
-_RETRY_SECONDS = 4.0
-"""How long one flush bears a store that does not answer; its lines stay for the next."""
+IMPATIENT = Transfer(retry_seconds=4.0)
+"""How telemetry moves its objects: its lines wait for the next turn rather than for the store."""
 MAX_WAITING_LINES = 100_000
 """Lines kept in memory while the store does not answer; the oldest go first after that. Those of an
 object whose write failed come on top."""
@@ -41,13 +40,6 @@ _LEAST_SECRET_CHARACTERS = 8
 """Shorter values are no secrets, and would mask what has nothing to do with them."""
 
 log = logging.getLogger("shoal")
-
-
-def impatient(spec: JobSpec) -> Store:
-    """The store of runs for telemetry, which waits for its next turn rather than for the store."""
-    return open_store(
-        spec.store.uri, spec.store.access, transfer=Transfer(retry_seconds=_RETRY_SECONDS)
-    )
 
 
 class LineWriter:

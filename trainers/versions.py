@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 _PACKAGES = (
@@ -11,8 +13,9 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def versions() -> dict[str, str]:
-    """Version of Python and of each package that is installed here."""
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """Version of Python and of each package that is installed here, as this process has them."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

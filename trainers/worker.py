@@ -21,13 +21,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from cluster.storage import ObjectExists, ObjectMissing, StorageError, Store, open_store
+from cluster.storage import ObjectMissing, StorageError, Store, open_store
 from jobs.errors import ShoalError, TrainingError
 from jobs.record import (
-    Crash,
     Failure,
     Manifest,
-    Microbatch,
     Outcome,
     RunPaths,
     Source,
@@ -36,7 +34,7 @@ from jobs.record import (
 )
 from trainers import watchdog
 from trainers.agreement import Agreement
-from trainers.assignment import Assignment
+from trainers.assignment import Assignment, EvaluationReport, Verdict
 from trainers.attempt import Claim, as_cut, claim_attempt
 from trainers.block_training import compile_ahead, compiler_settings
 from trainers.checkpoint import CheckpointWriter, Moment, small_files
@@ -45,6 +43,8 @@ from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
 from trainers.evaluation import BrokenOff, measure
 from trainers.fence import Fence, Superseded
+from trainers.kept import Kept
+from trainers.last_words import LastWords
 from trainers.launch_cost import measured_launch_tokens
 from trainers.local_copy import TICKING, DamagedPart
 from trainers.loop import Ending, Progress, SkippedStep, StepFacts, train
@@ -52,7 +52,6 @@ from trainers.memory import (
     MicrobatchTooLarge,
     is_out_of_memory,
     keep_freed_memory,
-    memory_fault,
     room_fault,
 )
 from trainers.microbatch import Cutting
@@ -67,7 +66,7 @@ from trainers.saving import Saving
 from trainers.session import Session
 from trainers.stragglers import Straggler, Stragglers
 from trainers.tasks.task import Evaluation
-from trainers.telemetry import Telemetry, impatient, log
+from trainers.telemetry import IMPATIENT, Telemetry, log
 from trainers.time_account import TimeAccount
 from trainers.watchdog import Hang, Watchdog
 
@@ -87,10 +86,11 @@ class AgreedFailure(Exception):  # noqa: N818 - it carries the failure that all 
         self.failure = failure
 
 
-def train_worker(session: Session, assignment: Assignment) -> Outcome:
+def train_worker(session: Session, assignment: Assignment, *, kept: Kept | None = None) -> Outcome:
     """Trains to the end, to a request or to an error that a restart would meet again.
 
-    Called by every rank of the group; the outcome is the same on all of them.
+    Called by every rank of the group; the outcome is the same on all of them. `kept` is what this
+    process has of earlier trials.
     """
     spec = assignment.spec
     with (
@@ -99,10 +99,10 @@ def train_worker(session: Session, assignment: Assignment) -> Outcome:
         float32_products(spec.model, session.device),
         compiler_settings(spec.model),
     ):
-        return _work(session, assignment, watch)
+        return _work(session, assignment, watch, kept)
 
 
-def _work(session: Session, assignment: Assignment, watch: Watchdog) -> Outcome:
+def _work(session: Session, assignment: Assignment, watch: Watchdog, kept: Kept | None) -> Outcome:
     spec = assignment.spec
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(spec.workers.cpus)
@@ -113,7 +113,9 @@ def _work(session: Session, assignment: Assignment, watch: Watchdog) -> Outcome:
     paths = RunPaths(assignment.run_id)
     with account.spent("start"):
         agreement = Agreement(rank=session.rank, world_size=session.world_size)
-        store = open_store(spec.store.uri, spec.store.access, transfer=TICKING)
+        open_place = open_store if kept is None else kept.store
+        store = open_place(spec.store.uri, spec.store.access, transfer=TICKING)
+        impatient = open_place(spec.store.uri, spec.store.access, transfer=IMPATIENT)
         claim = claim_attempt(
             session,
             assignment,
@@ -125,16 +127,20 @@ def _work(session: Session, assignment: Assignment, watch: Watchdog) -> Outcome:
     if isinstance(claim, Outcome):
         return claim
     spec = as_cut(spec, claim.attempt)
+    if assignment.trial is not None:
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"test": None})})
     assignment = replace(assignment, spec=spec, controls_seen=claim.controls_seen)
     source = Source(claim.attempt.attempt, session.rank)
     with contextlib.ExitStack() as stack:
         with account.spent("start"):
             telemetry = stack.enter_context(
-                Telemetry(impatient(spec), paths, source, rows=spec.train.log_rows)
+                Telemetry(impatient, paths, source, rows=spec.train.log_rows)
             )
             if session.rank == 0 and "tensorboard" in spec.tracking:
-                telemetry.with_tensorboard(impatient(spec), paths)
-            rank = _Rank(session, assignment, agreement, store, patience, paths, telemetry, account)
+                telemetry.with_tensorboard(impatient, paths)
+            rank = _Rank(
+                session, assignment, agreement, store, patience, paths, telemetry, account, kept
+            )
         watch.tell = rank.tell_hang
         outcome = rank.run(claim)
         if session.rank == 0:
@@ -165,6 +171,7 @@ class _Rank:
         paths: RunPaths,
         telemetry: Telemetry,
         account: TimeAccount,
+        kept: Kept | None,
     ) -> None:
         self._session = session
         self._assignment = assignment
@@ -178,6 +185,7 @@ class _Rank:
         self._paths = paths
         self._telemetry = telemetry
         self._account = account
+        self._kept = kept
         self._state, self._doing = State.STARTING, "starting"
         patience.tell = self._tell_wait
         self._cache = NodeCache(
@@ -200,6 +208,13 @@ class _Rank:
     def run(self, claim: Claim) -> Outcome:
         """The attempt's outcome, the same on all ranks."""
         self._attempt = claim.attempt
+        self._last_words = LastWords(
+            self._impatient_store,
+            self._paths,
+            self._telemetry,
+            attempt=claim.attempt.attempt,
+            where=self._where(),
+        )
         self._step = claim.attempt.restored_step or 0
         self._before: dict[str, Any] | None = None
         try:
@@ -215,6 +230,7 @@ class _Rank:
                         self._paths,
                         claim.restored,
                         patience=self._patience,
+                        kept=self._kept,
                     )
                 )
                 self._prepared = replicated(prepared, self._session)
@@ -231,11 +247,12 @@ class _Rank:
             # The gradient is the same on all ranks, and so is this error.
             return self._failed(Failure.of(error, where=self._where()))
         except MicrobatchTooLarge as error:
-            raise self._out_of_memory(error) from error
+            told = self._last_words.out_of_memory(error, step=self._step, spec=self._spec)
+            raise told from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise self._without_room(error) from error
+            raise self._last_words.without_room(error) from error
 
     def _compile_ahead(self) -> None:
         """Compiles the model, where the job asks for it, before its steps are timed."""
@@ -286,7 +303,11 @@ class _Rank:
     def _with_helpers(self, small: Mapping[str, bytes]) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
         with self._account.spent("start"):
-            fence = Fence(self._impatient_store, self._paths, generation=self._attempt.generation)
+            fence = Fence(
+                self._impatient_store,
+                RunPaths(self._assignment.leaseholder),
+                generation=self._attempt.generation,
+            )
             self._fence = fence
             writer = CheckpointWriter(
                 self._spec,
@@ -319,7 +340,8 @@ class _Rank:
     def _train_and_test(self) -> Outcome:
         prepared = self._prepared
         self._before = prepared.before
-        if prepared.progress.finished and self._session.rank == 0:
+        is_tested = self._assignment.trial is None
+        if prepared.progress.finished and is_tested and self._session.rank == 0:
             self._telemetry.event(
                 "warning",
                 f"training had ended at step {prepared.progress.step} of "
@@ -340,6 +362,7 @@ class _Rank:
                 self,
                 agreement=self._agreement,
                 time=self._account,
+                trial=self._assignment.trial,
             )
         with self._account.spent("checkpoint"):
             self._saving.make_durable()
@@ -352,6 +375,8 @@ class _Rank:
             return self._outcome(State.STOPPED, best_step=progress.best_step)
         if ending is Ending.YIELDED:
             return self._outcome(State.RECOVERING, best_step=progress.best_step)
+        if ending is Ending.PRUNED:
+            return self._outcome(State.PRUNED, best_step=progress.best_step)
         tested = self._test_best(progress)
         return self._outcome(State.SUCCEEDED, best_step=progress.best_step, test=tested)
 
@@ -416,6 +441,9 @@ class _Rank:
         return [Manifest.model_validate(manifest) for manifest in told]
 
     def _tested_on(self) -> tuple[DataSet | None, str]:
+        """The set on which the untrained and the best model are measured; of a trial none."""
+        if self._assignment.trial is not None:
+            return None, ""
         if self._prepared.test is not None:
             return self._prepared.test, "test"
         return self._prepared.validation, "validation"
@@ -456,8 +484,13 @@ class _Rank:
                 plain(self._prepared.trainee.model), data, asked=self._asked_meanwhile
             )
             self._tell_evaluation(evaluation, "validation", step=progress.step)
-            self._session.report({"step": progress.step} | evaluation.metrics)
         return evaluation
+
+    def decide(self, report: EvaluationReport) -> Verdict:
+        with self._account.spent("synchronisation"):
+            with watchdog.suspended("waits for the study's verdict"):
+                verdict = self._session.evaluated(report)
+            return Verdict(self._agreement.first(verdict))
 
     def commit(self, progress: Progress, evaluation: Evaluation | None) -> None:
         with self._account.spent("checkpoint"):
@@ -607,65 +640,10 @@ class _Rank:
             self._telemetry.event("warning", message, step=self._step)
         return told | {"message": message}
 
-    def _out_of_memory(self, error: MicrobatchTooLarge) -> ShoalError:
-        """What to raise on this rank alone; the record of it is durable where the store answers.
-
-        The others wait for this rank, so they cannot be told: whoever started the ranks starts them
-        again, and the next attempt reads the record.
-        """
-        found = Microbatch(rows=error.rows, tokens=error.tokens)
-        return self._broken_off(memory_fault(error, step=self._step, spec=self._spec), found)
-
-    def _without_room(self, error: Exception) -> ShoalError:
-        """The same of memory that ran out apart from any micro-batch, such as for a checkpoint."""
-        log.error("%s", error, exc_info=error)
-        return self._broken_off(room_fault(error), None)
-
-    def _broken_off(self, told: ShoalError, found: Microbatch | None) -> ShoalError:
-        self._record_crash(
-            Crash(
-                attempt=self._attempt.attempt,
-                failure=Failure.of(told, where=self._where()),
-                out_of_memory=found,
-            )
-        )
-        return told
-
     def tell_hang(self, hang: Hang) -> None:
         """Says durably, as far as the store answers, that this rank's process ends, and where it
         stands."""
-        message = f"no progress for {hang.seconds:.0f} s: {hang.doing}"
-        log.error("%s\n%s", message, hang.stacks)
-        self._telemetry.event("error", f"{self._where()}: {message}", step=self._step)
-        self._telemetry.last_words()
-        self._record_crash(
-            Crash(
-                attempt=self._attempt.attempt,
-                failure=Failure(
-                    state=State.FAILED_INFRA,
-                    problems=(
-                        (
-                            message,
-                            "read where each rank stood with: shoal logs RUN; raise "
-                            f"retries.hang_minutes, which is {self._spec.retries.hang_minutes:g}, "
-                            "if it was at work",
-                        ),
-                    ),
-                    where=self._where(),
-                    exit_code=State.FAILED_INFRA.exit_code,
-                ),
-            )
-        )
-
-    def _record_crash(self, crash: Crash) -> None:
-        try:
-            self._impatient_store.write_if_absent(
-                self._paths.crash(crash.attempt), crash.to_bytes()
-            )
-        except ObjectExists:
-            pass  # another rank was first
-        except StorageError as error:
-            log.error("why the attempt broke off cannot be recorded: %s", error)
+        self._last_words.hang(hang, step=self._step, spec=self._spec)
 
     def _open_stream(self, data: DataSet, *, lanes: int, window: int) -> RankStream:
         return RankStream(
@@ -818,7 +796,7 @@ class _Rank:
                     f"micro-batches have at most {attempt.max_tokens_per_microbatch} tokens, since "
                     "larger ones have not fitted",
                 )
-            if claim.recovers:
+            if claim.recovers and self._assignment.trial is None:
                 self._enter(State.RECOVERING, "the workers were started again")
             self._telemetry.event(
                 "attempt",

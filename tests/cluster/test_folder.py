@@ -281,3 +281,21 @@ def test_a_lock_that_is_never_released_is_told(
     etag = store.write("k", b"1")
     with folder._lock(tmp_path), pytest.raises(StorageError, match="has held its lock"):
         store.write_if_match("k", b"2", etag=etag)
+
+
+def test_a_copy_is_the_same_file_where_links_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path)
+    store.write("k", b"content")
+    store.copy("k", "linked/k")
+    assert (tmp_path / "k").samefile(tmp_path / "linked/k")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
+
+    monkeypatch.setattr(os, "link", refuse)
+    store.copy("k", "copied/k")
+    assert (tmp_path / "copied/k").read_bytes() == b"content"
+    assert not (tmp_path / "k").samefile(tmp_path / "copied/k")
+    assert files(tmp_path) == ["copied/k", "k", "linked/k"]

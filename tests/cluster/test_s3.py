@@ -102,6 +102,22 @@ def test_large_objects_move_in_parts(proxy: FaultyProxy, shaky: Store, tmp_path:
     assert unfinished_uploads(shaky) == 0
 
 
+def test_a_large_object_is_copied_in_parts_by_the_store(
+    proxy: FaultyProxy, shaky: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(S3Store, "part_copy_bytes", 5 * MIB)
+    data = os.urandom(11 * MIB)
+    shaky.write("large", data)
+    proxy.requests.clear()
+    shaky.copy("large", "copy")
+    assert sum("partNumber" in r for r in proxy.requests) == 3
+    assert proxy.count("GET") == 0
+    digest = shaky.download("copy", tmp_path / "copy", hashed=True)
+    assert digest == xxhash.xxh3_128_hexdigest(data)
+    assert shaky.read("copy") == data
+    assert unfinished_uploads(shaky) == 0
+
+
 def test_the_digest_follows_spans_that_are_written_in_any_order(tmp_path: Path) -> None:
     data = os.urandom(3 * MIB + 17)
     spans = part_spans(len(data), part_bytes=100_000)

@@ -275,6 +275,30 @@ def test_files_go_up_and_come_down_whole(store: Store, tmp_path: Path) -> None:
     assert os.listdir(target.parent) == ["target"]
 
 
+def test_a_copy_is_an_object_of_its_own(store: Store) -> None:
+    store.write("a/été 1+2%.json", b"first")
+    store.write("b", b"older")
+    for key in ("b", "c/d"):
+        store.copy("a/été 1+2%.json", key)
+        assert store.head(key).num_bytes == 5  # type: ignore[union-attr]
+        assert store.read(key) == b"first"
+        store.copy("a/été 1+2%.json", key)  # as after an answer that was lost
+    store.write("a/été 1+2%.json", b"second")
+    store.delete(["b"])
+    assert store.read("c/d") == b"first"
+    assert keys(store.within("a")) == ["été 1+2%.json"]
+    assert list(store.list_unfinished()) == []
+
+
+def test_of_what_is_absent_there_is_no_copy(store: Store) -> None:
+    store.write("folder/k", b"")
+    for source in ("nothing", "folder"):
+        with pytest.raises(ObjectMissing) as caught:
+            store.copy(source, "copy")
+        assert caught.value.key == source
+    assert store.head("copy") is None
+
+
 def test_each_part_of_a_large_object_that_moves_is_told(store: Store, tmp_path: Path) -> None:
     parts: list[str] = []
     transfer = Transfer(part_bytes=5 * 2**20, on_part=lambda: parts.append(doing))

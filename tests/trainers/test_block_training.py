@@ -243,6 +243,20 @@ def test_compiling_ahead_leaves_no_trace(scene: Scene, graphs: list[Any]) -> Non
     assert all(p.grad is None for p in trainee.model.parameters())
 
 
+def test_each_model_of_a_process_is_compiled_as_the_first_was(
+    scene: Scene, graphs: list[Any]
+) -> None:
+    """What a process has met before would change what is compiled, and at last what is not."""
+    for turn in range(1, 4):
+        trainee = scene.trainee(scene.job())
+        adapt_blocks(trainee.model, COMPILED)
+        with compiler_settings(COMPILED):
+            forward(trainee, trainee.task.empty_batch(rows=turn, tokens=9)).backward()
+            compile_ahead(trainee, CUTTING, most_row_tokens=32)
+        traced, graphs[:] = len(graphs), []
+        assert traced >= 3
+
+
 @pytest.mark.parametrize("most_row_tokens", [8, 11, 12, 512])
 def test_what_is_compiled_ahead_depends_on_no_limit_and_is_never_square(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, most_row_tokens: int
