@@ -20,7 +20,7 @@
     report/index.html, report/report.json
     evaluations/DIGEST/predictions.parquet      the best model on other data, by the data's digest;
     evaluations/DIGEST/metrics.json             written last
-    study/00000001.json                         what happened in a study, as jobs/study/log.py has it
+    study/00000001.json                         what happened in a study: jobs/study/log.py
     trials/0007/...                             a trial of it: a run of its own
     ray/generation-0001/...                     Ray Train's own notes; never read
     result.json                                 how the run ended; written last

@@ -6,8 +6,8 @@
 
 A slot is what Tune calls a trial: a process with the resources that a trial of the study needs, as
 many as the cluster has room for and the study has work for. Tune starts them, again where one has
-died, and more of them where the cluster grows. It remembers nothing of the study: the engine decides
-from the study's log alone.
+died, and more of them where the cluster grows. It remembers nothing of the study: the engine
+decides from the study's log alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from ray import tune
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.stopper import Stopper
+from ray.tune.stopper import NoopStopper, Stopper
 
 from cluster.ray_runtime import describe_shortage, free_on_nodes, resources_of, staying_nodes
 from cluster.storage import StorageError, Store, open_store
@@ -53,6 +53,7 @@ from jobs.submit import request_stop
 from trainers.assignment import Assignment, DonorCheckpoint, TrialPlan
 from trainers.controls import POLL_SECONDS, Requests, requests_to
 from trainers.patience import Patience
+from trainers.records import read_live_manifests
 from trainers.telemetry import Telemetry
 
 _SLOT_SECONDS = 20.0
@@ -72,11 +73,17 @@ def search(
     A request to the run, or `is_taken` (this process's own machine is to go), ends it with the
     states of its trials saved. Raises what keeps its log from being written.
     """
-    spec = assignment.spec
+    spec, paths = assignment.spec, RunPaths(assignment.run_id)
     patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
     store = patience.store(open_store(spec.store.uri, spec.store.access))
-    study_log = StudyLog(store, RunPaths(assignment.run_id), generation=assignment.generation)
-    desk = _Desk(assignment, store, make_engine(spec, study_log), telemetry)
+    study_log = StudyLog(store, paths, generation=assignment.generation)
+
+    def is_saved(trial: int, step: int) -> bool:
+        live = read_live_manifests(store, paths.trial(trial))
+        return bool(live) and live[-1].step >= step
+
+    engine = make_engine(spec, study_log, is_saved=is_saved)
+    desk = _Desk(assignment, store, engine, telemetry)
     resources = PlacementGroupFactory([resources_of(spec.workers)])
     with tempfile.TemporaryDirectory(prefix="shoal-tune-") as notes, desk.listening(is_taken):
         tune.Tuner(
@@ -93,7 +100,7 @@ def search(
     return desk.ended()
 
 
-def make_engine(spec: JobSpec, log: StudyLog) -> Engine:
+def make_engine(spec: JobSpec, log: StudyLog, *, is_saved: Callable[[int, int], bool]) -> Engine:
     """The study of a job, as far as its log tells it."""
     assert spec.search is not None
     events = log.open()
@@ -104,6 +111,7 @@ def make_engine(spec: JobSpec, log: StudyLog) -> Engine:
         make_scheduler(spec.search, space),
         log,
         events,
+        is_saved=is_saved,
         gpus=spec.workers.gpus,
     )
 
@@ -147,6 +155,10 @@ class _Desk(FIFOScheduler):  # type: ignore[misc]
         self._said = ""
         self._broke: Exception | None = None
         self.is_over = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In Tune's notes of itself, from which nobody restores: the study's log is what counts."""
+        return FIFOScheduler, ()
 
     # ---- called by Tune
 
@@ -357,6 +369,10 @@ class _EndOfStudy(Stopper):  # type: ignore[misc]
 
     def __init__(self, desk: _Desk) -> None:
         self._desk = desk
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the desk's."""
+        return NoopStopper, ()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False

@@ -10,7 +10,6 @@ from cluster.storage import DamagedObject, PreconditionFailed, Store
 from jobs.errors import Problem
 from jobs.record import (
     Failure,
-    Manifest,
     Outcome,
     Result,
     RunPaths,

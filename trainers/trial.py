@@ -1,6 +1,8 @@
 """Trials of a study, one after another in one process: what a slot runs.
 
+    prepare_trial(assignment)           its run folder, and what a clone begins with
     run_trial(assignment, exchange)     -> Outcome
+    record_end(assignment, outcome)
 
 Nothing of a trial stays behind but what the next one would make again: see `trainers/kept.py`. Any
 thread of the process will do, one trial at a time.
@@ -8,13 +10,20 @@ thread of the process will do, one trial at a time.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from jobs.record import Outcome
+from cluster.storage import ObjectExists, Store
+from jobs.record import Outcome, RunPaths, State
 from trainers.assignment import Assignment, EvaluationReport, Verdict
+from trainers.clone import begin_clone
+from trainers.controls import last_request
+from trainers.finish import build_result, write_result
 from trainers.kept import Kept
+from trainers.patience import Patience
 from trainers.session import own_device
 from trainers.worker import train_worker
 
@@ -23,6 +32,35 @@ Exchange = Callable[[EvaluationReport], Verdict]
 gives it ends the wait where nobody is left to answer."""
 
 _kept = Kept()
+
+
+def prepare_trial(assignment: Assignment) -> Assignment:
+    """Begins the trial's run folder, with its job and, for a clone, its donor's checkpoint; what is
+    there already is left as it is. The assignment, for which requests up to now are old.
+
+    The donor of a clone may go on after that. Raises as `begin_clone`.
+    """
+    trial, store, paths = assignment.trial, _store_of(assignment), RunPaths(assignment.run_id)
+    assert trial is not None
+    with contextlib.suppress(ObjectExists):
+        store.write_if_absent(paths.spec, assignment.spec.to_bytes())
+    if trial.donor is not None:
+        begin_clone(store, paths, assignment, trial, trial.donor)
+    return replace(assignment, controls_seen=last_request(store, paths))
+
+
+def record_end(assignment: Assignment, outcome: Outcome) -> None:
+    """Writes the trial's result, where it has ended for good."""
+    if outcome.state.is_final and outcome.state is not State.STOPPED:
+        store, paths = _store_of(assignment), RunPaths(assignment.run_id)
+        result = build_result(store, paths, generation=assignment.generation, ended=outcome)
+        write_result(store, paths, result)
+
+
+def _store_of(assignment: Assignment) -> Store:
+    spec = assignment.spec
+    patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
+    return patience.store(_kept.store(spec.store.uri, spec.store.access))
 
 
 def run_trial(assignment: Assignment, exchange: Exchange) -> Outcome:

@@ -1,4 +1,4 @@
-"""What a free slot does next, and what becomes of a trial that has reported; all of it from the log.
+"""What a free slot does next, and what becomes of a trial that has reported: all from the log.
 
     Engine.work       a leg for a free slot
     Engine.reported   whether a trial goes on

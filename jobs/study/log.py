@@ -42,7 +42,7 @@ class _Object:
 
 
 class StudyLog:
-    """Appends to a study's log, for the one driver that holds the run's lease; `open` comes first."""
+    """Appends to a study's log, for the driver that holds the run's lease; `open` comes first."""
 
     def __init__(self, store: Store, paths: RunPaths, *, generation: int) -> None:
         self._store = store

@@ -107,8 +107,8 @@ Saying = Free | Begun | Told | Gone | Tested
 
 
 class SlotWork:
-    """What the process of a slot does; in a thread, so that the loop of a trial can stay where it is
-    while it waits for an answer."""
+    """What the process of a slot does; in a thread, so that the loop of a trial can stay where it
+    is while it waits for an answer."""
 
     def __init__(self) -> None:
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
@@ -155,12 +155,15 @@ class Stretch:
 
     def run(self) -> Gone:
         """Trains until the study has another trial for the slot, or until the trial has ended."""
-        from trainers.trial import prepare_clone, run_trial
+        from trainers.trial import prepare_trial, record_end, run_trial
 
         try:
-            if prepare_clone(self._assignment):
+            assignment = prepare_trial(self._assignment)
+            if assignment.trial is not None and assignment.trial.donor is not None:
                 self._ask(Begun())
-            return Gone(run_trial(self._assignment, self._decide))
+            outcome = run_trial(assignment, self._decide)
+            record_end(assignment, outcome)
+            return Gone(outcome)
         except Exception as error:
             # As a retry may go otherwise: the desk counts it.
             _log.exception("the trial broke off")

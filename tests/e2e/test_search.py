@@ -61,9 +61,7 @@ def scene(tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> I
         time.sleep(0.2)
 
 
-def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop(
-    scene: Path, s3_store: Store
-) -> None:
+def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop(scene: Path, s3_store: Store) -> None:
     runs, paths = s3_store.within("runs"), RunPaths("study")
 
     def reports() -> int:
