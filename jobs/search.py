@@ -129,13 +129,13 @@ def _slots(spec: JobSpec) -> int:
 # ------------------------------------------------------------------------------------- the desk
 
 
-class _Desk(FIFOScheduler):  # type: ignore[misc]
+class _Desk(FIFOScheduler):
     """Tune's scheduler, whose trials are slots: none is ever paused, and all end with the study."""
 
     def __init__(
         self, assignment: Assignment, store: Store, engine: Engine, telemetry: Telemetry
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._assignment = assignment
         self._paths = RunPaths(assignment.run_id)
         self._store = store
@@ -309,9 +309,10 @@ class _Desk(FIFOScheduler):  # type: ignore[misc]
 
     def _assigned(self, leg: Leg) -> Assignment:
         paths = self._paths.trial(leg.trial)
-        donor = leg.donor and DonorCheckpoint(
-            self._paths.trial(leg.donor.trial).run_id, leg.donor.step
-        )
+        donor = None
+        if leg.donor is not None:
+            run_id = self._paths.trial(leg.donor.trial).run_id
+            donor = DonorCheckpoint(run_id, leg.donor.step)
         assert self._spec.search is not None
         return Assignment(
             spec=job_with(self._spec, leg.values, seed=trial_seed(self._spec, leg.repeat)),
@@ -364,7 +365,7 @@ class _Desk(FIFOScheduler):  # type: ignore[misc]
             self._telemetry.state(State.RUNNING, self._engine.trials.summary())
 
 
-class _EndOfStudy(Stopper):  # type: ignore[misc]
+class _EndOfStudy(Stopper):
     """Ends all slots once the study is over, those that wait for room included."""
 
     def __init__(self, desk: _Desk) -> None:
@@ -395,7 +396,7 @@ def _last_line(error: BaseException | str | None) -> str:
     return lines[-1] if lines else "its process died"
 
 
-class Slot(tune.Trainable):  # type: ignore[misc]
+class Slot(tune.Trainable):
     """A slot's process, as Tune wants it."""
 
     def setup(self, config: dict[str, Any]) -> None:

