@@ -116,7 +116,13 @@ def test_the_fences_see_imports_inside_functions_and_of_parts(tmp_path: Path) ->
     assert not is_part_of("raylib", "ray")
 
 
-IN_THE_CLUSTER = ("jobs.run", "jobs.study.cmaes_sampler", "jobs.study.optuna_samplers")
+IN_THE_CLUSTER = (
+    "jobs.run",
+    "jobs.search",
+    "jobs.study.cmaes_sampler",
+    "jobs.study.optuna_samplers",
+    "jobs.study.slot",
+)
 """What is loaded inside the cluster alone, where everything is installed."""
 
 
