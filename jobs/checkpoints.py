@@ -142,8 +142,8 @@ def show_checkpoints(found: Sequence[SavedState]) -> None:
     """The table of `shoal checkpoints`, on stdout."""
     from rich.text import Text
 
+    from jobs.situation import format_seconds
     from jobs.spec import format_bytes
-    from jobs.status import format_seconds
     from jobs.terminal import format_number, print_table
 
     metrics = sorted({name for state in found for name in state.manifest.evaluation})

@@ -34,6 +34,7 @@ from jobs.record import State
 from jobs.runs import RunReader
 from jobs.status import RunStatus
 from jobs.status_view import before_and_after
+from jobs.study_view import best_text
 from jobs.submit import SubmittedRun, request_stop
 from jobs.terminal import console_for, print_to, state_text
 from jobs.watch import NoView, View, make_view, watch_run
@@ -159,6 +160,8 @@ def summary(status: RunStatus) -> Text:
     if outcome is not None and outcome.test:
         name = "test" if outcome.tested_on == "test" else "validation (no test set given)"
         rows.append((name, before_and_after(outcome)))
+    if status.study is not None:
+        rows.append(("best", best_text(status.study)))
     if status.result is not None:
         best, last = status.result.best_checkpoint, status.result.last_checkpoint
         if best:
@@ -166,6 +169,8 @@ def summary(status: RunStatus) -> Text:
         elif last:
             rows.append(("last checkpoint", join_uri(reader_uri, last)))
     rows.append(("report", join_uri(reader_uri, "report/index.html")))
+    if status.study is not None and status.study.best is not None:
+        rows.append(("its job", join_uri(reader_uri, "report/winner.yaml")))
     rows.append(("next", _next_command(status)))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -181,7 +186,9 @@ def summary(status: RunStatus) -> Text:
 def _next_command(status: RunStatus) -> str:
     state = status.situation.state
     if state is State.SUCCEEDED:
-        return f"shoal evaluate {status.uri} --data URI"
+        best = status.study.best if status.study else None
+        trial = f" --trial {best.number}" if best else ""
+        return f"shoal evaluate {status.uri}{trial} --data URI"
     if state in (State.STOPPED, State.FAILED_INFRA, State.FAILED_RESOURCES):
         return f"shoal resume {status.uri}"
     return f"shoal logs {status.uri}"

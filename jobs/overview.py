@@ -13,7 +13,9 @@ from jobs.errors import SpecError
 from jobs.lines import Line
 from jobs.record import Result, State
 from jobs.runs import RunReader, driver_has_ended, list_run_ids
-from jobs.status import derive_state, format_seconds
+from jobs.search_spec import Search
+from jobs.situation import derive_state, format_seconds
+from jobs.study.trials import Trials
 
 _MAX_PARALLEL_RUNS = 8
 
@@ -33,6 +35,8 @@ class Overview:
     value: float | None
     submitted_at: float
     workers: int | None
+    trials: int | None = None
+    """Of a study, those that have begun; None: it is a run like any other."""
     problems: tuple[str, ...] = ()
     """What of the run's folder could not be read, as far as it was looked at."""
 
@@ -48,6 +52,7 @@ class Overview:
             "value": self.value,
             "submitted_at": self.submitted_at,
             "workers": self.workers,
+            "trials": self.trials,
             "problems": list(self.problems),
         }
 
@@ -87,6 +92,11 @@ def read_overview(reader: RunReader) -> Overview:
     steps = [line["step"] for line in lines]
     restored = (attempts[-1].restored_step or 0) if attempts else None
     metric, value = _metric(current, lines)
+    trials = None
+    if spec.search is not None:
+        trials = sum(1 for _ in reader.store.list_folders(reader.paths.trials))
+        if current is None:  # else it says how good the winner is
+            metric, value = _best_so_far(reader, spec.search)
     return Overview(
         run_id=reader.run_id,
         uri=reader.uri,
@@ -98,6 +108,7 @@ def read_overview(reader: RunReader) -> Overview:
         value=value,
         submitted_at=submitted_at,
         workers=spec.workers.count,
+        trials=trials,
         problems=tuple(reader.problems),
     )
 
@@ -119,6 +130,13 @@ def _metric(result: Result | None, lines: Sequence[Line]) -> tuple[str | None, f
     return None, None
 
 
+def _best_so_far(reader: RunReader, search: Search) -> tuple[str | None, float | None]:
+    """Of the trials of a study that goes on, or that no driver has ended."""
+    trials = Trials(search, reader.study_events())
+    best = trials.winner()
+    return (None, None) if best is None else (search.metric, trials.score(best))
+
+
 def show_overviews(overviews: Sequence[Overview]) -> None:
     """The table of `shoal list`, on stdout; what could not be read, on stderr."""
     from rich.text import Text
@@ -132,7 +150,11 @@ def show_overviews(overviews: Sequence[Overview]) -> None:
             [
                 o.run_id,
                 state_text(o.state) if o.state else Text("UNREADABLE", style="bold red"),
-                "-" if o.step is None else f"{o.step}{of_total}",
+                f"{o.trials} trials"
+                if o.trials is not None
+                else "-"
+                if o.step is None
+                else f"{o.step}{of_total}",
                 f"{o.metric} {format_number(o.value)}" if o.metric else "-",
                 "-" if o.workers is None else str(o.workers),
                 format_seconds(time.time() - o.submitted_at),

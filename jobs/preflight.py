@@ -49,6 +49,7 @@ from jobs.checks.schedule import (
     check_stream,
     totals_of,
 )
+from jobs.checks.search import SearchPlan, check_search, plan_search
 from jobs.checks.stores import Stores, check_store
 from jobs.checks.tokenizer import check_tokens
 from jobs.errors import PreflightError, ShoalError, render_error
@@ -69,6 +70,8 @@ class Checked:
 
     findings: tuple[Finding, ...]
     totals: Totals
+    search: SearchPlan | None = None
+    """Of a job that searches: what its trials amount to."""
 
     @property
     def problems(self) -> tuple[Finding, ...]:
@@ -95,6 +98,7 @@ class Checked:
                 for f in self.findings
             ],
             "totals": self.totals.to_json(),
+            "search": self.search and self.search.to_json(),
         }
 
 
@@ -127,7 +131,10 @@ def check_job(spec: JobSpec) -> Checked:
     train = known.get("data.train")
     totals = totals_of(spec, train, model.weights if model is not None else None)
     findings += _across(spec, known, model, machine, totals)
-    return Checked(tuple(merge_same_cause(findings)), totals)
+    plan = plan_search(spec, totals, machine)
+    if plan is not None:
+        findings += check_search(spec, plan, totals, machine)
+    return Checked(tuple(merge_same_cause(findings)), totals, plan)
 
 
 def _across(

@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from jobs.lines import Line
 from jobs.record import State
 from jobs.status import RunStatus
+from jobs.study_status import StudyStatus
 
 _NO_GAUGES = frozenset({"time", "step", "attempt", "rank", "total_steps", "rows", "tokens"})
 """Of a line of training: what has a metric of its own, or is none."""
@@ -45,6 +46,9 @@ class _Families:
         for each in State:
             state.add_metric([self._run, each.value], float(each is status.situation.state))
         yield state
+        if status.study is not None:
+            yield from self._study(status.study)
+            return
         yield self._one_gauge("step", "Optimizer steps that are done.", status.step)
         if status.total_steps:
             yield self._one_gauge("total_steps", "Steps of all epochs.", status.total_steps)
@@ -65,6 +69,27 @@ class _Families:
                 "Steps that changed nothing, as their gradient was not finite.",
                 sum(line["kind"] == "skipped" for line in self._lines),
             ),
+        ):
+            family = self._counter(name, meaning)
+            family.add_metric([self._run], count)
+            yield family
+
+    def _study(self, study: StudyStatus) -> Iterator[Metric]:
+        """A study trains nothing itself: these stand in place of a run's own."""
+        counts = self._gauge("trials", "Trials that exist, by what they do.", "status")
+        for status, number in study.counts.items():
+            counts.add_metric([self._run, status], number)
+        yield counts
+        yield self._one_gauge("trials_wanted", "Trials to try, at most.", study.trials.wanted)
+        best = study.best
+        score = None if best is None else study.trials.score(best)
+        if score is not None:
+            value = self._gauge("best", "Score of the best trial, by search.metric.", "metric")
+            value.add_metric([self._run, study.search.metric], score)
+            yield value
+        for name, meaning, count in (
+            ("trial_epochs", "Epochs of training in all trials.", study.pace.epochs),
+            ("trial_gpu_seconds", "Of GPUs that trials held.", 3600 * study.pace.gpu_hours),
         ):
             family = self._counter(name, meaning)
             family.add_metric([self._run], count)

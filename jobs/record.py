@@ -535,6 +535,11 @@ class RunPaths:
     def report_json(self) -> str:
         return self._join("report", "report.json")
 
+    @property
+    def winner(self) -> str:
+        """Of a study: the job with its best values, as a file to run."""
+        return self._join("report", "winner.yaml")
+
 
 _CHECKPOINT_FOLDER = re.compile(r"step-(\d{8,})-attempt-(\d{4,})")
 

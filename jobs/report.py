@@ -2,7 +2,7 @@
 
     build_report(reader) -> dict      what is known, from the run folder alone
     render_html(report)  -> str       one self-contained file: no request leaves it
-    write_report(store, run_id, ...)  both, into the run folder
+    write_report(store, run_id, ...)  both, into the run folder; of a study, the winner's job too
 
 Text from the job (labels, names, messages) is escaped wherever it lands.
 """
@@ -26,6 +26,7 @@ from jobs.runs import RunReader
 from jobs.spec import JobSpec
 from jobs.status import RunStatus, read_status
 from jobs.status_view import skipped_text
+from jobs.study_report import study_report
 
 REPORT_VERSION = 1
 HEADLINE_METRIC = "accuracy"
@@ -42,6 +43,9 @@ def write_report(store: Store, run_id: str, *, result: Result | None = None) -> 
     paths = RunPaths(run_id)
     store.write(paths.report_json, to_json(report).encode())
     store.write(paths.report_html, render_html(report).encode())
+    winner = report["study"] and report["study"]["winner"]
+    if winner:
+        store.write(paths.winner, winner["job"].encode())
     return join_uri(store.uri, paths.report_html)
 
 
@@ -93,8 +97,9 @@ def build_report(reader: RunReader, *, result: Result | None = None) -> Report:
         "data": _data(spec, status),
         "environment": _environment(spec, status),
         "spec": spec.model_dump(mode="json"),
-        "commands": _commands(spec, status),
-        "problems": list(status.problems),
+        "commands": _commands(spec, status) | _commands_of_winner(reader, spec, status),
+        "study": status.study and study_report(reader, status.study),
+        "problems": list(reader.problems),
     }
     finite: Report = _finite(report)
     return finite
@@ -288,6 +293,20 @@ def _commands(spec: JobSpec, status: RunStatus) -> dict[str, str | None]:
     return commands
 
 
+def _commands_of_winner(
+    reader: RunReader, spec: JobSpec, status: RunStatus
+) -> dict[str, str | None]:
+    """Those that concern the model, which is that of the study's best trial; of a run, nothing."""
+    best = status.study.best if status.study else None
+    if best is None:
+        return {}
+    trial = reader.trial(best.number)
+    if reader.store.head(trial.paths.spec) is None:
+        return {}
+    commands = _commands(spec, read_status(trial))
+    return {name: commands[name] for name in ("evaluate", "download", "load")}
+
+
 def _of_kind(lines: Iterable[Line], kind: str) -> list[Line]:
     return [line for line in lines if line.get("kind") == kind]
 
@@ -321,7 +340,7 @@ def render_html(report: Report) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    from jobs import charts, report_tables
+    from jobs import charts, report_tables, study_charts
 
     environment = Environment(
         loader=PackageLoader("jobs", "."),
@@ -331,13 +350,18 @@ def render_html(report: Report) -> str:
         undefined=StrictUndefined,
     )
     environment.filters.update(report_tables.FILTERS)
-    drawn = {name: Markup(svg) for name, svg in charts.draw_all(report).items()}  # noqa: S704 - ours
-    return environment.get_template("report.html.j2").render(
+    study = report["study"]
+    svgs = charts.draw_all(report) if study is None else study_charts.draw_all(study)
+    drawn = {name: Markup(svg) for name, svg in svgs.items()}  # noqa: S704 - ours
+    template = "report.html.j2" if study is None else "study_report.html.j2"
+    return environment.get_template(template).render(
         report=report,
         charts=drawn,
         time=report_tables.time_shares(report["seconds"]),
         classes=report_tables.class_rows(report["test"], report["before"]),
         matrices=report_tables.matrices(report["test"], report["before"]),
+        budget=report_tables.epoch_shares(study["epochs_by_status"]) if study else [],
+        failed=report_tables.failed_trials(study) if study else [],
         confusions=report_tables.top_confusions(report["test"], report["before"]),
         spec_yaml=yaml.safe_dump(report["spec"], sort_keys=False, allow_unicode=True, width=100),
         made_at=datetime.fromtimestamp(report["made_at"], tz=UTC),

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from jobs.situation import format_seconds
 from jobs.spec import format_bytes
-from jobs.status import format_seconds
 from jobs.status_view import TIME_NAMES
+from jobs.study_view import format_value
 from jobs.terminal import format_number
 
 _HUGE_MATRIX, _LARGE_MATRIX, _MEDIUM_MATRIX = 4, 10, 24
@@ -17,6 +18,7 @@ the count alone. Beyond, cells are only colored, and tell their count when point
 _MOST_SIDE_BY_SIDE = 60
 """Classes up to which two matrices stand beside each other on a wide screen."""
 _CONFUSIONS_SHOWN = 10
+_FAILED_SHOWN = 20
 
 Evaluation = Mapping[str, Any] | None
 
@@ -123,6 +125,33 @@ def _labels(evaluation: Mapping[str, Any]) -> list[str]:
     return [str(row["label"]) for row in rows] if len(rows) == n else [str(i) for i in range(n)]
 
 
+EPOCHS_NAMES = {
+    "finished": ("trials that were trained to the end", "compute"),
+    "finalists": ("finalists", "synchronisation"),
+    "stopped": ("trials that were stopped early", "data_wait"),
+    "paused": ("trials that wait", "checkpoint"),
+    "running": ("trials under way", "start"),
+    "failed": ("trials that failed", "recovery"),
+}
+"""What people read for where epochs went, and the color of it."""
+
+
+def epoch_shares(epochs: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Where the epochs of a study went, without what took none."""
+    total = sum(epochs.values())
+    return [
+        {"name": name, "color": color, "epochs": epochs[key], "share": epochs[key] / total}
+        for key, (name, color) in EPOCHS_NAMES.items()
+        if epochs.get(key, 0) > 0
+    ]
+
+
+def failed_trials(study: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The newest of a study's trials that failed, with why."""
+    failed = [row for row in study["all_trials"] if row["status"] == "failed"]
+    return failed[-_FAILED_SHOWN:]
+
+
 def _as_moment(unix_seconds: float | None) -> str:
     if unix_seconds is None:
         return "-"
@@ -144,5 +173,8 @@ FILTERS = {
     "bytes": format_bytes,
     "signed": _as_signed,
     "score": _as_score,
+    "score4": lambda value: "-" if value is None else f"{value:.4f}",
+    "value": format_value,
+    "capitalize_first": lambda text: text[:1].upper() + text[1:],
     "percent": lambda value: "-" if value is None else f"{value:.1%}",
 }

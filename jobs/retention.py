@@ -20,7 +20,7 @@ from jobs.errors import Problem, SpecError
 from jobs.onlooker import Onlooker
 from jobs.record import CheckpointName, RunPaths, State
 from jobs.runs import RunReader
-from jobs.status import await_certainty, read_situation
+from jobs.situation import await_certainty, read_situation
 
 Tell = Callable[[str], object]
 """Takes a sentence for the user."""

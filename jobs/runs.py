@@ -10,6 +10,7 @@ Only a run whose job cannot be told is an error.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -39,10 +40,14 @@ from jobs.record import (
     merge_metrics,
 )
 from jobs.spec import JobSpec
+from jobs.study.events import Event
+from jobs.study.log import LogReader
+from jobs.study.trials import Trial, Trials
 
 R = TypeVar("R", bound=Record)
 
 _MAX_PARALLEL_READS = 16
+_TRIAL = re.compile(r"(.+)/trials/(\d{4,})")
 
 
 class RunReader:
@@ -58,6 +63,11 @@ class RunReader:
         self._records: dict[tuple[str, str], Record | None] = {}
         self._lines: dict[LineKind, tuple[LineReader, list[Line]]] = {}
         self._problems: list[str] = []
+        self._study_log: LogReader | None = None
+        study = _TRIAL.fullmatch(run_id)
+        self.study = RunReader(store, study[1]) if study else None
+        """The study whose trial this is; None: it is a run of its own."""
+        self._trial_number = int(study[2]) if study else 0
 
     @property
     def uri(self) -> str:
@@ -123,6 +133,11 @@ class RunReader:
             ) from error
 
     def _no_run(self) -> Problem:
+        if self.study is not None:
+            return Problem(
+                f"there is no trial {self._trial_number} of {self.study.uri}, or it has not begun",
+                f"see the study with: shoal status {self.study.uri}",
+            )
         known = list_run_ids(self.store)
         near = difflib.get_close_matches(self.run_id, known, n=1)
         if near:
@@ -174,6 +189,31 @@ class RunReader:
     def result(self) -> Result | None:
         """How the newest driver that ended has ended; None if none has."""
         return self._ending or self._read_now(self.paths.result, Result)
+
+    # -------------------------------------------------------------------------------- studies
+
+    def study_events(self) -> list[Event]:
+        """All that has happened in a study so far; of a run that is none, nothing."""
+        if self._study_log is None:
+            self._study_log = LogReader(self.store, self.paths)
+        try:
+            return self._study_log.events()
+        except DamagedObject as error:
+            self._complain(f"what has happened in the study cannot be told: {error}")
+            return []
+
+    def trial(self, number: int) -> RunReader:
+        """A trial of a study, which is a run too."""
+        return RunReader(self.store, self.paths.trial(number).run_id)
+
+    def as_trial(self) -> Trial | None:
+        """A trial as its study has it; None for a run that is none, or that the study does not
+        know."""
+        search = self.study.spec().search if self.study is not None else None
+        if self.study is None or search is None:
+            return None
+        trials = Trials(search, self.study.study_events())
+        return trials.by_number.get(self._trial_number)
 
     # --------------------------------------------------------------------------------- lines
 

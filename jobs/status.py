@@ -1,143 +1,22 @@
-"""What a run is doing and why: derived from its folder, by pure functions.
+"""What a run is doing, and how far it has got: all that `shoal status` and `watch` show.
 
-derive_state(events, lease, result, now)  ->  Situation
-read_status(reader)                       ->  RunStatus, all that `shoal status` and `watch` show
+read_status(reader)  ->  RunStatus
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs import runs
 from jobs.account import Account, account_of
 from jobs.lines import Line
 from jobs.onlooker import Onlooker
-from jobs.record import Attempt, Crash, Lease, Manifest, Outcome, Result, State
+from jobs.record import Attempt, Crash, Lease, Manifest, Outcome, Result
 from jobs.runs import RunReader
-
-LOST_AFTER_TTLS = 3.0
-"""A lease that was not renewed for so many of its times to live is taken for a dead driver's,
-unless its process is known to exist. Only people are told so: whoever acts on it measures the
-expiry itself, by its own clock."""
-LOOK_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Situation:
-    """The state of a run with its cause."""
-
-    state: State
-    cause: str | None
-    """Why, as a sentence; None where the state says it all."""
-    hint: str | None
-    """What to type to go on."""
-    generation: int
-    """Number of drivers so far; 0: none has started."""
-    is_over: bool
-    """Whether no driver works on it any more."""
-    exit_code: int = 0
-    """For a command that waited for the end."""
-    is_doubtful: bool = False
-    """Whether the driver may be gone: an `Onlooker` knows after its lease's time to live."""
-
-
-def derive_state(
-    *,
-    events: Iterable[Line],
-    lease: Lease | None,
-    result: Result | None,
-    now: float,
-    driver_has_ended: bool | None = None,
-    unchanged_seconds: float | None = None,
-    was_renewed: bool = False,
-    run: str = "RUN",
-) -> Situation:
-    """The state of a run, from what its folder says at `now` (Unix seconds).
-
-    `driver_has_ended`: whether the driver's process is gone, where this machine knows.
-    `unchanged_seconds`: for how long the lease was seen to stay as it is, where somebody looks on;
-    else a driver that has long been silent is taken for gone. `was_renewed`: whether it was seen to
-    be renewed there before, so that the driver lives and only its clock is another. `run` is the
-    name that hints use. A result counts only if no newer driver has taken the run since.
-    """
-    resume = f"shoal resume {run}"
-    if result is not None and (lease is None or result.generation >= lease.generation):
-        return _ended(result, events, resume)
-    if lease is None:
-        return Situation(State.PENDING, "no driver has started yet", None, 0, is_over=False)
-    silence_seconds = now - lease.renewed_at
-    given_back = lease.released and silence_seconds > lease.ttl_seconds
-    is_watched = unchanged_seconds is not None and unchanged_seconds < lease.ttl_seconds
-    is_silent = silence_seconds > LOST_AFTER_TTLS * lease.ttl_seconds
-    if is_watched and was_renewed:
-        is_silent = False
-    heard = f"last heard of {format_seconds(silence_seconds)} ago"
-    if is_silent and driver_has_ended is None and not lease.released and is_watched:
-        return Situation(
-            State.RECOVERING,
-            f"its driver (process {lease.pid} on {lease.host}, {heard}) is gone, or the store was "
-            f"away: it is looked at for {format_seconds(lease.ttl_seconds)}",
-            None,
-            lease.generation,
-            is_over=False,
-            is_doubtful=True,
-        )
-    if driver_has_ended or given_back or (is_silent and driver_has_ended is None):
-        return Situation(
-            State.FAILED_INFRA,
-            f"its driver is gone (process {lease.pid} on {lease.host}, {heard})",
-            resume,
-            lease.generation,
-            is_over=True,
-            exit_code=State.FAILED_INFRA.exit_code,
-        )
-    if is_silent:
-        return Situation(
-            State.RECOVERING,
-            f"its driver (process {lease.pid} on {lease.host}) is there, but was {heard}: "
-            "the store was away, or it is frozen",
-            f"if it does not go on: kill -9 {lease.pid}; then: {resume}",
-            lease.generation,
-            is_over=False,
-        )
-    state, message = _last_state(events, lease.generation)
-    return Situation(state or State.STARTING, message, None, lease.generation, is_over=False)
-
-
-def _ended(result: Result, events: Iterable[Line], resume: str) -> Situation:
-    cause = hint = None
-    failure = result.failure or (result.outcome.failure if result.outcome else None)
-    if failure is not None and failure.problems:
-        cause, hint = failure.problems[0]
-        if failure.where:
-            cause = f"{failure.where}: {cause}"
-    else:
-        state, message = _last_state(events, result.generation)
-        cause = message if state == result.state else None
-    if result.state in (State.STOPPED, State.FAILED_INFRA, State.FAILED_RESOURCES):
-        hint = f"{hint}; then: {resume}" if hint else resume
-    return Situation(
-        result.state,
-        cause,
-        hint,
-        result.generation,
-        is_over=True,
-        exit_code=result.exit_code,
-    )
-
-
-def _last_state(events: Iterable[Line], generation: int) -> tuple[State | None, str | None]:
-    found: tuple[State | None, str | None] = None, None
-    for event in events:
-        if event.get("event") == "state" and event.get("generation") in (None, generation):
-            try:
-                found = State(str(event.get("state"))), event.get("message") or None
-            except ValueError:
-                continue  # A state of a later version: the one before it is the best we know.
-    return found
+from jobs.situation import Situation, look
+from jobs.study_status import StudyStatus, read_study
 
 
 @dataclass(frozen=True)
@@ -175,6 +54,8 @@ class RunStatus:
     skipped: tuple[Line, ...] = ()
     """Steps whose gradient was not finite, and which changed nothing: step, epoch, first_item,
     next_item, norm."""
+    study: StudyStatus | None = None
+    """Of a job that searches, which has no steps, checkpoints or attempts of its own."""
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -239,6 +120,7 @@ class RunStatus:
             "tested_on": outcome and outcome.tested_on,
             "seconds": dict(self.account.seconds),
             "lost_seconds": self.account.lost_seconds,
+            "study": self.study and self.study.to_json(),
             "problems": list(self.problems),
         }
 
@@ -270,7 +152,8 @@ def read_status(
     """
     spec = reader.spec()
     submitted_at = reader.spec_head().modified_at
-    situation, lease, result = _situation(reader, now=now, result=result, onlooker=onlooker)
+    seen = look(reader, now=now, result=result, onlooker=onlooker)
+    situation, lease, result = seen.situation, seen.lease, seen.result
     events = reader.events()
     metrics = reader.metrics()
     lines = reader.metrics_lines()
@@ -284,6 +167,8 @@ def read_status(
     total_steps = attempts[-1].total_steps if attempts else 0
     if train and not total_steps:
         total_steps = int(train.get("total_steps") or 0)
+    eta = None if over else _eta_seconds(train, attempts, now)
+    study = read_study(reader, now=now, is_over=over) if spec.search is not None else None
     return RunStatus(
         run_id=reader.run_id,
         uri=reader.uri,
@@ -296,7 +181,7 @@ def read_status(
         total_steps=total_steps or None,
         epoch=_number(train, "epoch"),
         epochs=spec.train.epochs,
-        eta_seconds=None if over else _eta_seconds(train, attempts, now),
+        eta_seconds=study.eta_seconds if study else eta,
         train=train,
         losses=tuple(x for line in training if (x := _number(line, "loss")) is not None),
         evaluations=tuple(line for line in metrics if line["kind"] == "evaluation"),
@@ -318,56 +203,9 @@ def read_status(
             result=result,
             is_over=over,
         ),
+        study=study,
         problems=tuple(reader.problems),
     )
-
-
-def read_situation(
-    reader: RunReader, *, now: float | None = None, onlooker: Onlooker | None = None
-) -> Situation:
-    """The state of a run at this moment, without its metrics; cheap to ask again."""
-    return _situation(reader, now=now, result=None, onlooker=onlooker)[0]
-
-
-def await_certainty(
-    readers: Sequence[RunReader], *, wait: Callable[[str], object]
-) -> list[Situation]:
-    """The state of each run once it is certain whether its driver, if silent, is gone.
-
-    `wait` is told of each run that is waited for, all of them for about as long as one lease lives.
-    """
-    onlookers = [Onlooker() for _ in readers]
-    found: list[Situation | None] = [None] * len(readers)
-    while True:
-        for number, (reader, onlooker) in enumerate(zip(readers, onlookers, strict=True)):
-            before = found[number]
-            if before is None or before.is_doubtful:
-                found[number] = now = read_situation(reader, onlooker=onlooker)
-                if before is None and now.is_doubtful:
-                    wait(str(now.cause))
-        situations = [situation for situation in found if situation is not None]
-        if not any(situation.is_doubtful for situation in situations):
-            return situations
-        time.sleep(LOOK_SECONDS)
-
-
-def _situation(
-    reader: RunReader, *, now: float | None, result: Result | None, onlooker: Onlooker | None
-) -> tuple[Situation, Lease | None, Result | None]:
-    # In this order: a driver writes its result before it gives the lease back.
-    lease = reader.lease() if onlooker is None else onlooker.lease_of(reader)
-    result = result or reader.result()
-    situation = derive_state(
-        events=reader.events(),
-        lease=lease,
-        result=result,
-        now=time.time() if now is None else now,
-        driver_has_ended=None if lease is None else runs.driver_has_ended(lease),
-        unchanged_seconds=None if onlooker is None else onlooker.unchanged_seconds,
-        was_renewed=onlooker is not None and onlooker.was_renewed,
-        run=reader.uri,
-    )
-    return situation, lease, result
 
 
 def _step(train: Line | None, attempts: Sequence[Attempt], result: Result | None) -> int:
@@ -398,18 +236,3 @@ def _number(line: Line | None, key: str) -> float | None:
 
 def _without_tables(line: Line) -> Line:
     return {key: value for key, value in line.items() if key not in ("per_class", "confusion")}
-
-
-def format_seconds(seconds: float) -> str:
-    """`42s`, `3m 20s`, `2h 05m`, `4d 3h`: the two largest units."""
-    whole = max(0, round(seconds))
-    minutes, rest = divmod(whole, 60)
-    hours, minutes_left = divmod(minutes, 60)
-    days, hours_left = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours_left}h"
-    if hours:
-        return f"{hours}h {minutes_left:02d}m"
-    if minutes:
-        return f"{minutes}m {rest:02d}s"
-    return f"{whole}s"

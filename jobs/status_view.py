@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.lines import Line
-from jobs.record import Attempt, Outcome
-from jobs.status import RunStatus, format_seconds
+from jobs.record import Attempt, Outcome, State
+from jobs.situation import format_seconds
+from jobs.status import RunStatus
+from jobs.study_view import study_rows
 from jobs.terminal import format_number, format_percent, print_to, show_warnings, state_text
 
 TIME_NAMES = {
@@ -51,7 +53,8 @@ def headline(status: RunStatus) -> Text:
     """`sentiment-a1b2c3  RUNNING`, the cause, and what to type."""
     situation = status.situation
     text = Text.assemble((status.run_id, "bold"), "  ", state_text(situation.state))
-    if situation.cause:
+    # What the driver says of a study that runs is told below, by what its log holds now.
+    if situation.cause and not (status.study and situation.state is State.RUNNING):
         text.append(f"  {situation.cause}")
     if situation.hint:
         text.append(f"\nhint: {situation.hint}", style="cyan")
@@ -60,7 +63,7 @@ def headline(status: RunStatus) -> Text:
 
 def _rows(status: RunStatus) -> list[tuple[str, RenderableType]]:
     rows: list[tuple[str, RenderableType]] = [("run", status.uri)]
-    rows.append(("progress", progress_text(status)))
+    rows += study_rows(status.study) if status.study else [("progress", progress_text(status))]
     if status.train is not None:
         rows.append(("training", train_text(status.train)))
         straggler = status.train.get("straggler")
@@ -81,7 +84,7 @@ def _rows(status: RunStatus) -> list[tuple[str, RenderableType]]:
         rows.append(("skipped", skipped_text(status.skipped)))
     for attempt in status.attempts:
         rows.append((f"attempt {attempt.attempt}", _attempt_text(attempt, status)))
-    if any(status.account.seconds.values()):
+    if any(status.account.seconds.values()) and status.study is None:
         rows.append(("time", _time_text(status)))
     submitted = datetime.fromtimestamp(status.submitted_at, tz=UTC).astimezone()
     rows.append(

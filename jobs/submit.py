@@ -30,8 +30,8 @@ from jobs.parse import (
 )
 from jobs.record import NOTHING_PAST, Amendment, Control, Past, RunPaths, State
 from jobs.runs import RunReader, driver_has_ended
+from jobs.situation import LOST_AFTER_TTLS, read_situation
 from jobs.spec import RUN_ID_SUFFIX_CHARACTERS, JobSpec, KubeRayCluster
-from jobs.status import LOST_AFTER_TTLS, read_situation
 from trainers.controls import last_request
 
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"

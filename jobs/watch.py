@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -24,9 +24,13 @@ from rich.text import Text
 from cluster.storage import StorageError
 from jobs.lines import Line
 from jobs.onlooker import Onlooker
+from jobs.record import State
 from jobs.runs import RunReader
-from jobs.status import RunStatus, format_seconds, read_status
+from jobs.situation import format_seconds
+from jobs.status import RunStatus, read_status
 from jobs.status_view import evaluation_text, headline, train_text
+from jobs.study.trials import ENDED
+from jobs.study_view import ended_line, live_study
 from jobs.terminal import console_for, format_number, format_percent
 
 POLL_SECONDS = 2.0
@@ -138,9 +142,7 @@ class LineView:
 
     def show(self, status: RunStatus) -> None:
         new = [
-            (event, _event_text(event))
-            for event in status.events
-            if event.get("event") in _EVENTS and self._is_new("event", event)
+            (event, _event_text(event)) for event in _events(status) if self._is_new("event", event)
         ]
         new.extend(
             (line, evaluation_text(line))
@@ -149,6 +151,7 @@ class LineView:
         )
         if status.train is not None and self._is_new("train", status.train):
             new.append((status.train, _train_line(status)))
+        new.extend(self._ended_trials(status))
         for line, text in sorted(new, key=lambda pair: float(pair[0]["time"])):
             self._console.print(Text(f"{_clock(line)} {text}"), soft_wrap=True)
         situation = status.situation
@@ -159,6 +162,16 @@ class LineView:
         ):
             self._state = (situation.state, situation.generation)
             self._console.print(headline(status))
+
+    def _ended_trials(self, status: RunStatus) -> Iterator[tuple[Line, str]]:
+        """Those that ended after `since`, each once."""
+        study = status.study
+        if study is None:
+            return
+        for number, ended_at in study.course.ended_at.items():
+            trial, line = study.trials[number], {"time": ended_at, "step": number}
+            if trial.status in ENDED and self._is_new("trial", line):
+                yield line, ended_line(study, trial)
 
     def say(self, message: str) -> None:
         self._console.print(message)
@@ -199,16 +212,26 @@ _EVENT_STYLES = {"warning": "yellow", "skipped": "yellow", "error": "red", "stat
 def live_renderable(status: RunStatus) -> RenderableType:
     """One screen: state, progress, numbers, evaluations, events."""
     parts: list[RenderableType] = [headline(status), Text()]
-    parts.append(_progress(status))
+    parts.extend(live_study(status.study) if status.study else [_progress(status)])
     if status.train is not None:
         parts.extend([Text(), _numbers(status)])
     if status.evaluations:
         parts.extend([Text(), _evaluations(status)])
-    events = [e for e in status.events if e.get("event") in _EVENTS][-_EVENTS_SHOWN:]
+    events = _events(status)[-_EVENTS_SHOWN:]
     if events:
         parts.extend([Text(), *(_event_line(event) for event in events)])
     parts.extend(Text(f"warning: {problem}", style="yellow") for problem in status.problems)
     return Padding(Group(*parts), (0, 1, 1, 0))
+
+
+def _events(status: RunStatus) -> list[Line]:
+    """Those to be shown. That a study runs is said again and again: its trials tell more."""
+    return [
+        event
+        for event in status.events
+        if event.get("event") in _EVENTS
+        and not (status.study is not None and event.get("state") == State.RUNNING)
+    ]
 
 
 def _progress(status: RunStatus) -> RenderableType:

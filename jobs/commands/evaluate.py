@@ -8,11 +8,18 @@ from typing import Any
 
 import click
 
-from jobs.commands.target import json_option, open_run, print_json, run_argument
+from jobs.commands.target import (
+    json_option,
+    open_run_or_trial,
+    print_json,
+    run_argument,
+    trial_option,
+)
 
 
 @click.command()
 @run_argument
+@trial_option
 @click.option("--data", "data_uri", metavar="URI", required=True, help="A prepared data set.")
 @click.option(
     "--output",
@@ -22,7 +29,12 @@ from jobs.commands.target import json_option, open_run, print_json, run_argument
 )
 @json_option
 def evaluate(
-    run: str, store: str | None, data_uri: str, output: Path | None, as_json: bool
+    run: str,
+    store: str | None,
+    trial: int | None,
+    data_uri: str,
+    output: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure the best model of a run on a data set that `shoal prepare` has written."""
     from jobs.errors import EnvironmentFault, Problem
@@ -34,7 +46,7 @@ def evaluate(
                 'run: pip install "shoal[train]"',
             )
         )
-    reader = open_run(run, store)
+    reader = open_run_or_trial(run, store, trial)
     reader.spec_head()
     from trainers.evaluate import evaluate_run
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.commands.ages import to_moment
-from jobs.commands.target import json_option, open_run, print_json, run_argument
+from jobs.commands.target import (
+    json_option,
+    open_run_or_trial,
+    print_json,
+    run_argument,
+    trial_option,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,6 +29,7 @@ POLL_SECONDS = 1.0
 
 @click.command()
 @run_argument
+@trial_option
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
 @click.option("--rank", type=click.IntRange(min=0), help="Only this worker's lines.")
 @click.option("--attempt", type=click.IntRange(min=1), help="Only this attempt's lines.")
@@ -37,6 +44,7 @@ POLL_SECONDS = 1.0
 def logs(
     run: str,
     store: str | None,
+    trial: int | None,
     follow: bool,
     rank: int | None,
     attempt: int | None,
@@ -48,7 +56,7 @@ def logs(
 
     With --json and --follow each line is a document of its own.
     """
-    reader = open_run(run, store)
+    reader = open_run_or_trial(run, store, trial)
     reader.spec_head()
     batches = _batches(reader, follow=follow, rank=rank, attempt=attempt)
     wanted = (
@@ -67,7 +75,7 @@ def _batches(
 ) -> Iterator[list[dict[str, Any]]]:
     """Lines as they come, until the run is over."""
     from jobs.onlooker import Onlooker
-    from jobs.status import read_situation
+    from jobs.situation import read_situation
 
     lines, onlooker = reader.log_lines(rank=rank, attempt=attempt), Onlooker()
     while True:

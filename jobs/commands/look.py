@@ -6,11 +6,12 @@ import click
 
 from jobs.commands.target import (
     json_option,
-    open_run,
+    open_run_or_trial,
     open_runs,
     print_json,
     run_argument,
     store_option,
+    trial_option,
 )
 from jobs.errors import Problem, ShoalError, SpecError, render_error
 
@@ -31,9 +32,10 @@ def list_runs(store: str | None, as_json: bool) -> None:
 
 @click.command()
 @run_argument
+@trial_option
 @json_option
 @click.option("--prometheus", is_flag=True, help="Print the numbers in Prometheus' text format.")
-def status(run: str, store: str | None, as_json: bool, prometheus: bool) -> None:
+def status(run: str, store: str | None, trial: int | None, as_json: bool, prometheus: bool) -> None:
     """What a run does and why: progress, metrics, attempts, checkpoints, where the time went.
 
     The exit code is 0 whatever the run's state is; see `state` with --json.
@@ -41,7 +43,7 @@ def status(run: str, store: str | None, as_json: bool, prometheus: bool) -> None
     from jobs.status import read_status
 
     _refuse(as_json and prometheus, "--prometheus with --json", "remove one of them")
-    reader = open_run(run, store)
+    reader = open_run_or_trial(run, store, trial)
     found = read_status(reader)
     if prometheus:
         from jobs.prometheus import exposition
@@ -59,15 +61,16 @@ def status(run: str, store: str | None, as_json: bool, prometheus: bool) -> None
 
 @click.command()
 @run_argument
+@trial_option
 @click.pass_context
-def watch(ctx: click.Context, run: str, store: str | None) -> None:
+def watch(ctx: click.Context, run: str, store: str | None, trial: int | None) -> None:
     """Follow a run live until it ends, and exit as it did.
 
     Ctrl-C ends the watching, not the run.
     """
     from jobs.watch import watch_run
 
-    reader = open_run(run, store)
+    reader = open_run_or_trial(run, store, trial)
     try:
         ended = watch_run(reader)
     except KeyboardInterrupt:
@@ -78,6 +81,7 @@ def watch(ctx: click.Context, run: str, store: str | None) -> None:
 
 @click.command()
 @run_argument
+@trial_option
 @click.option("--verify", is_flag=True, help="Read every byte again and compare its sha256.")
 @click.option(
     "--consolidate",
@@ -97,6 +101,7 @@ def checkpoints(
     ctx: click.Context,
     run: str,
     store: str | None,
+    trial: int | None,
     verify: bool,
     step: int | None,
     to: str | None,
@@ -106,7 +111,7 @@ def checkpoints(
     from jobs.checkpoints import consolidate, read_checkpoints, show_checkpoints
     from jobs.terminal import show_warnings
 
-    reader = open_run(run, store)
+    reader = open_run_or_trial(run, store, trial)
     reader.spec_head()
     if step is not None:
         _refuse(verify, "--verify", "--consolidate verifies what it reads: remove --verify")

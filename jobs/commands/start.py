@@ -115,7 +115,7 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped, failed or was killed, from its last checkpoint."""
     from jobs.foreground import attend
-    from jobs.status import read_situation
+    from jobs.situation import read_situation
     from jobs.submit import resume_run
 
     reader = open_run(run, store)

@@ -16,7 +16,7 @@ def stop(ctx: click.Context, run: str, store: str | None, wait: bool) -> None:
     from jobs.errors import Problem, SpecError
     from jobs.foreground import requester
     from jobs.onlooker import Onlooker
-    from jobs.status import read_situation
+    from jobs.situation import read_situation
     from jobs.submit import request_stop
 
     reader = open_run(run, store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,11 +21,23 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 STORE_VARIABLE = "SHOAL_STORE"
+_TRIALS_OF = re.compile(r"(.+)/trials/?")
 
 
 def run_argument(command: F) -> F:
     """RUN and --store; the command gets `run` and `store`, for `open_run`."""
     return click.argument("run")(store_option(command))
+
+
+def trial_option(command: F) -> F:
+    """--trial; the command gets `trial`, for `open_run`."""
+    return click.option(
+        "--trial",
+        metavar="N",
+        type=click.IntRange(min=0),
+        help="Of a study: this trial, a run of its own. The same as the URI of its folder, "
+        "URI/trials/0007.",
+    )(command)
 
 
 def store_option(command: F) -> F:
@@ -42,8 +55,26 @@ def json_option(command: F) -> F:
 def open_run(run: str, store: str | None) -> RunReader:
     """A reader of the run that the user means; nothing is read yet.
 
-    Raises SpecError where the store of a run id is not known.
+    Raises SpecError where the store of a run id is not known, and for a trial: its study drives it.
     """
+    reader = _open_run(run, store)
+    if reader.study is not None:
+        raise SpecError(
+            Problem(
+                f"{reader.uri} is a trial of a study, which alone starts, stops and removes it",
+                f"name the study: {reader.study.uri}",
+            )
+        )
+    return reader
+
+
+def open_run_or_trial(run: str, store: str | None, trial: int | None) -> RunReader:
+    """As `open_run`, for commands that only read: also trials, by their URI or by `trial`."""
+    reader = _open_run(run, store)
+    return reader if trial is None else reader.trial(trial)
+
+
+def _open_run(run: str, store: str | None) -> RunReader:
     from jobs.runs import RunReader
 
     if not _is_uri(run):
@@ -53,6 +84,11 @@ def open_run(run: str, store: str | None) -> RunReader:
     from cluster.storage import open_store, split_uri
 
     parent, run_id = split_uri(run)
+    study = _TRIALS_OF.fullmatch(parent)
+    if study is not None and re.fullmatch(r"\d{4,}", run_id):
+        # What goes on in a trial, its study tells.
+        parent, study_id = split_uri(study[1])
+        run_id = f"{study_id}/trials/{run_id}"
     if store is not None and not is_job_file(store):
         raise SpecError(
             Problem(

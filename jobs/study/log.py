@@ -102,11 +102,31 @@ class StudyLog:
 
 def read_events(store: Store, paths: RunPaths) -> list[Event]:
     """All events of a study, in order, for readers."""
-    try:
-        objects = read_objects(store, paths)
-    except ObjectMissing:  # the driver has just put them into one
-        objects = read_objects(store, paths)
-    return [event for _, held in objects for event in held]
+    return LogReader(store, paths).events()
+
+
+class LogReader:
+    """Reads a study's log again and again; what it has read it does not fetch once more."""
+
+    def __init__(self, store: Store, paths: RunPaths) -> None:
+        self._store = store
+        self._paths = paths
+        self._known: dict[str, list[Event]] = {}
+        """By key of the objects, none of which ever changes."""
+
+    def events(self) -> list[Event]:
+        """All events so far, in order. DamagedObject where one cannot be read."""
+        try:
+            return self._events()
+        except ObjectMissing:  # the driver has just put several objects into one
+            return self._events()
+
+    def _events(self) -> list[Event]:
+        objects = list(_contiguous(self._store, self._paths, after=0))
+        missing = [one for one in objects if one.key not in self._known]
+        known = self._known | {one.key: events for one, events in _read(self._store, missing)}
+        self._known = {one.key: known[one.key] for one in objects}
+        return [event for one in objects for event in self._known[one.key]]
 
 
 def read_objects(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +27,14 @@ from jobs.study.events import (
     Values,
 )
 
+Purpose = Literal["search", "finalist"]
+Status = Literal["ready", "running", "leaving", "paused", "stopped", "finished", "failed"]
+ENDED: frozenset[Status] = frozenset({"stopped", "finished", "failed"})
+"""Statuses that a trial keeps."""
+
+_SPARE = 64
+"""Entries of a heap that hold no more and are borne, besides as many as there are others."""
+
 
 @dataclass(slots=True)
 class Trial:
@@ -32,16 +42,14 @@ class Trial:
 
     number: int
     values: Values
-    purpose: Literal["search", "finalist"]
+    purpose: Purpose
     repeat: int
     of: int
     """The trial whose values it repeats; its own number where it repeats none."""
     donor: Donor | None
     until: float
     """Where it is to report next."""
-    status: Literal["ready", "running", "leaving", "paused", "stopped", "finished", "failed"] = (
-        "ready"
-    )
+    status: Status = "ready"
     """ready: waits for a slot. leaving: decided; whether its state is durable is not known yet."""
     decision: Literal["continue", "pause", "stop", "finish"] = "continue"
     reason: str = ""
@@ -55,10 +63,17 @@ class Trial:
     """That it was left at, with its state durable."""
     fraction: float = 0.0
     epochs: float = 0.0
+    inherited_epochs: float = 0.0
+    """Those that its donor had had."""
     value: float | None = None
     best: float | None = None
     seconds: float = 0.0
     failure: Failure | None = None
+
+    @property
+    def own_epochs(self) -> float:
+        """Those that it was trained for itself."""
+        return self.epochs - self.inherited_epochs
 
 
 class Trials:
@@ -83,6 +98,9 @@ class Trials:
         self.paused: dict[int, None] = {}
         self.uncloned: dict[int, set[int]] = {}
         """Donors, each with its clones that do not have its checkpoint yet."""
+        self.counts: Counter[Status] = Counter()
+        """Trials by status; those that there are none of may be in it as 0."""
+        self._rankings: dict[Purpose, _Ranking] = {"search": _Ranking(), "finalist": _Ranking()}
         for event in events:
             self.observe(event)
 
@@ -98,14 +116,10 @@ class Trials:
         """What a trial is judged by so far."""
         return trial.best if self._search.score == "best" else trial.value
 
-    def ranked(self, purpose: Literal["search", "finalist"] = "search") -> list[list[Trial]]:
+    def ranked(self, purpose: Purpose = "search") -> list[list[Trial]]:
         """The configurations that have a score, each with its repetitions, the one with the best
         mean first; of equals the earlier one."""
-        runs: dict[int, list[Trial]] = {}
-        for trial in self.by_number.values():
-            if trial.purpose == purpose and self.score(trial) is not None:
-                runs.setdefault(trial.of, []).append(trial)
-        return sorted(runs.values(), key=lambda group: (self._mean_loss(group), group[0].of))
+        return self._rankings[purpose].ranked()
 
     def is_uncloned(self, trial: Trial) -> bool:
         """Whether it is a clone that does not have its donor's checkpoint yet."""
@@ -116,25 +130,21 @@ class Trials:
 
         Of the best configuration, among finalists where there are any, the best run.
         """
-        for runs in [*self.ranked("finalist"), *self.ranked()]:
-            return min(runs, key=lambda trial: (self._loss(trial), trial.number))
-        return None
+        runs = self._rankings["finalist"].best() or self._rankings["search"].best()
+        if runs is None:
+            return None
+        return min(runs, key=lambda trial: (self._loss(trial), trial.number))
 
     def summary(self) -> str:
         """Where the study stands, in a sentence for people."""
-        by_status: dict[str, int] = {}
-        for trial in self.by_number.values():
-            by_status[trial.status] = by_status.get(trial.status, 0) + 1
-        counts = ", ".join(f"{number} {status}" for status, number in sorted(by_status.items()))
+        shown = sorted(self.counts.items())
+        counts = ", ".join(f"{number} {status}" for status, number in shown if number)
         told = f"{self.configurations} of {self.wanted} trials begun ({counts})"
         best = self.winner()
         if best is None:
             return told
         metric = self._search.metric
         return f"{told}; best {metric} {self.score(best):.4f} (trial {best.number})"
-
-    def _mean_loss(self, runs: list[Trial]) -> float:
-        return statistics.fmean(map(self._loss, runs))
 
     def _loss(self, trial: Trial) -> float:
         """The score of a trial that has one, such that less is better."""
@@ -154,7 +164,8 @@ class Trials:
             case Started():
                 trial = self.by_number[event.trial]
                 self.ready.discard(trial.number)
-                trial.status, trial.slot, trial.legs = "running", event.slot, event.leg
+                self._become(trial, "running")
+                trial.slot, trial.legs = event.slot, event.leg
                 trial.until = event.until
                 self.running[trial.number] = None
             case Cloned():
@@ -164,6 +175,8 @@ class Trials:
                 trial.step, trial.fraction, trial.epochs = event.step, event.fraction, event.epochs
                 trial.value, trial.best = event.value, event.best
                 trial.seconds += event.seconds
+                loss = None if self.score(trial) is None else self._loss(trial)
+                self._rankings[trial.purpose].place(trial, loss)
             case Decided():
                 self._heed(self.by_number[event.trial], event)
             case Left():
@@ -176,7 +189,7 @@ class Trials:
                 self.running.pop(trial.number, None)
                 trial.losses += event.counts
                 if trial.decision == "stop":
-                    trial.status = "stopped"
+                    self._become(trial, "stopped")
                 else:
                     # One that was to pause or to finish goes once more to where it was told so.
                     self._make_ready(trial)
@@ -184,7 +197,8 @@ class Trials:
                 trial = self.by_number[event.trial]
                 self.running.pop(trial.number, None)
                 self.ready.discard(trial.number)
-                trial.status, trial.failure = "failed", event.failure
+                self._become(trial, "failed")
+                trial.failure = event.failure
                 self._forget_clone(trial)
             case Closed():
                 self.closed = event.reason
@@ -208,8 +222,10 @@ class Trials:
                 donor.fraction,
                 donor.epochs,
             )
+            trial.inherited_epochs = donor.epochs
             self.uncloned.setdefault(donor.number, set()).add(trial.number)
         self.by_number[trial.number] = trial
+        self.counts[trial.status] += 1
         if asked.purpose == "finalist":
             self.finalists += 1
         else:
@@ -224,7 +240,8 @@ class Trials:
         if decided.until is not None:
             trial.until = decided.until
         if trial.status == "running":
-            trial.status = "running" if decided.decision == "continue" else "leaving"
+            if decided.decision != "continue":
+                self._become(trial, "leaving")
         elif trial.status != "leaving":  # else its slot leaves it before it goes on, or ends
             self._settle(trial)
 
@@ -236,12 +253,12 @@ class Trials:
             case "continue":
                 self._make_ready(trial)
             case "pause":
-                trial.status = "paused"
+                self._become(trial, "paused")
                 self.paused[trial.number] = None
             case "stop":
-                trial.status = "stopped"
+                self._become(trial, "stopped")
             case "finish":
-                trial.status = "finished"
+                self._become(trial, "finished")
 
     def _forget_clone(self, trial: Trial) -> None:
         if trial.donor is not None and self.is_uncloned(trial):
@@ -250,6 +267,54 @@ class Trials:
             if not waiting:
                 del self.uncloned[trial.donor.trial]
 
+    def _become(self, trial: Trial, status: Status) -> None:
+        self.counts[trial.status] -= 1
+        self.counts[status] += 1
+        trial.status = status
+
     def _make_ready(self, trial: Trial) -> None:
-        trial.status = "ready"
+        self._become(trial, "ready")
         self.ready.add(trial.number)
+
+
+class _Ranking:
+    """Configurations by the mean loss of their runs. The best is known at once, however many."""
+
+    def __init__(self) -> None:
+        self._losses: dict[int, dict[int, float]] = {}
+        """Of each run that has a loss, by configuration."""
+        self._trials: dict[int, Trial] = {}
+        self._means: dict[int, float] = {}
+        self._heap: list[tuple[float, int]] = []
+        """(mean, configuration), also as they were before; `_means` tells which hold."""
+
+    def place(self, trial: Trial, loss: float | None) -> None:
+        """A run of a configuration has this loss from now on, or none."""
+        losses = self._losses.setdefault(trial.of, {})
+        if loss is None:
+            losses.pop(trial.number, None)
+        else:
+            self._trials[trial.number] = trial
+            losses[trial.number] = loss
+        if not losses:
+            self._means.pop(trial.of, None)
+            return
+        mean = self._means[trial.of] = statistics.fmean(losses[n] for n in sorted(losses))
+        heapq.heappush(self._heap, (mean, trial.of))
+        if len(self._heap) > 2 * len(self._means) + _SPARE:
+            self._heap = [(mean, of) for of, mean in self._means.items()]
+            heapq.heapify(self._heap)
+
+    def best(self) -> list[Trial] | None:
+        """The runs of the best configuration, of equals the earlier; None where there is none."""
+        while self._heap and self._heap[0][0] != self._means.get(self._heap[0][1]):
+            heapq.heappop(self._heap)
+        return self._runs(self._heap[0][1]) if self._heap else None
+
+    def ranked(self) -> list[list[Trial]]:
+        """The runs of each configuration, as `best` orders them."""
+        order = sorted((mean, of) for of, mean in self._means.items())
+        return [self._runs(of) for _, of in order]
+
+    def _runs(self, of: int) -> list[Trial]:
+        return [self._trials[number] for number in sorted(self._losses[of])]

@@ -226,5 +226,5 @@ def test_each_purpose_has_a_meaning_a_name_and_a_color() -> None:
     assert sorted(told) == sorted(PURPOSES)
     assert sorted(TIME_NAMES) == sorted(PURPOSES)
     assert {*get_args(Purpose), "recovery"} == set(PURPOSES)
-    page = (Path(jobs.__file__).parent / "report.html.j2").read_text()
+    page = (Path(jobs.__file__).parent / "report_base.html.j2").read_text()
     assert all(page.count(f"--t-{purpose}: #") == 2 for purpose in PURPOSES)

@@ -14,7 +14,7 @@ from test_cli import run_main
 
 from cluster.embedded import EmbeddedStore
 from cluster.storage import Store
-from jobs import status
+from jobs import situation
 from jobs.record import CheckpointName, Failure, Manifest, RunPaths, State
 from tests.faulty_proxy import Kind, proxy_to
 from tests.killed_writer import kill_writer_of
@@ -382,7 +382,7 @@ def test_delete_refuses_a_run_that_goes_on(shell: Shell) -> None:
 def test_delete_looks_on_before_it_takes_a_silent_driver_for_gone(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(situation, "LOOK_SECONDS", 0.05)
     made = running(shell.store, now=time.time())
     made.lease(renewed_at=time.time() - 600, ttl_seconds=20)
     renewed = threading.Timer(0.5, made.lease, kwargs={"renewed_at": time.time(), "renewals": 10})

@@ -17,13 +17,15 @@ from pathlib import Path
 import psutil
 import pytest
 from synthetic import SyntheticRun, running, succeeded
+from synthetic_study import ended_study
 
 from cluster.local import driver_log
 from cluster.storage import Store
 from jobs import watch
-from jobs.foreground import attend
+from jobs.foreground import attend, summary
 from jobs.record import Source
 from jobs.runs import RunReader
+from jobs.status import read_status
 from jobs.submit import SubmittedRun
 
 DRIVER = """
@@ -215,3 +217,13 @@ def test_the_end_of_an_older_driver_is_not_taken_for_this_ones(
     code = attend(run, reader_of(local_store, run), show_progress=True, after_generation=1)
     assert code == 130
     assert "SUCCEEDED" not in capfd.readouterr().out
+
+
+def test_the_summary_of_a_study_names_its_winner_and_the_winners_job(local_store: Store) -> None:
+    made = ended_study(local_store)
+    text = summary(read_status(RunReader(local_store, made.run_id))).plain
+    told = {line.split("  ")[1].strip(): line for line in text.splitlines() if line[:2] == "  "}
+    assert "validation/f1 0.9051 (mean of 3 seeds 0.9007), trial 28 (" in told["best"]
+    assert told["test"].endswith("accuracy 0.884, f1 0.882, loss 0.31")
+    assert told["its job"].endswith(f"{made.run_id}/report/winner.yaml")
+    assert told["next"].endswith(f"{made.run_id} --trial 28 --data URI")

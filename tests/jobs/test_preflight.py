@@ -137,6 +137,21 @@ def test_a_good_job_has_only_good_findings_and_leaves_nothing_behind(
     )
 
 
+def test_a_search_is_told_with_its_space_and_its_trials(job: Any) -> None:
+    checked = job(search={"space": "recommended", "trials": 9}, train={"evaluate_every_steps": 1})
+    assert checked.exit_code == 0, checked.problems
+    told = [f.message for f in of(checked, Verdict.OK, "search.space")]
+    assert any(text.startswith("optimizer.learning_rate: loguniform ") for text in told)
+    assert checked.to_json()["search"]["at_a_time"] == 8
+    assert job().to_json()["search"] is None
+
+
+def test_a_trial_that_does_not_fit_is_refused_with_the_sum(job: Any) -> None:
+    checked = job(workers={"count": 9}, search={"space": "recommended"})
+    problem = only_problem(checked, "workers", exit_code=3)
+    assert "9 workers with workers.cpus 1 need 9 cores, but this machine has 8" in problem.message
+
+
 def test_a_good_job_in_local_folders_creates_none_of_them(job: Any, tmp_path: Path) -> None:
     checked = job()
     assert {f.verdict for f in checked.findings} == {Verdict.OK}, checked.findings

@@ -11,7 +11,7 @@ import pytest
 from synthetic import START, running, succeeded
 
 from cluster.storage import StorageError, Store
-from jobs import status
+from jobs import situation
 from jobs.errors import SpecError
 from jobs.record import CheckpointName
 from jobs.retention import Garbage, collect, delete_run, find_garbage
@@ -112,7 +112,7 @@ def test_the_best_checkpoint_of_a_result_is_never_garbage(local_store: Store) ->
 def test_a_run_whose_driver_is_silent_by_its_own_clock_alone_is_left_as_it_is(
     local_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(situation, "LOOK_SECONDS", 0.1)
     slow, gone = (
         running(local_store, now=START + 120, run_id=run_id) for run_id in ("slow", "gone")
     )

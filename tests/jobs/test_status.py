@@ -11,7 +11,7 @@ from cluster.storage import Store
 from jobs.onlooker import LONGEST_LOOK_SECONDS, Onlooker
 from jobs.record import Failure, Lease, Result, State
 from jobs.runs import RunReader
-from jobs.status import derive_state, format_seconds
+from jobs.situation import derive_state, format_seconds
 
 NOW = 1_790_000_000.0
 

@@ -8,7 +8,7 @@ from cluster.storage import DamagedObject, Store
 from jobs.record import RunPaths
 from jobs.study import log as study_log
 from jobs.study.events import Asked, Event, Started
-from jobs.study.log import StudyLog, StudySuperseded, read_events
+from jobs.study.log import LogReader, StudyLog, StudySuperseded, read_events
 
 PATHS = RunPaths("study")
 
@@ -118,3 +118,28 @@ def test_a_damaged_object_is_named(store: Store) -> None:
     store.write(key, store.read(key).replace(b"0.0001", b"0.0002"))
     with pytest.raises(DamagedObject, match=r"study/00000002\.json is damaged"):
         read_events(store, PATHS)
+
+
+def test_a_reader_fetches_each_object_once_and_bears_their_being_merged(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_log, "OBJECTS_IN_ONE", 4)
+    log = StudyLog(local_store, PATHS, generation=1)
+    log.open()
+    fetched: list[str] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            return getattr(local_store, name)
+
+        def read(self, key: str) -> bytes:
+            fetched.append(key)
+            return local_store.read(key)
+
+    reader = LogReader(Watched(), PATHS)  # type: ignore[arg-type]
+    for trial in range(11):
+        log.append([asked(trial)])
+        events = reader.events()
+        assert [e.trial for e in events if isinstance(e, Asked)] == list(range(trial + 1))
+    assert reader.events() == events
+    assert len(fetched) == len(set(fetched))

@@ -1,0 +1,295 @@
+"""What a search amounts to before it begins: space, rungs, trials at a time, epochs. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from typing import Any
+
+from jobs.checks.finding import (
+    ENVIRONMENT_EXIT_CODE,
+    Finding,
+    not_checked,
+    ok,
+    problem,
+    warning,
+)
+from jobs.checks.machine import Machine
+from jobs.checks.schedule import Totals
+from jobs.search_spec import ASHA, PB2, PBT, GridSearch, Hyperband, MedianStopping, Search
+from jobs.spec import JobSpec, format_bytes
+from jobs.study.schedulers.hyperband import HyperbandSettings, bracket_plans
+from jobs.study.schedulers.rungs import rung_fractions
+from jobs.study.space import Choices, Range, Space, space_of
+from jobs.study_view import over_text
+
+_CLOSE = 1e-9
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search in numbers; None where one is not known before it runs."""
+
+    keys: dict[str, str]
+    """How each searched key is drawn."""
+    algorithm: str
+    scheduler: str
+    rungs: tuple[float, ...]
+    """Fractions of a trial's budget at which the scheduler may end it, 1.0 last."""
+    evaluations: int | None
+    """Of a trial with its full budget; of the one that has the fewest."""
+    trials: int
+    """With repeats, without finalists."""
+    finalists: int
+    at_a_time: int | None
+    """Trials that this machine has room for at once."""
+    search_epochs: float
+    """About, in all trials; at most where `epochs_are_most`."""
+    finalist_epochs: float
+    epochs_are_most: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_search(spec: JobSpec, totals: Totals, machine: Machine | None) -> SearchPlan | None:
+    """What the search of a job amounts to; None for a job that has none."""
+    search = spec.search
+    if search is None:
+        return None
+    space = space_of(spec)
+    configurations = _num_trials(search, space)
+    trials = configurations * search.repeats
+    finalists, num_finalists = search.finalists, 0
+    if finalists is not None:
+        num_finalists = min(finalists.count, configurations) * finalists.seeds
+    evaluations = _fewest_evaluations(spec, space, totals)
+    search_epochs = _num_budgets(search, trials, evaluations) * spec.train.epochs
+    limit = search.budget.epochs
+    return SearchPlan(
+        keys={path: over_text(over) for path, over in search.space.items()},
+        algorithm=search.algorithm.kind,
+        scheduler=search.scheduler.kind,
+        rungs=_rungs(search),
+        evaluations=evaluations,
+        trials=trials,
+        finalists=num_finalists,
+        at_a_time=_at_a_time(spec, trials, machine),
+        search_epochs=min(search_epochs, limit) if limit is not None else search_epochs,
+        finalist_epochs=float(num_finalists * spec.train.epochs),
+        epochs_are_most=isinstance(search.scheduler, MedianStopping) or search.patience is not None,
+    )
+
+
+def check_search(
+    spec: JobSpec, plan: SearchPlan, totals: Totals, machine: Machine | None
+) -> Iterator[Finding]:
+    """What a search is going to do, and whether its scheduler can do its part."""
+    for path, text in plan.keys.items():
+        yield ok("search.space", f"{path}: {text}")
+    yield ok("search", _trials_text(plan))
+    yield from _check_rungs(spec, plan, totals)
+    yield from _check_concurrency(spec, plan, machine)
+
+
+def _check_concurrency(
+    spec: JobSpec, plan: SearchPlan, machine: Machine | None
+) -> Iterator[Finding]:
+    """How many trials run at a time on this machine, with the sum."""
+    workers, number = spec.workers, plan.at_a_time
+    each = f"{_counted(workers.count, 'worker')} with {_counted(workers.cpus, 'core')}"
+    each += " and a GPU" if workers.gpus else ""
+    if machine is None or number is None:
+        yield not_checked(
+            "search",
+            f"how many trials, each of {each}, run at a time: the cluster was not asked",
+        )
+        return
+    shown = max(1, number)
+    sums = [f"{shown * workers.count * workers.cpus} of this machine's {machine.cores} cores"]
+    if workers.gpus:
+        sums.append(f"{shown * workers.count * workers.gpus} of its {machine.gpus} GPUs")
+    if workers.memory_gib:
+        need = format_bytes(shown * workers.count * workers.memory_gib * 2**30)
+        sums.append(f"{need} of its {format_bytes(machine.memory_bytes)} free")
+    if number:
+        text = f"{_counted(number, 'trial')} at a time, each of {each}: {', '.join(sums)}"
+        yield ok("search", text)
+    elif workers.fewest < workers.count:  # else `check_workers` has said so
+        yield problem(
+            "search",
+            f"no trial fits: each has {each}, and would take {', '.join(sums)}",
+            "lower workers.count, or run on a larger Ray cluster: export RAY_ADDRESS=ADDRESS",
+            exit_code=ENVIRONMENT_EXIT_CODE,
+        )
+
+
+def _num_trials(search: Search, space: Space) -> int:
+    """Those of the search; a grid may have fewer combinations than are asked for."""
+    if not isinstance(search.algorithm, GridSearch) or any(key.when for key in space.keys):
+        return search.trials
+    combinations = math.prod(
+        len(key.over.values) if isinstance(key.over, Choices) else key.over.count
+        for key in space.keys
+    )
+    return min(search.trials, combinations)
+
+
+def _rungs(search: Search) -> tuple[float, ...]:
+    match search.scheduler:
+        case ASHA() | Hyperband() as halving:
+            return rung_fractions(reduction_factor=halving.reduction_factor, first=_first(halving))
+        case MedianStopping(first=first):
+            return (first, 1.0)
+        case PBT(every=every) | PB2(every=every):
+            rounds = math.ceil(1 / every - _CLOSE)
+            return (*(every * number for number in range(1, rounds)), 1.0)
+        case _:
+            return (1.0,)
+
+
+def _first(halving: ASHA | Hyperband) -> float:
+    return 1 / halving.reduction_factor**2 if halving.first is None else halving.first
+
+
+def _num_budgets(search: Search, trials: int, evaluations: int | None) -> float:
+    """Full budgets that the trials take together, if as many go on as the scheduler means to."""
+    match search.scheduler:
+        case ASHA() as halving:
+            eta = halving.reduction_factor
+            return _halved(trials, _rungs(search), eta, evaluations)
+        case Hyperband() as halving:
+            eta = halving.reduction_factor
+            settings = HyperbandSettings(reduction_factor=eta, first=_first(halving))
+            total, left = 0.0, trials
+            for bracket in cycle(bracket_plans(settings)):
+                if left <= 0:
+                    break
+                number = min(left, bracket.num_trials)
+                total += _halved(number, bracket.fractions, eta, evaluations)
+                left -= number
+            return total
+        case _:
+            return float(trials)
+
+
+def _halved(
+    trials: int, rungs: tuple[float, ...], reduction_factor: int, evaluations: int | None
+) -> float:
+    """Full budgets of successive halving, of which at least one trial comes to each rung."""
+    total, before = 0.0, 0.0
+    for number, rung in enumerate(rungs):
+        reached = _evaluation_at(rung, evaluations) / evaluations if evaluations else rung
+        total += max(1.0, trials / reduction_factor**number) * (reached - before)
+        before = reached
+    return total
+
+
+def _evaluation_at(rung: float, evaluations: int) -> int:
+    """The first evaluation, from 1, at or past a fraction of the budget."""
+    return max(1, math.ceil(rung * evaluations - _CLOSE))
+
+
+def _fewest_evaluations(spec: JobSpec, space: Space, totals: Totals) -> int | None:
+    """Of a trial with its full budget, where the largest batches leave the fewest steps."""
+    steps = _fewest_steps(spec, space, totals)
+    if steps is None:
+        return None
+    in_all, each_epoch = steps
+    return math.ceil(in_all / (spec.train.evaluate_every_steps or each_epoch))
+
+
+def _fewest_steps(spec: JobSpec, space: Space, totals: Totals) -> tuple[int, int] | None:
+    """(steps in all, steps of an epoch) of such a trial."""
+    if not totals.rows:
+        return None
+    ends = {key.path: _ends(key.over) for key in space.keys}
+    batch = max(ends.get("batching.global_batch_size", (0, spec.batching.global_batch_size)))
+    epochs = min(ends.get("train.epochs", (spec.train.epochs,)))
+    each = math.ceil(totals.rows / max(1, batch))
+    return int(each * epochs), each
+
+
+def _ends(over: Range | Choices) -> tuple[Any, ...]:
+    return over.values if isinstance(over, Choices) else over.ends
+
+
+def _check_rungs(spec: JobSpec, plan: SearchPlan, totals: Totals) -> Iterator[Finding]:
+    """A trial is compared at evaluations: rungs that fall on one evaluation are one rung."""
+    if plan.evaluations is None or len(plan.rungs) == 1:
+        return
+    at = [_evaluation_at(rung, plan.evaluations) for rung in plan.rungs]
+    where = f"{plan.scheduler} compares trials at {_percents(plan.rungs)} of their budget"
+    if len(set(at)) == len(at):
+        yield ok(
+            "search.scheduler",
+            f"{where}: after {_listed([str(n) for n in at])} of {plan.evaluations} evaluations",
+        )
+        return
+    steps = _fewest_steps(spec, space_of(spec), totals)
+    assert steps is not None
+    every = max(1, int(min(_gaps(plan.rungs)) * steps[0] + _CLOSE))
+    given = spec.train.evaluate_every_steps
+    hint = f"set train.evaluate_every_steps to {every}" + (" or less" if every > 1 else "")
+    if given is not None and given <= every:
+        hint = "raise train.epochs, or compare trials at fewer places"
+    yield warning(
+        "search.scheduler",
+        f"{where}, but a trial is evaluated {_counted(plan.evaluations, 'time')} only, so that it "
+        f"is compared at {_counted(len(set(at)), 'evaluation')} instead of {len(at)}",
+        hint,
+    )
+
+
+def _gaps(rungs: tuple[float, ...]) -> Iterator[float]:
+    before = 0.0
+    for rung in rungs:
+        yield rung - before
+        before = rung
+
+
+def _at_a_time(spec: JobSpec, trials: int, machine: Machine | None) -> int | None:
+    """None where it is not this machine that they run on."""
+    if machine is None or spec.search is None:
+        return None
+    workers = spec.workers
+    room = [trials, machine.cores // (workers.count * workers.cpus)]
+    if workers.gpus:
+        room.append(machine.gpus // (workers.count * workers.gpus))
+    if workers.memory_gib:
+        need = workers.count * int(workers.memory_gib * 2**30)
+        room.append(machine.memory_bytes // need)
+    if spec.search.max_concurrent != "auto":
+        room.append(spec.search.max_concurrent)
+    return min(room)
+
+
+def _trials_text(plan: SearchPlan) -> str:
+    """`64 trials by tpe and asha, then 9 runs of finalists: about 70 epochs and 27 in all`."""
+    text = f"{_counted(plan.trials, 'trial')}, algorithm {plan.algorithm}"
+    text += f", scheduler {plan.scheduler}: "
+    text += f"{'at most' if plan.epochs_are_most else 'about'} {plan.search_epochs:.3g} epochs"
+    if plan.finalists:
+        text += (
+            f"; then {_counted(plan.finalists, 'run')} of finalists: {plan.finalist_epochs:.3g} "
+            "epochs"
+        )
+    return text
+
+
+def _percents(shares: tuple[float, ...]) -> str:
+    return _listed([f"{share:.0%}" for share in shares])
+
+
+def _listed(texts: list[str]) -> str:
+    """`1, 2 and 9`; of many, the first and the last."""
+    if len(texts) > 6:
+        texts = [*texts[:3], "...", texts[-1]]
+        return ", ".join(texts)
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")

@@ -1,0 +1,114 @@
+"""How long a study has been worked on, and about how long it still takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jobs.search_spec import Budget, Finalists, Search
+from jobs.study.course import Course
+from jobs.study.events import Asked, Closed, Decided, Event, Left, Lost, Reported, Started
+from jobs.study.pace import Pace
+from jobs.study.trials import Trials
+
+EPOCHS = 4.0
+
+
+def whole_trial(number: int, *, at: float, **asked: Any) -> list[Event]:
+    """A trial that takes 100 seconds for its full budget."""
+    return [
+        Asked(trial=number, values={}, at=at, **asked),
+        Started(trial=number, leg=1, slot="s", until=1.0, at=at),
+        Reported(
+            trial=number, step=100, fraction=1.0, epochs=EPOCHS, value=0.5, best=0.5, at=at + 100,
+            seconds=100.0,
+        ),
+        Decided(trial=number, decision="finish", at=at + 100),
+        Left(trial=number, at=at + 100),
+    ]  # fmt: skip
+
+
+def pace_of(
+    events: list[Event], *, gpus: int = 0, now: dict[int, float] | None = None, **search: Any
+) -> Pace:
+    found = Search(**{"metric": "validation/f1", "trials": 10, "finalists": None} | search)
+    return Pace(
+        found,
+        Trials(found, events),
+        seconds=Course(events).seconds,
+        epochs_of_trial=EPOCHS,
+        gpus=gpus,
+        epochs_now=now or {},
+    )
+
+
+def test_the_rest_takes_as_long_as_the_part_before() -> None:
+    pace = pace_of([*whole_trial(0, at=50.0), *whole_trial(1, at=150.0)], gpus=2)
+    assert pace.seconds == 200
+    assert pace.epochs == 2 * EPOCHS
+    assert pace.trials_per_hour == 36
+    assert pace.eta_seconds == pytest.approx(800)
+    assert pace.gpu_hours == pytest.approx(2 * 200 / 3600)
+
+
+def test_before_the_first_trial_is_done_nothing_is_said() -> None:
+    assert pace_of([]).eta_seconds is None
+    assert pace_of(whole_trial(0, at=0.0)[:2]).eta_seconds is None
+    assert pace_of([]).trials_per_hour is None
+
+
+def test_what_trials_on_slots_have_done_since_their_reports_counts() -> None:
+    events = [*whole_trial(0, at=1.0), Asked(trial=1, values={}, at=101.0)]
+    events.append(Started(trial=1, leg=1, slot="s", until=1.0, at=101.0))
+    assert pace_of(events).eta_seconds == pytest.approx(900)
+    # Half of trial 1 is done besides, in the same time.
+    assert pace_of(events, now={1: EPOCHS / 2}).eta_seconds == pytest.approx(8.5 / 1.5 * 100)
+
+
+def test_finalists_have_their_full_budget() -> None:
+    pace = pace_of(whole_trial(0, at=1.0), finalists=Finalists(count=2, seeds=3))
+    assert pace.eta_seconds == pytest.approx(900 + 600)
+    ended = [*whole_trial(0, at=1.0), Closed(reason="all of the space has been tried", at=101.0)]
+    ended += whole_trial(1, at=101.0, purpose="finalist", repeats=0, repeat=1)
+    assert pace_of(ended, finalists=Finalists(count=2, seeds=3)).eta_seconds == pytest.approx(500)
+
+
+@pytest.mark.parametrize(
+    ("budget", "seconds"),
+    [
+        ({"epochs": 4.0 * 3}, 200.0),
+        ({"hours": 250 / 3600}, 150.0),
+        ({"gpu_hours": 2 * 130 / 3600}, 30.0),
+        ({"epochs": 1000.0}, 900.0),
+        ({"epochs": 2.0}, 0.0),
+    ],
+)
+def test_a_budget_ends_it_before(budget: dict[str, float], seconds: float) -> None:
+    pace = pace_of(whole_trial(0, at=1.0), gpus=2, budget=Budget(**budget))
+    assert pace.eta_seconds == pytest.approx(seconds)
+
+
+def test_time_without_a_driver_is_no_work() -> None:
+    events = whole_trial(0, at=1.0)
+    events += [
+        Asked(trial=1, values={}, at=101.0),
+        Started(trial=1, leg=1, slot="s", until=1.0, at=101.0),
+        Lost(trial=1, cause="the study's driver ended", counts=False, at=9000.0),
+        Started(trial=1, leg=2, slot="t", until=1.0, at=9010.0),
+        Lost(trial=1, cause="killed", counts=True, at=9030.0),
+    ]
+    course = Course(events)
+    assert course.seconds == pytest.approx(130)
+    assert course.last_at == 9030
+
+
+def test_a_course_keeps_reports_and_ends() -> None:
+    course = Course(whole_trial(0, at=1.0))
+    assert course.ended_at == {0: 101.0}
+    assert [report.step for report in course.reports[0]] == [100]
+
+
+def test_clones_use_up_what_the_trials_of_a_population_have() -> None:
+    pace = pace_of(whole_trial(0, at=1.0), trials=8, scheduler={"kind": "pbt"})
+    assert pace.eta_seconds == pytest.approx(700)

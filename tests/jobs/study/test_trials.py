@@ -1,0 +1,164 @@
+"""The fold of a study's log: what it keeps up to date equals what a look at all trials gives."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jobs.record import Failure, State
+from jobs.search_spec import Search
+from jobs.study.events import Asked, Decided, Donor, Event, Failed, Left, Lost, Reported, Started
+from jobs.study.trials import Trial, Trials
+
+FAILURE = Failure(state=State.FAILED_USER, problems=(("out of memory", None),))
+
+
+def random_events(seed: int, *, trials: int = 60, repeats: int = 1) -> Iterator[Event]:
+    """Trials in any order: reports (some without a value), pauses, losses, failures, clones."""
+    chance = random.Random(seed)
+    fractions: dict[int, float] = {}
+    alive: list[int] = []
+    asked = 0
+    while asked < trials or alive:
+        if asked < trials and (not alive or chance.random() < 0.3):
+            first = asked
+            for repeat in range(repeats):
+                of = first if repeat else None
+                finalist = asked > trials // 2 and chance.random() < 0.2
+                donor = None
+                if alive and repeats == 1 and not finalist and chance.random() < 0.2:
+                    donor = Donor(trial=chance.choice(alive), step=10)
+                yield Asked(
+                    trial=asked,
+                    values={"model.dropout": chance.random()},
+                    repeat=repeat,
+                    repeats=chance.randrange(first) if finalist else of,
+                    purpose="finalist" if finalist else "search",
+                    donor=donor,
+                )
+                fractions[asked] = 0.0
+                alive.append(asked)
+                asked += 1
+            continue
+        number = chance.choice(alive)
+        yield Started(trial=number, leg=1, slot="s", until=1.0)
+        fate = chance.random()
+        if fate < 0.08:
+            yield Failed(trial=number, failure=FAILURE)
+            alive.remove(number)
+            continue
+        if fate < 0.2:
+            yield Lost(trial=number, cause="killed", counts=True)
+            continue
+        fractions[number] += 0.25
+        value = None if chance.random() < 0.15 else round(chance.random(), 2)
+        yield Reported(
+            trial=number,
+            step=int(100 * fractions[number]),
+            fraction=fractions[number],
+            epochs=3 * fractions[number],
+            value=value,
+            best=value,
+        )
+        ends = fractions[number] >= 1
+        decision: Any = "finish" if ends else chance.choice(["continue", "pause", "stop"])
+        yield Decided(trial=number, decision=decision)
+        if decision != "continue":
+            yield Left(trial=number)
+        if decision in ("finish", "stop"):
+            alive.remove(number)
+
+
+def slow_ranking(trials: Trials, search: Search, purpose: str) -> list[list[int]]:
+    runs: dict[int, list[Trial]] = {}
+    for trial in trials.by_number.values():
+        if trial.purpose == purpose and trials.score(trial) is not None:
+            runs.setdefault(trial.of, []).append(trial)
+
+    def loss(trial: Trial) -> float:
+        score = trials.score(trial)
+        assert score is not None
+        return score if search.mode == "min" else -score
+
+    ordered = sorted(
+        runs.values(), key=lambda group: (statistics.fmean(map(loss, group)), group[0].of)
+    )
+    return [[trial.number for trial in group] for group in ordered]
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("score", ["best", "last"])
+def test_counts_and_the_best_equal_a_look_at_all_trials(
+    mode: str, score: str, repeats: int
+) -> None:
+    search = Search(metric="validation/f1", mode=mode, score=score, repeats=repeats)  # type: ignore[arg-type]
+    for seed in range(4):
+        trials = Trials(search)
+        for event in random_events(seed, repeats=repeats):
+            trials.observe(event)
+            counted = Counter(trial.status for trial in trials.by_number.values())
+            assert +trials.counts == counted
+            expected = {p: slow_ranking(trials, search, p) for p in ("search", "finalist")}
+            for purpose in ("search", "finalist"):
+                found = trials.ranked(purpose)  # type: ignore[arg-type]
+                assert [[trial.number for trial in group] for group in found] == expected[purpose]
+            best = (expected["finalist"] or expected["search"] or [[]])[0]
+            winner = trials.winner()
+            assert (winner is None) == (not best)
+            if winner is not None:
+                assert winner.number in best
+                sign = 1 if mode == "min" else -1
+                losses = [sign * (trials.score(trials[n]) or 0.0) for n in best]
+                assert sign * (trials.score(winner) or 0.0) == min(losses)
+
+
+class Untouchable(dict[int, Trial]):
+    """Trials that may be looked up, but not gone through."""
+
+    def _refuse(self) -> Any:
+        raise AssertionError("all trials are gone through")
+
+    __iter__ = values = items = keys = _refuse  # type: ignore[assignment]
+
+
+def test_a_summary_looks_at_no_trial_but_the_best() -> None:
+    search = Search(metric="validation/f1")
+    trials = Trials(search, random_events(1, trials=400))
+    told = trials.summary()
+    trials.by_number = Untouchable(trials.by_number)
+    assert trials.summary() == told
+    assert f"{trials.counts['failed']} failed" in told
+    winner = trials.winner()
+    assert winner is not None
+    assert f"(trial {winner.number})" in told
+
+
+def test_what_no_longer_holds_is_forgotten() -> None:
+    search = Search(metric="validation/f1")
+    trials = Trials(search, [Asked(trial=0, values={})])
+    for step in range(1, 5000):
+        value = 1 / step
+        trials.observe(
+            Reported(trial=0, step=step, fraction=0.1, epochs=0.1, value=value, best=value)
+        )
+    assert len(trials._rankings["search"]._heap) < 100
+
+
+def test_epochs_of_a_clone_are_those_after_its_donor() -> None:
+    trials = Trials(
+        Search(metric="validation/f1"),
+        [
+            Asked(trial=0, values={}),
+            Reported(trial=0, step=30, fraction=0.3, epochs=0.9, value=0.5, best=0.5),
+            Asked(trial=1, values={}, donor=Donor(trial=0, step=30)),
+            Reported(trial=1, step=60, fraction=0.6, epochs=1.8, value=0.6, best=0.6),
+        ],
+    )
+    assert trials[1].own_epochs == pytest.approx(0.9)
+    assert trials[0].own_epochs == pytest.approx(0.9)
