@@ -332,6 +332,8 @@ def _sentence(result: Result) -> str:
         return result.failure.problems[0][0]
     if result.state is State.STOPPED:
         return f"stopped on request at step {result.step}"
+    if result.outcome is not None and result.outcome.trial is not None:
+        return f"done; the best is trial {result.outcome.trial}, at step {result.step}"
     return f"done after step {result.step}"
 
 

@@ -60,7 +60,7 @@ _SLOT_SECONDS = 20.0
 """How long slots may take to start before it is said what they wait for."""
 _MAX_SLOTS = 1024
 
-_TELL_SECONDS = 1.0
+_TELL_SECONDS = 30.0
 
 _log = logging.getLogger("shoal.search")
 
@@ -358,7 +358,7 @@ class _Desk(FIFOScheduler):
         self._telemetry.event("warning", message)
 
     def _tell(self) -> None:
-        """Says where the study stands, at most once a second."""
+        """Says where the study stands, now and then: its log tells it at any moment."""
         now = time.monotonic()
         if now - self._told_at >= _TELL_SECONDS:
             self._told_at = now
