@@ -229,7 +229,8 @@ class Outcome(SealedRecord):
     test: dict[str, Any] | None = None
     """Evaluation of the best model on the test set (or validation set, see `tested_on`)."""
     before: dict[str, Any] | None = None
-    """Evaluation of the untrained model on the same set."""
+    """Evaluation of the untrained model on the same set; of a study, that of the model that the
+    job's own values have come to."""
     tested_on: Literal["test", "validation"] | None = None
     seconds: dict[str, float] = {}
     """Where the attempt's wall clock went, by the purposes of `jobs/account.py`; all of it from the

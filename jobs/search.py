@@ -48,7 +48,7 @@ from jobs.study.slot import (
     Wait,
 )
 from jobs.study.space import job_with, space_of, trial_seed
-from jobs.study.trials import Trials
+from jobs.study.trials import Trial, Trials
 from jobs.submit import request_stop
 from trainers.assignment import Assignment, DonorCheckpoint, TrialPlan
 from trainers.controls import POLL_SECONDS, Requests, requests_to
@@ -146,9 +146,10 @@ class _Desk(FIFOScheduler):
         self._told_at = 0.0
         self._stops: State | None = None
         """STOPPED or RECOVERING, once the study is asked to end."""
-        self._test: Tested | None = None
-        self._tester: str | None = None
-        """The slot that tests the winner."""
+        self._tests: dict[int, Tested] = {}
+        """Of the winner, and of the job's own values."""
+        self._tester: tuple[str, int] | None = None
+        """The slot that measures one of them, and which."""
         self._slots: set[str] = set()
         """Those that live."""
         self._told_to_stop: set[int] = set()
@@ -178,7 +179,7 @@ class _Desk(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """The process of a slot has died; Tune starts another one."""
         self._slots.discard(trial.trial_id)
-        if self._tester == trial.trial_id:
+        if self._tester is not None and self._tester[0] == trial.trial_id:
             self._tester = None
         number = self._trial_of.pop(trial.trial_id, None)
         if number is not None:
@@ -272,7 +273,8 @@ class _Desk(FIFOScheduler):
             case Gone():
                 self._take_leave(self._trial_of.pop(slot), said)
             case Tested():
-                self._test = said
+                assert self._tester is not None
+                self._tests[self._tester[1]], self._tester = said, None
         self._tell()
         return self._next(slot)
 
@@ -295,17 +297,25 @@ class _Desk(FIFOScheduler):
             return Train(self._assigned(leg), leg.until)
         if self._trial_of:
             return Wait()
-        winner = None if self._stops else self._engine.trials.winner()
-        test = self._spec.data.test
-        if winner is not None and test is not None and self._test is None:
+        if not self._stops and (test := self._next_test()) is not None:
             if self._tester is not None:
                 return Wait()
-            self._tester = slot
-            self._telemetry.state(State.RUNNING, f"testing the best trial, {winner.number}")
-            run_id = self._paths.trial(winner.number).run_id
-            return Test(self._spec.store, run_id, test)
+            self._tester = slot, test.number
+            self._telemetry.state(State.RUNNING, f"testing trial {test.number}")
+            assert self._spec.data.test is not None
+            run_id = self._paths.trial(test.number).run_id
+            return Test(self._spec.store, run_id, self._spec.data.test)
         self.is_over = True
         return None
+
+    def _next_test(self) -> Trial | None:
+        """What is still to be measured on the test set: the winner, once, and what the job's own
+        values have come to."""
+        if self._spec.data.test is None:
+            return None
+        trials = self._engine.trials
+        wanted = (trials.winner(), trials.baseline_model())
+        return next((t for t in wanted if t is not None and t.number not in self._tests), None)
 
     def _assigned(self, leg: Leg) -> Assignment:
         paths = self._paths.trial(leg.trial)
@@ -342,16 +352,19 @@ class _Desk(FIFOScheduler):
             return Failure(state=self._stops, problems=(problem,), where="driver", exit_code=3)
         if winner is None:
             return _without_winner(trials)
-        tested = self._test
-        if tested is not None and tested.failure is not None:
-            return tested.failure
+        for tested in self._tests.values():
+            if tested.failure is not None:
+                return tested.failure
+        found = {number: tested.evaluation for number, tested in self._tests.items()}
+        own = trials.baseline_model()
         return Outcome(
             attempt=0,
             state=State.SUCCEEDED,
             step=winner.step,
             trial=winner.number,
-            test=tested.evaluation if tested is not None else None,
-            tested_on="test" if tested is not None else None,
+            test=found.get(winner.number),
+            before=found.get(own.number) if own is not None else None,
+            tested_on="test" if found else None,
         )
 
     def _warn(self, message: str) -> None:

@@ -298,6 +298,10 @@ def _trials_of(given: dict[str, Any]) -> int:
     return scheduler.population if isinstance(scheduler, PBT | PB2) else 64
 
 
+def _baseline_of(given: dict[str, Any]) -> bool:
+    return not isinstance(given.get("scheduler"), PBT | PB2)
+
+
 def _finalists_of(given: dict[str, Any]) -> Finalists | None:
     return None if isinstance(given.get("scheduler"), PBT | PB2) else Finalists()
 
@@ -329,6 +333,9 @@ class Search(SpecPart):
     finalists: Finalists | None = Field(default_factory=_finalists_of)
     """The best values trained again at the end, with other seeds; not given: the best 3, with 3
     seeds each, but none for pbt and pb2. null: none."""
+    baseline: bool = Field(default_factory=_baseline_of)
+    """The first trial has the job's own values, and takes part in what the best are put to at the
+    end: what the search has gained is told by it. Not given: true, but false for pbt and pb2."""
     budget: Budget = Budget()
     """Limits besides the number of trials."""
     patience: PositiveInt | None = None
@@ -398,11 +405,15 @@ class Search(SpecPart):
                 "other trials are its clones",
                 f"remove search.trials, or set search.scheduler.population to {self.trials}",
             )
-        for key, given in (("repeats", self.repeats > 1), ("finalists", bool(self.finalists))):
+        for key, given in (
+            ("repeats", self.repeats > 1),
+            ("finalists", bool(self.finalists)),
+            ("baseline", self.baseline),
+        ):
             if given:
                 raise UnfitError(
                     f"has scheduler {kind} and {key}, but a clone's values are only the last part "
-                    "of how it was trained, which another seed does not repeat",
+                    "of how it was trained, which no other trial repeats",
                     f"remove search.{key}, or choose scheduler asha",
                 )
         return self

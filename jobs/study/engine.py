@@ -224,7 +224,8 @@ class Engine:
             return Closed(reason=f"all {trials.wanted} trials have been made") if is_done else None
         if not self._scheduler.takes_new():
             return Closed(reason="all trials have had their budget") if is_done else None
-        values = self._sampler.ask(number)
+        is_baseline = self._search.baseline and number == 0
+        values = {} if is_baseline else self._sampler.ask(number)
         if values is None:  # all of the space is tried: there are no more trials to be had
             return Extended(trials=trials.configurations)
         bracket = self._scheduler.bracket()
@@ -239,6 +240,8 @@ class Engine:
         if finalists is None or any(trials[n].purpose == "search" for n in trials.running):
             return None
         chosen = [runs[0] for runs in trials.ranked()[: finalists.count]]
+        if (own := trials.baseline()) is not None and own not in chosen:
+            chosen.append(own)
         if trials.finalists >= len(chosen) * finalists.seeds:
             return None
         # By turns, so that each has as many as the others.

@@ -135,6 +135,21 @@ class Trials:
             return None
         return min(runs, key=lambda trial: (self._loss(trial), trial.number))
 
+    def baseline(self) -> Trial | None:
+        """The first trial, if it has the job's own values and a score."""
+        trial = self.by_number.get(0)
+        is_there = self._search.baseline and trial is not None and self.score(trial) is not None
+        return trial if is_there else None
+
+    def baseline_model(self) -> Trial | None:
+        """The run of the job's own values whose model the winner's is compared with: the best among
+        its finalists, else the first trial."""
+        own = self.baseline()
+        if own is None:
+            return None
+        finals = [runs for runs in self.ranked("finalist") if runs[0].of == own.of]
+        return min(finals[0] if finals else [own], key=lambda t: (self._loss(t), t.number))
+
     def summary(self) -> str:
         """Where the study stands, in a sentence for people."""
         shown = sorted(self.counts.items())

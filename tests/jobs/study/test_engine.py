@@ -44,6 +44,7 @@ def study(scheduler: str = "asha", **keys: Any) -> tuple[Search, Space]:
             "algorithm": "random",
             "trials": 6 if scheduler in ("pbt", "pb2") else 12,
             "finalists": None,
+            "baseline": False,
             **keys,
         },
     }
@@ -240,6 +241,27 @@ def test_finalists_are_the_best_with_other_seeds_and_the_best_mean_wins() -> Non
     assert winner is not None
     assert winner.of == chosen[0]
     assert winner.repeat == 3
+
+
+def test_the_jobs_own_values_are_the_first_trial_and_a_finalist() -> None:
+    search, space = study("none", baseline=True, trials=5, finalists={"count": 1, "seeds": 2})
+    engine = engine_of(search, space, MemoryLog())
+
+    def found(values: Values, repeat: int, fraction: float) -> float:
+        return accuracy(values, repeat, fraction) if values else 0.1 + repeat * 1e-3
+
+    Simulation(found).run(engine)
+    trials = engine.trials
+    assert trials[0].values == {}
+    assert all(trials[n].values for n in range(1, 5))
+    finalists = [t for t in trials.by_number.values() if t.purpose == "finalist"]
+    assert sum(t.of == 0 for t in finalists) == 2
+    assert len(finalists) == 4
+    own, winner = trials.baseline_model(), trials.winner()
+    assert own is not None
+    assert winner is not None
+    assert (own.of, own.repeat, own.purpose) == (0, 2, "finalist")
+    assert winner.of != 0
 
 
 def test_repetitions_have_the_same_values_and_count_as_one() -> None:
