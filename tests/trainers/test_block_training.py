@@ -327,7 +327,7 @@ class TestWithInductor:
     def test_gradients_have_the_same_bits_compiled_anew_and_computed_twice(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        plain, compiled, anew, both = (few_kernels() for _ in range(4))
+        compiled, anew, both = (few_kernels() for _ in range(3))
         adapt_blocks(compiled, COMPILED)
         adapt_blocks(anew, COMPILED)
         adapt_blocks(both, BOTH)
@@ -341,8 +341,6 @@ class TestWithInductor:
         with compiler_settings(COMPILED):
             assert_same(gradients(anew), first)
         assert any((tmp_path / "other").rglob("*.so"))
-        for name, tensor in gradients(plain).items():
-            assert torch.allclose(tensor, first[name], rtol=1e-3, atol=1e-6), name
 
 
 class _Block(nn.Module):
