@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jobs.errors import ClusterError, Problem
-from jobs.spec import Workers, format_bytes
+from jobs.spec import JobSpec, Workers, format_bytes
 
 _SETTINGS = {
     # A report waits for the controller to look; two seconds, the default, are felt at the end.
@@ -36,11 +37,19 @@ _OWN_SETTINGS = {
 }
 _OBJECT_STORE_BYTES = 200 * 2**20
 """Nothing large goes through Ray's object store: rows come from storage, states go there."""
+_ROUNDING = 1e-6
+"""Ray counts resources to four digits; so much more or less is an error of the sum."""
 _LOOK_SECONDS = 1.0
 _JOIN_SECONDS = 5.0
 """A look at a cluster that is gone may take longer to fail; nobody waits for it then."""
 
 log = logging.getLogger(__name__)
+
+
+def use_settings() -> None:
+    """Gives Ray our settings in this process, where its environment has no others."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 def is_attached() -> bool:
@@ -56,8 +65,10 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
     Raises ClusterError where it is not reached or does not start, or where this machine, which can
     never grow, is too small.
     """
-    for name, value in (_SETTINGS if is_attached() else _SETTINGS | _OWN_SETTINGS).items():
-        os.environ.setdefault(name, value)
+    use_settings()
+    if not is_attached():
+        for name, value in _OWN_SETTINGS.items():
+            os.environ.setdefault(name, value)
     import ray
 
     if " " in sys.executable:
@@ -128,7 +139,8 @@ def refuse_too_small(workers: Workers, resources: dict[str, float]) -> None:
             )
             problems.append(
                 Problem(
-                    f"{number} workers need {shown[0]} {text}, but this machine has {shown[1]}",
+                    f"{number} worker{' needs' if number == 1 else 's need'} {shown[0]} {text}, "
+                    f"but this machine has {shown[1]}",
                     f"lower {key}"
                     + {
                         "CPU": " or workers.cpus",
@@ -183,11 +195,11 @@ def _own_node_is_draining() -> bool:
 # -------------------------------------------------------------------------- room on the nodes
 
 
-def resources_of(workers: Workers) -> dict[str, float]:
-    """What one worker asks Ray for."""
+def resources_of(workers: Workers, *, gpu_share: float | None = None) -> dict[str, float]:
+    """What one worker asks Ray for; `gpu_share` is how much of its GPU, if not all of it."""
     asked: dict[str, float] = {"CPU": workers.cpus}
     if workers.gpus:
-        asked["GPU"] = workers.gpus
+        asked["GPU"] = workers.gpus if gpu_share is None else gpu_share
     if workers.memory_gib is not None:
         asked["memory"] = int(workers.memory_gib * 2**30)
     return asked
@@ -221,12 +233,31 @@ def _staying() -> list[dict[str, Any]]:
     ]
 
 
-def room_for(workers: Workers, nodes: Iterable[Mapping[str, float]]) -> int:
-    """How many workers the nodes could hold, were they idle; each lies in one node. Pure."""
-    asked = resources_of(workers)
-    return sum(
-        min(int(node.get(name, 0.0) // amount) for name, amount in asked.items()) for node in nodes
-    )
+def room_for(
+    workers: Workers, nodes: Iterable[Mapping[str, float]], *, gpu_share: float | None = None
+) -> int:
+    """How many workers the nodes could hold, were they idle; each lies in one node, and its share
+    of a GPU on one GPU. Pure."""
+    asked = resources_of(workers, gpu_share=gpu_share)
+
+    def fitting(name: str, has: float) -> int:
+        if name == "GPU" and asked[name] < 1:
+            # What is free of several GPUs is not told by GPU: it is taken to lie together.
+            whole, part = divmod(has + _ROUNDING, 1)
+            return int(whole) * _times(1.0, asked[name]) + _times(part, asked[name])
+        return _times(has, asked[name])
+
+    return sum(min(fitting(name, node.get(name, 0.0)) for name in asked) for node in nodes)
+
+
+def _times(has: float, each: float) -> int:
+    return math.floor(has / each + _ROUNDING)
+
+
+def room_for_trials(spec: JobSpec, nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many trials of the job's search the nodes could hold at a time, were they idle. Pure."""
+    share = None if spec.search is None else spec.search.gpu_share
+    return room_for(spec.workers, nodes, gpu_share=share) // spec.workers.count
 
 
 def describe_shortage(
@@ -234,22 +265,23 @@ def describe_shortage(
     nodes: Sequence[Mapping[str, float]],
     *,
     free: Sequence[Mapping[str, float]] | None = None,
+    gpu_share: float | None = None,
 ) -> str:
     """`2 workers need 2 x 4 CPUs, and the 3 nodes have room for 1 (6 CPUs)`. Pure.
 
     `free` is what nobody holds of the nodes, where there would be room if they were idle.
     """
-    asked = resources_of(workers)
+    asked = resources_of(workers, gpu_share=gpu_share)
 
     def shown(name: str, amount: float) -> str:
         if name == "memory":
             return f"{format_bytes(amount)} memory"
-        return f"{int(amount)} {name}{'' if amount == 1 else 's'}"
+        return f"{amount:.10g} {name}{'' if amount == 1 else 's'}"
 
     number = workers.fewest
     each = " and ".join(shown(name, amount) for name, amount in asked.items())
     held = ", ".join(shown(name, sum(node.get(name, 0.0) for node in nodes)) for name in asked)
-    now = None if free is None else room_for(workers, free)
+    now = None if free is None else room_for(workers, free, gpu_share=gpu_share)
     taken = (
         f", but something else holds part of it: there is room for {now} now"
         if now is not None and now < number
@@ -258,6 +290,7 @@ def describe_shortage(
     return (
         f"{number} worker{'' if number == 1 else 's'} need{'s' if number == 1 else ''} "
         f"{number} x {each}, and the cluster's {len(nodes)} node{'' if len(nodes) == 1 else 's'} "
-        f"ha{'s' if len(nodes) == 1 else 've'} room for {room_for(workers, nodes)} ({held})"
+        f"ha{'s' if len(nodes) == 1 else 've'} room for "
+        f"{room_for(workers, nodes, gpu_share=gpu_share)} ({held})"
         f"{taken}"
     )

@@ -155,24 +155,24 @@ def _fit(
             with ExitStack() as stack:
                 workers = assignment.spec.workers
                 # On a cluster that is there, workers are on other machines. With a GPU, no module
-                # may have touched it before the fork, which only a GPU can show.
+                # may have touched it before the fork, which only a GPU can show. Trials with one
+                # worker have it in the processes of Ray Tune.
                 forks = not is_attached() and not workers.gpus
+                forks = forks and (assignment.spec.search is None or workers.count > 1)
                 python = stack.enter_context(fork_server()) if forks else None
                 stack.enter_context(ray_cluster(workers))
                 stack.enter_context(own_node_watched(taken.announce))
                 # Not in the main thread: there Ray would take SIGINT for an abort without a
                 # checkpoint.
+                work: Callable[..., Outcome | Failure]
                 if assignment.spec.search is not None:
-                    from jobs.search import search
-
-                    work = partial(search, assignment, telemetry, is_taken=taken.is_announced)
+                    from jobs.search import search as work
                 else:
-                    from trainers.fit import fit
-
-                    work = partial(
-                        fit, assignment, telemetry, python=python, is_taken=taken.is_announced
-                    )
-                return _in_thread(work, taken=taken)
+                    from trainers.fit import fit as work
+                given = partial(
+                    work, assignment, telemetry, python=python, is_taken=taken.is_announced
+                )
+                return _in_thread(given, taken=taken)
         except Exception as error:
             return Failure.of(error, where="driver")
 

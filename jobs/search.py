@@ -25,7 +25,15 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.stopper import NoopStopper, Stopper
 
-from cluster.ray_runtime import describe_shortage, free_on_nodes, resources_of, staying_nodes
+from cluster.ray_runtime import (
+    describe_shortage,
+    free_on_nodes,
+    is_attached,
+    resources_of,
+    room_for_trials,
+    staying_nodes,
+    use_settings,
+)
 from cluster.storage import StorageError, Store, open_store
 from jobs.errors import ClusterError, Problem
 from jobs.record import Failure, Outcome, RunPaths, State
@@ -38,6 +46,7 @@ from jobs.study.slot import (
     Answer,
     Begun,
     Gone,
+    Note,
     Order,
     Saying,
     SlotWork,
@@ -66,12 +75,17 @@ _log = logging.getLogger("shoal.search")
 
 
 def search(
-    assignment: Assignment, telemetry: Telemetry, *, is_taken: Callable[[], bool] = lambda: False
+    assignment: Assignment,
+    telemetry: Telemetry,
+    *,
+    python: str | None = None,
+    is_taken: Callable[[], bool] = lambda: False,
 ) -> Outcome | Failure:
     """Makes the study's trials on the Ray cluster to which this process is attached, to its end.
 
     A request to the run, or `is_taken` (this process's own machine is to go), ends it with the
-    states of its trials saved. Raises what keeps its log from being written.
+    states of its trials saved. `python` is how the workers of trials with several are started, as
+    in `trainers.fit`. Raises what keeps its log from being written.
     """
     spec, paths = assignment.spec, RunPaths(assignment.run_id)
     patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
@@ -84,11 +98,11 @@ def search(
 
     engine = make_engine(spec, study_log, is_saved=is_saved)
     desk = _Desk(assignment, store, engine, telemetry)
-    resources = PlacementGroupFactory([resources_of(spec.workers)])
     with tempfile.TemporaryDirectory(prefix="shoal-tune-") as notes, desk.listening(is_taken):
         tune.Tuner(
-            tune.with_resources(Slot, resources),
-            tune_config=tune.TuneConfig(scheduler=desk, num_samples=_slots(spec)),
+            tune.with_resources(Slot, slot_resources(spec)),
+            param_space={"python": python, "is_own_cluster": not is_attached()},
+            tune_config=tune.TuneConfig(scheduler=desk, num_samples=most_slots(spec)),
             run_config=tune.RunConfig(
                 name="slots",
                 storage_path=notes,
@@ -112,18 +126,24 @@ def make_engine(spec: JobSpec, log: StudyLog, *, is_saved: Callable[[int, int], 
         log,
         events,
         is_saved=is_saved,
-        gpus=spec.workers.gpus,
+        gpus=spec.workers.count * spec.workers.gpus * (spec.search.gpu_share or 1.0),
     )
 
 
-def _slots(spec: JobSpec) -> int:
+def slot_resources(spec: JobSpec) -> PlacementGroupFactory:
+    """The room of one slot: its own for a trial in its process, else a bundle for each worker of
+    the trial and none for the slot, so that the n-th worker is in the n-th bundle."""
+    assert spec.search is not None
+    each = resources_of(spec.workers, gpu_share=spec.search.gpu_share)
+    if spec.workers.count == 1:
+        return PlacementGroupFactory([each])
+    return PlacementGroupFactory([{}, *[each] * spec.workers.count], strategy="PACK")
+
+
+def most_slots(spec: JobSpec) -> int:
     """As many as could ever be at work at once; Tune starts those that there is room for."""
-    search = spec.search
-    assert search is not None
-    most = search.trials * search.repeats
-    if search.max_concurrent != "auto":
-        most = min(most, search.max_concurrent)
-    return min(most, _MAX_SLOTS)
+    assert spec.search is not None
+    return min(spec.search.most_at_once, _MAX_SLOTS)
 
 
 # ------------------------------------------------------------------------------------- the desk
@@ -154,6 +174,13 @@ class _Desk(FIFOScheduler):
         """Those that live."""
         self._told_to_stop: set[int] = set()
         self._said = ""
+        self._summary = ""
+        self._fewer = ""
+        """That there are fewer slots than the study could use, if so."""
+        self._useful = 0
+        """Slots that it could use."""
+        self._living = 0
+        self._living_since = 0.0
         self._broke: Exception | None = None
         self.is_over = False
 
@@ -224,6 +251,7 @@ class _Desk(FIFOScheduler):
                 self._stop(State.FAILED_INFRA)
             if self._slots:
                 without_slots = time.monotonic()
+                self._say_fewer()
             else:
                 self._say_waiting(time.monotonic() - without_slots)
 
@@ -242,19 +270,41 @@ class _Desk(FIFOScheduler):
         workers, limit = self._spec.workers, 60 * self._spec.retries.wait_minutes
         if seconds < _SLOT_SECONDS:
             return
-        shortage = describe_shortage(workers, staying_nodes(), free=free_on_nodes())
+        assert self._spec.search is not None
+        shortage = describe_shortage(
+            workers, staying_nodes(), free=free_on_nodes(), gpu_share=self._spec.search.gpu_share
+        )
         if seconds > limit:
             self._broke = ClusterError(
                 Problem(
                     f"no trial could be started in {limit / 60:g} minutes: {shortage}",
-                    "lower workers.cpus, workers.gpus or workers.memory_gib, add nodes, or raise "
-                    "retries.wait_minutes",
+                    "lower workers.count, workers.cpus, workers.gpus or workers.memory_gib, add "
+                    "nodes, or raise retries.wait_minutes",
                 )
             )
             self.is_over = True
         elif shortage != self._said:
             self._said = shortage
             self._telemetry.state(State.STARTING, f"no slot for a trial yet: {shortage}")
+
+    def _say_fewer(self) -> None:
+        """Says it where the study could use more slots than it has."""
+        living = len(self._slots)
+        if living != self._living:
+            self._living, self._living_since = living, time.monotonic()
+        # A slot without a trial shows that no other could be used.
+        lacking = self._useful > living == len(self._trial_of)
+        if not lacking or self._stops is not None:
+            fewer = ""
+        elif time.monotonic() - self._living_since < _SLOT_SECONDS:
+            return  # more of them may be starting
+        else:
+            now = living + room_for_trials(self._spec, free_on_nodes())
+            idle = room_for_trials(self._spec, staying_nodes())
+            fewer = fewer_slots(living, self._useful, room=idle, room_now=now)
+        is_new, self._fewer = fewer not in ("", self._fewer), fewer
+        if is_new:
+            self._telemetry.state(State.RUNNING, self._summary + fewer)
 
     # ---- what is next
 
@@ -272,6 +322,9 @@ class _Desk(FIFOScheduler):
                 return Answer(decided.decision, decided.until)
             case Gone():
                 self._take_leave(self._trial_of.pop(slot), said)
+            case Note(message):
+                self._warn(f"trial {self._trial_of[slot]}: {message}")
+                return Wait()
             case Tested():
                 assert self._tester is not None
                 self._tests[self._tester[1]], self._tester = said, None
@@ -334,6 +387,8 @@ class _Desk(FIFOScheduler):
                 metric=self._spec.search.metric,
                 mode=self._spec.search.mode,
                 donor=donor,
+                leg=leg.number,
+                gpu_share=self._spec.search.gpu_share,
             ),
         )
 
@@ -375,7 +430,10 @@ class _Desk(FIFOScheduler):
         now = time.monotonic()
         if now - self._told_at >= _TELL_SECONDS:
             self._told_at = now
-            self._telemetry.state(State.RUNNING, self._engine.trials.summary())
+            trials = self._engine.trials
+            self._summary = trials.summary()
+            self._useful = min(most_slots(self._spec), trials.unended)
+            self._telemetry.state(State.RUNNING, self._summary + self._fewer)
 
 
 class _EndOfStudy(Stopper):
@@ -393,6 +451,13 @@ class _EndOfStudy(Stopper):
 
     def stop_all(self) -> bool:
         return self._desk.is_over
+
+
+def fewer_slots(living: int, useful: int, *, room: int, room_now: int) -> str:
+    """`; 2 of 8 slots: room for 2`. Pure. `room` is that for slots if the cluster were idle,
+    `room_now` that which slots have or could have."""
+    held = ", of which something else holds part" if room_now < min(room, useful) else ""
+    return f"; {living} of {useful} slots: room for {room}{held}"
 
 
 def _without_winner(trials: Trials) -> Failure:
@@ -413,7 +478,8 @@ class Slot(tune.Trainable):
     """A slot's process, as Tune wants it."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        self._work = SlotWork()
+        use_settings()
+        self._work = SlotWork(**config)
 
     def hear(self, order: Order) -> None:
         """Called by the desk, before the next step."""

@@ -343,8 +343,18 @@ class Search(SpecPart):
     limit."""
     max_concurrent: PositiveInt | Literal["auto"] = "auto"
     """Trials at a time, at most; `auto`: as many as the cluster has room for."""
+    gpu_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """How much of a GPU a trial with one worker holds, and of its memory may fill: with 0.5 two of
+    them share one. null: workers.gpus."""
     retries: NonNegativeInt = 2
-    """Restarts of one trial from its last checkpoint after its process has died."""
+    """Restarts of one trial from its last checkpoint after its process has died; workers of a trial
+    with several are started again `retries.worker_failures` times before that counts as one."""
+
+    @property
+    def most_at_once(self) -> int:
+        """Trials that are under way at a time at most, however much room there is."""
+        most = self.trials * self.repeats
+        return most if self.max_concurrent == "auto" else min(most, self.max_concurrent)
 
     @property
     def clones(self) -> bool:

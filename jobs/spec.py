@@ -586,6 +586,30 @@ class JobSpec(SpecPart):
             )
         return self
 
+    @model_validator(mode="after")
+    def _trials_have_room_of_one_size(self) -> JobSpec:
+        if self.search is None:
+            return self
+        workers, share = self.workers, self.search.gpu_share
+        if workers.min is not None:
+            raise UnfitError(
+                f"search gives each trial room for workers.count ({workers.count}) workers, but "
+                f"workers.min is {workers.min}: trials are not elastic",
+                "remove workers.min",
+            )
+        if share is not None and not workers.gpus:
+            raise UnfitError(
+                f"search.gpu_share is {share:g}, but workers.gpus is 0",
+                "set workers.gpus to 1, or remove search.gpu_share",
+            )
+        if share is not None and workers.count > 1:
+            raise UnfitError(
+                f"search.gpu_share is {share:g}, but a trial has {workers.count} workers, each of "
+                "which needs a GPU to itself (NCCL connects no two of one GPU)",
+                "set workers.count to 1, or remove search.gpu_share",
+            )
+        return self
+
     @property
     def unguarded(self) -> str | None:
         """What is lost where the store holds no lease, as a sentence; None where it does."""

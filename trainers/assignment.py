@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -11,7 +11,8 @@ from jobs.spec import JobSpec
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a rank is to do; pickles, and holds no secret.
+    """What a rank is to do; pickles, and holds no secret but `trial.study_at`, which is no secret
+    any more once the stretch of that trial is over.
 
     The generation and the requests seen of rank 0 count: `claim_attempt` tells them to the others.
     """
@@ -45,6 +46,22 @@ class TrialPlan:
     mode: Literal["min", "max"]
     donor: DonorCheckpoint | None = None
     """What a clone begins with; None: with the pretrained model."""
+    leg: int = 1
+    """Which of the trial's stretches on slots this is, from 1."""
+    gpu_share: float | None = None
+    """How much of its GPU the trial may fill; None: all of it."""
+    study_at: StudyAt | None = None
+    """Where the first rank asks whether the trial goes on; None: in its own process."""
+
+
+@dataclass(frozen=True)
+class StudyAt:
+    """Where a process of a trial's slot answers for the study; see `trainers.verdicts`."""
+
+    host: str
+    port: int
+    key: bytes = field(repr=False)
+    """By which both ends know each other."""
 
 
 @dataclass(frozen=True)

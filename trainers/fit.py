@@ -28,7 +28,7 @@ from jobs.record import Failure, Outcome, RunPaths, State
 from jobs.spec import JobSpec, Retries
 from trainers.assignment import Assignment
 from trainers.controls import last_attempt
-from trainers.notices import Kind, NoticeReader, write_notice
+from trainers.notices import Kind, NoticeReader, Told, write_notice
 from trainers.ray_controller import (
     EndedWhileWaiting,
     RunController,
@@ -37,7 +37,6 @@ from trainers.ray_controller import (
 )
 from trainers.ray_trainer import GroupConfig, RunTrainer, train
 from trainers.records import last_crash, read_live_manifests
-from trainers.telemetry import Telemetry
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,12 @@ class BrokenStart:
 
 def fit(
     assignment: Assignment,
-    telemetry: Telemetry,
+    told: Told,
     *,
     python: str | None = None,
     is_taken: Callable[[], bool] = lambda: False,
+    is_own_cluster: bool | None = None,
+    is_left: Callable[[], bool] = lambda: False,
 ) -> Outcome | Failure:
     """Trains on the Ray cluster to which this process is attached, to the end of the run.
 
@@ -65,13 +66,17 @@ def fit(
     were not set up yet, which Ray takes for the end; a Failure says what ended the last try. Where
     an attempt has saved its state and given way, as its node is taken, the workers are started
     again here, `retries.preemptions` times; unless this process's own machine is taken
-    (`is_taken`). `python` is the command by which workers are started, where it is not the
-    interpreter. What the run's own decisions end is an Outcome, and is not tried again.
+    (`is_taken`), or the trial which this is has been told to pause (`is_left`). `python` is the
+    command by which workers are started, where it is not the interpreter. `is_own_cluster`: see
+    `RunTrainer`; by default what this process's environment says. What the run's own decisions end
+    is an Outcome, and is not tried again.
     """
     given_way = 0
-    with NoticeReader(telemetry) as notices:
+    own = not is_attached() if is_own_cluster is None else is_own_cluster
+    once = partial(_fit_once, assignment, is_own_cluster=own, python=python)
+    with NoticeReader(told) as notices:
         for start in itertools.count(1):
-            ended = _fit_once(assignment, notices, start=start, given_way=given_way, python=python)
+            ended = once(notices, start=start, given_way=given_way)
             notices.look()
             left = partial(_has_left, assignment.spec.retries, notices.counts, given_way=given_way)
             if isinstance(ended, BrokenStart):
@@ -82,14 +87,14 @@ def fit(
                 write_notice(notices.path, ended.kind, ended.notice)
                 notices.look()
                 continue
-            if not isinstance(ended, Outcome) or ended.state is not State.RECOVERING:
+            if not isinstance(ended, Outcome) or ended.state is not State.RECOVERING or is_left():
                 return ended
             if is_taken():
                 return _driver_taken(ended)
             if not left("preemption"):
                 return _too_often_taken(ended, assignment.spec.retries.preemptions)
             given_way += 1
-            telemetry.state(
+            told.state(
                 State.RECOVERING,
                 f"attempt {ended.attempt} has saved step {ended.step} and given way; the workers "
                 "are started again",
@@ -112,6 +117,7 @@ def _fit_once(
     *,
     start: int,
     given_way: int,
+    is_own_cluster: bool,
     python: str | None,
 ) -> Outcome | Failure | BrokenStart:
     """One start of Ray Train's controller; within it Ray starts the workers as often as it must."""
@@ -128,7 +134,7 @@ def _fit_once(
     )
     trainer = RunTrainer(
         train,
-        is_own_cluster=not is_attached(),
+        is_own_cluster=is_own_cluster,
         train_loop_config={"assignment": assignment},
         scaling_config=_scaling(spec),
         run_config=run_config,
@@ -166,7 +172,8 @@ def _run_config(
     given_way: int,
     python: str | None = None,
 ) -> RunConfig:
-    """Ray keeps its own notes in the run folder, apart for each start: they are never read.
+    """Ray keeps its own notes in the run folder, apart for each start (and each leg of a trial):
+    they are never read.
 
     A folder that Ray has seen before would make it resume what it holds. `counts` and `given_way`
     are the restarts for which earlier controllers have used up the budgets.
@@ -176,8 +183,9 @@ def _run_config(
     root = f"{runs.filesystem_root}/{RunPaths(assignment.run_id).ray}"
     unlimited = retries.preemptions == "unlimited"
     taken = counts["preemption"] + given_way
+    leg = "" if assignment.trial is None else f"leg-{assignment.trial.leg:04d}-"
     return RunConfig(
-        name=f"generation-{assignment.generation:04d}-start-{start:04d}",
+        name=f"generation-{assignment.generation:04d}-{leg}start-{start:04d}",
         storage_path=root,
         storage_filesystem=runs.filesystem() if is_s3(runs.uri) else None,
         failure_config=FailureConfig(

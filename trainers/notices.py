@@ -14,10 +14,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from jobs.record import State
-from trainers.telemetry import Telemetry
 
 POLL_SECONDS = 0.5
 
@@ -27,6 +26,13 @@ Kind = Literal["running", "waiting", "failure", "preemption", "resize", "warning
 """running: workers have been started. waiting: for room in the cluster. failure, preemption: the
 workers are started again after one. resize: their number changes. warning: something else that
 people should know."""
+
+
+class Told(Protocol):
+    """Who is told what becomes of the workers: the run folder (`Telemetry`), or a trial's study."""
+
+    def state(self, state: State, message: str, /, **fields: Any) -> None: ...
+    def event(self, event: str, message: str, /, **fields: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ def write_notice(path: Path, kind: Kind, message: str) -> None:
 class NoticeReader:
     """Passes notices on to the run folder as they come, and counts them. A context manager."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
-        self._telemetry = telemetry
+    def __init__(self, told: Told) -> None:
+        self._told = told
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-notices-")
         self.path = Path(self._folder.name) / "notices.jsonl"
         self.counts: Counter[str] = Counter()
@@ -93,10 +99,10 @@ class NoticeReader:
         if notice.kind == "running":
             self._has_run = True
         elif notice.kind == "warning":
-            self._telemetry.event("warning", notice.message)
+            self._told.event("warning", notice.message)
         else:
             state = State.RECOVERING if self._has_run else State.STARTING
-            self._telemetry.state(state, notice.message)
+            self._told.state(state, notice.message)
 
     def _run(self) -> None:
         while not self._closing.wait(POLL_SECONDS):

@@ -4,6 +4,9 @@ Ray runs the controller in a process of its own, and helpers in more of them, ea
 Ray Train anew: on a small machine that is half of what a start costs. Here the driver is the
 controller: where it ends, its workers do, as they would with Ray's. torch is loaded in the workers
 only.
+
+Where this process itself was given room for workers, as the slot of a study is for the workers of a
+trial, they are placed there, and the room stays when they end.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any, ClassVar
 
 import ray
 import ray.train
+import ray.util
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -27,6 +31,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
+    DefaultPlacementGroupHandle,
     PlacementGroupHandle,
 )
 from ray.train.v2.api.callback import RayTrainCallback
@@ -55,7 +60,8 @@ class RunTrainer(DataParallelTrainer):
     def _initialize_and_run_controller(self, **parts: Any) -> ray.train.Result:
         parts["failure_policy"] = RunFailurePolicy(parts["failure_policy"].failure_config)
         asked = parts["scaling_policy"]
-        if self._is_own_cluster and isinstance(asked, FixedScalingPolicy):
+        is_room_held = ray.util.get_current_placement_group() is not None
+        if (self._is_own_cluster or is_room_held) and isinstance(asked, FixedScalingPolicy):
             parts["scaling_policy"] = _UnannouncedPolicy(asked.scaling_config)
         controller = _Controller(**parts, watches_nodes=not self._is_own_cluster)
         try:
@@ -87,6 +93,8 @@ class _WorkerGroup(WorkerGroup):
     _placement_groups: ClassVar[list[PlacementGroupHandle]] = []
 
     def _create_placement_group(self, *parts: Any, **named: Any) -> PlacementGroupHandle:
+        if (held := ray.util.get_current_placement_group()) is not None:
+            return _HeldRoom(held)
         group = super()._create_placement_group(*parts, **named)
         self._placement_groups.append(group)
         return group
@@ -116,6 +124,14 @@ class _WorkerGroup(WorkerGroup):
             ]
         )
         self._decorate_worker_log_file_paths(workers)
+
+
+class _HeldRoom(DefaultPlacementGroupHandle):
+    """The room of this process: a bundle for each worker, none for itself. Others will need it
+    after these workers."""
+
+    def shutdown(self) -> None:
+        """Nothing: whoever gave the room takes it back."""
 
 
 class _Controller(TrainController):

@@ -10,20 +10,23 @@ import torch
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from trainers.assignment import Assignment, EvaluationReport, Verdict
+from trainers.assignment import Assignment, EvaluationReport, StudyAt, Verdict
+from trainers.verdicts import ask
 from trainers.worker import train_worker
 
 
 def train_on_ray(assignment: Assignment) -> str:
     """Trains as the rank that Ray Train has made of this process; the outcome as JSON."""
-    session = RaySession(use_gpu=bool(assignment.spec.workers.gpus))
+    study_at = None if assignment.trial is None else assignment.trial.study_at
+    session = RaySession(use_gpu=bool(assignment.spec.workers.gpus), study_at=study_at)
     return train_worker(session, assignment).model_dump_json()
 
 
 class RaySession:
     """The Session of a worker of Ray Train; the process group is set up (`ray_trainer.Group`)."""
 
-    def __init__(self, *, use_gpu: bool) -> None:
+    def __init__(self, *, use_gpu: bool, study_at: StudyAt | None = None) -> None:
+        """`study_at`: where the first rank of a trial asks its study."""
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
@@ -32,6 +35,7 @@ class RaySession:
         self.device = ray.train.torch.get_device() if use_gpu else torch.device("cpu")
         if use_gpu:
             torch.cuda.set_device(self.device)
+        self._study_at = study_at
         self._preemption = get_internal_train_context().preemption_context
 
     def stop_requested(self) -> bool:
@@ -48,8 +52,9 @@ class RaySession:
         return None if info is None else preemption_notice(info, now=time.time())
 
     def evaluated(self, report: EvaluationReport) -> Verdict:
-        """No study is there to decide: its trials are not run by Ray Train."""
-        return Verdict.GO_ON
+        if self._study_at is None or self.rank:
+            return Verdict.GO_ON
+        return ask(self._study_at, report)
 
 
 def preemption_notice(info: PreemptionInfo, *, now: float) -> str:

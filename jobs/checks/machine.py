@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.ray_runtime import room_for_trials
 from cluster.storage import is_s3, local_path
 from jobs.checks.data_sets import DataSetFacts
 from jobs.checks.finding import (
@@ -78,6 +79,8 @@ def check_workers(spec: JobSpec, machine: Machine | None) -> list[Finding]:
     findings = list(_too_many(workers, workers.fewest, machine))
     if findings:
         return findings
+    if spec.search is not None:
+        return [ok(part, _trials_at_once(spec, machine))]
     fits = next(n for n in reversed(workers.counts) if not list(_too_many(workers, n, machine)))
     return [
         ok(
@@ -88,6 +91,27 @@ def check_workers(spec: JobSpec, machine: Machine | None) -> list[Finding]:
             + (f"; workers.count {workers.count} needs a larger one" * (fits < workers.count)),
         )
     ]
+
+
+def trials_at_once(spec: JobSpec, machine: Machine) -> int:
+    """How many trials of the job's search this machine has under way; 1 without a search. Pure."""
+    if spec.search is None:
+        return 1
+    node = {"CPU": machine.cores, "GPU": machine.gpus, "memory": machine.memory_bytes}
+    return min(spec.search.most_at_once, room_for_trials(spec, [node]))
+
+
+def _trials_at_once(spec: JobSpec, machine: Machine) -> str:
+    workers, at_once = spec.workers, trials_at_once(spec, machine)
+    each = f"{_counted(workers.count, 'worker')} with {_counted(workers.cpus, 'core')}"
+    if workers.gpus:
+        share = spec.search.gpu_share if spec.search is not None else None
+        each += " and a GPU" if share is None else f" and {share:g} of a GPU"
+    used = at_once * workers.count * workers.cpus
+    return (
+        f"{_counted(at_once, 'trial')} at a time, of {each} each: {used} of this machine's "
+        f"{_counted(machine.cores, 'core')}"
+    )
 
 
 def check_strategy(spec: JobSpec, weights: Weights | None) -> Iterator[Finding]:
@@ -186,15 +210,20 @@ def check_memory(spec: JobSpec, machine: Machine | None, *, worker_bytes: int) -
                 f"set workers.memory_gib to {worker_bytes / 2**30 * 1.2:.1f} or more",
             )
         ]
-    need = worker_bytes * spec.workers.fewest
-    if machine is not None and need > machine.memory_bytes:
+    if machine is None:
+        return []
+    number = spec.workers.fewest * max(1, trials_at_once(spec, machine))
+    need = worker_bytes * number
+    if need > machine.memory_bytes:
+        of_trials = "" if spec.search is None else " of trials"
+        lower = "workers.count" if spec.search is None else "search.max_concurrent"
         return [
             warning(
                 part,
-                f"{_counted(spec.workers.fewest, 'worker')} need about {format_bytes(need)} for "
+                f"{_counted(number, 'worker')}{of_trials} need about {format_bytes(need)} for "
                 "programs, models, optimizers and rows, without activations, but this machine has "
                 f"{format_bytes(machine.memory_bytes)} free",
-                "lower workers.count or data.stream_memory, or free memory",
+                f"lower {lower} or data.stream_memory, or free memory",
             )
         ]
     return []

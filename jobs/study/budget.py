@@ -10,8 +10,8 @@ from jobs.study.score import WORST, score_of
 class Budget:
     """What a search has spent, from its events."""
 
-    def __init__(self, search: Search, *, gpus: int) -> None:
-        """`gpus` is how many a trial has."""
+    def __init__(self, search: Search, *, gpus: float) -> None:
+        """`gpus` is how many a trial holds, which may be a part of one."""
         self._search = search
         self._gpus = gpus
         self._began_at: float | None = None

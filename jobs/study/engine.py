@@ -84,7 +84,7 @@ class Engine:
         events: Iterable[Event] = (),
         *,
         is_saved: Callable[[int, int], bool],
-        gpus: int = 0,
+        gpus: float = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`events` is what the log holds. Legs that were under way then are lost, as their slots

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from cluster.storage import open_store
-from jobs.record import Failure, Outcome
+from cluster.storage import Store, open_store
+from jobs.record import Failure, Outcome, State
 from jobs.spec import StoreAt
 from jobs.study.engine import Report
 from trainers.assignment import Assignment, EvaluationReport, Verdict
+from trainers.patience import Patience
+from trainers.trial_folder import prepare_trial, record_end
 
 _IDLE_SECONDS = 0.2
 _CLOSE = 1e-9
@@ -85,6 +87,13 @@ class Told:
 
 
 @dataclass(frozen=True)
+class Note:
+    """From a slot: what has become of its trial's workers; it goes on."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Gone:
     """From a slot: its trial has ended or is left with its state durable, or it broke off."""
 
@@ -100,7 +109,7 @@ class Tested:
     failure: Failure | None
 
 
-Saying = Free | Begun | Told | Gone | Tested
+Saying = Free | Begun | Told | Note | Gone | Tested
 
 
 # ------------------------------------------------------------------------------------- the slot
@@ -110,7 +119,10 @@ class SlotWork:
     """What the process of a slot does; in a thread, so that the loop of a trial can stay where it
     is while it waits for an answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, python: str | None = None, is_own_cluster: bool = True) -> None:
+        """How workers are started, where a trial has several: as for `trainers.fit.fit`."""
+        self._python = python
+        self._is_own_cluster = is_own_cluster
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self._sayings: queue.SimpleQueue[Saying] = queue.SimpleQueue()
         self._work: threading.Thread | None = None
@@ -120,9 +132,7 @@ class SlotWork:
         if isinstance(order, Answer):
             self._answers.put(order)
         elif not isinstance(order, Wait):
-            work = (
-                Stretch(order, self._ask).run if isinstance(order, Train) else partial(_test, order)
-            )
+            work = partial(_test, order) if isinstance(order, Test) else self._stretch(order).run
             self._work = threading.Thread(
                 target=lambda: self._sayings.put(work()), name="shoal-trial", daemon=True
             )
@@ -139,6 +149,15 @@ class SlotWork:
             self._work = None
         return said
 
+    def _stretch(self, order: Train) -> Stretch:
+        return Stretch(
+            order,
+            self._ask,
+            note=lambda message: self._sayings.put(Note(message)),
+            python=self._python,
+            is_own_cluster=self._is_own_cluster,
+        )
+
     def _ask(self, said: Begun | Told) -> Answer:
         self._sayings.put(said)
         return self._answers.get()
@@ -147,7 +166,18 @@ class SlotWork:
 class Stretch:
     """A stretch of a trial in a slot."""
 
-    def __init__(self, order: Train, ask: Callable[[Begun | Told], Answer]) -> None:
+    def __init__(
+        self,
+        order: Train,
+        ask: Callable[[Begun | Told], Answer],
+        *,
+        note: Callable[[str], None],
+        python: str | None,
+        is_own_cluster: bool,
+    ) -> None:
+        self._note = note
+        self._python = python
+        self._is_own_cluster = is_own_cluster
         self._assignment = order.assignment
         self._until = order.until
         self._ask = ask
@@ -155,19 +185,46 @@ class Stretch:
 
     def run(self) -> Gone:
         """Trains until the study has another trial for the slot, or until the trial has ended."""
-        from trainers.trial import prepare_trial, record_end, run_trial
-
         try:
-            assignment = prepare_trial(self._assignment)
+            store = self._store()
+            assignment = prepare_trial(store, self._assignment)
             if assignment.trial is not None and assignment.trial.donor is not None:
                 self._ask(Begun())
-            outcome = run_trial(assignment, self._decide)
-            record_end(assignment, outcome)
-            return Gone(outcome)
+            ended = self._train(assignment)
+            if isinstance(ended, Failure):
+                return Gone(None, ended)
+            record_end(store, assignment, ended)
+            return Gone(ended)
         except Exception as error:
             # As a retry may go otherwise: the desk counts it.
             _log.exception("the trial broke off")
             return Gone(None, Failure.of(error, where=f"slot on {socket.gethostname()}"))
+
+    def _store(self) -> Store:
+        spec = self._assignment.spec
+        if spec.workers.count > 1:
+            store = open_store(spec.store.uri, spec.store.access)
+        else:
+            from trainers.trial import kept_store
+
+            store = kept_store(spec.store)
+        return Patience(limit_seconds=60 * spec.retries.wait_minutes).store(store)
+
+    def _train(self, assignment: Assignment) -> Outcome | Failure:
+        """In this process, or as the driver of several workers; torch is loaded where they are."""
+        if assignment.spec.workers.count == 1:
+            from trainers.trial import run_trial
+
+            return run_trial(assignment, self._decide)
+        from trainers.ray_trial import fit_trial
+
+        return fit_trial(
+            assignment,
+            self._decide,
+            _Notes(self._note),
+            python=self._python,
+            is_own_cluster=self._is_own_cluster,
+        )
 
     def _decide(self, told: EvaluationReport) -> Verdict:
         if told.fraction < self._until - _CLOSE:
@@ -186,6 +243,19 @@ class Stretch:
         if answer.until is not None:
             self._until = answer.until
         return _VERDICTS[answer.decision]
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """Tells the study what becomes of a trial's workers; a run folder would be told otherwise."""
+
+    note: Callable[[str], None]
+
+    def state(self, state: State, message: str, /, **fields: Any) -> None:
+        self.note(message)
+
+    def event(self, event: str, message: str, /, **fields: Any) -> None:
+        self.note(message)
 
 
 def _test(order: Test) -> Tested:

@@ -112,6 +112,17 @@ class Trials:
 
     # ------------------------------------------------------------------------------- questions
 
+    @property
+    def unended(self) -> int:
+        """Trials that are yet to end: those of the search as far as it goes, or the finalists."""
+        ended = ("stopped", "finished", "failed")
+        left = [t for t in self.by_number.values() if t.status not in ended]
+        if self.closed is not None:
+            return len(left)
+        coming = self.wanted - self.configurations
+        begun = len(left) + (self.unrepeated is not None)
+        return begun + coming * self._search.repeats
+
     def score(self, trial: Trial) -> float | None:
         """What a trial is judged by so far."""
         return trial.best if self._search.score == "best" else trial.value

@@ -6,16 +6,25 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster import ray_runtime
-from cluster.ray_runtime import describe_shortage, refuse_too_small, resources_of, room_for
+from cluster.ray_runtime import (
+    describe_shortage,
+    refuse_too_small,
+    resources_of,
+    room_for,
+    room_for_trials,
+)
 from jobs.errors import ClusterError
 from jobs.spec import Workers
+from tests.tiny import tiny_job
 
 GIB = 2**30
+SPACE = {"model.dropout": {"uniform": [0, 0.1]}}
 
 
 def node(cpus: float, *, gpus: float = 0, memory_gib: float = 64) -> dict[str, float]:
@@ -37,6 +46,31 @@ def test_each_worker_lies_in_one_node(
     workers: dict[str, Any], nodes: list[dict[str, float]], room: int
 ) -> None:
     assert room_for(Workers(**workers), nodes) == room
+
+
+@pytest.mark.parametrize(
+    ("share", "nodes", "room"),
+    [
+        (0.5, [node(8, gpus=1)], 2),
+        (0.1, [node(64, gpus=1)], 10),  # and not 1 // 0.1
+        (0.6, [node(8, gpus=2)], 2),  # not 2 // 0.6: a share lies on one GPU
+        (0.25, [node(3, gpus=4)], 3),
+        (0.5, [node(8, gpus=1.5), node(8, gpus=0.4)], 3),  # of what is free
+        (1.0, [node(8, gpus=2)], 2),
+    ],
+)
+def test_trials_share_gpus(share: float, nodes: list[dict[str, float]], room: int) -> None:
+    assert room_for(Workers(gpus=1), nodes, gpu_share=share) == room
+
+
+def test_a_trial_has_room_for_all_of_its_workers_or_none(tmp_path: Path) -> None:
+    data = {"train": "train", "validation": "validation"}
+    parts = {"workers": {"count": 3, "cpus": 2}, "search": {"space": SPACE}}
+    job = tiny_job(tmp_path, data, "runs", **parts)
+    assert room_for_trials(job, [node(4), node(2)]) == 1
+    assert room_for_trials(job, [node(5), node(3)]) == 1
+    assert room_for_trials(job, [node(5), node(1)]) == 0
+    assert room_for_trials(job, [node(13)]) == 2
 
 
 def test_a_worker_asks_for_what_the_job_gives_it_and_no_more() -> None:
@@ -66,6 +100,13 @@ def test_room_that_something_else_holds_is_told_apart_from_room_that_is_not_ther
         "something else holds part of it: there is room for 1 now"
     )
     assert describe_shortage(workers, nodes, free=nodes).endswith("have room for 2 (2 CPUs)")
+
+
+def test_a_share_of_a_gpu_is_told_as_such() -> None:
+    assert describe_shortage(Workers(gpus=1), [node(4), node(4)], gpu_share=0.25) == (
+        "1 worker needs 1 x 1 CPU and 0.25 GPUs, and the cluster's 2 nodes have room for 0 "
+        "(8 CPUs, 0 GPUs)"
+    )
 
 
 DRIVER = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from tests.ranks import assignment_of
 from tests.tiny import tiny_job
 from tests.trainers.test_notices import Told
 from trainers import fit as module
-from trainers.assignment import Assignment
+from trainers.assignment import Assignment, TrialPlan
 from trainers.fit import fit
 from trainers.notices import NoticeReader, write_notice
 from trainers.ray_controller import RunController
@@ -52,6 +53,7 @@ class Starts:
         *,
         start: int,
         given_way: int,
+        is_own_cluster: bool,
         python: str | None,
     ) -> Outcome:
         self.number = start
@@ -101,6 +103,17 @@ def test_preemptions_have_a_budget_of_their_own(
     assert f"retries.preemptions ({limit})" in message
     assert f"step {last_start} is saved" in message
     assert (hint or "").endswith("--set retries.preemptions=unlimited")
+
+
+def test_a_trial_that_was_told_to_pause_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = Starts(ends={})
+    verdicts = iter([False, True])  # it gives way once without having been told so
+    ended, told = run(assignment(tmp_path), starts, monkeypatch, is_left=lambda: next(verdicts))
+    assert isinstance(ended, Outcome)
+    assert (ended.state, starts.number) == (State.RECOVERING, 2)
+    assert len(told.lines) == 1
 
 
 # ------------------------------------------------------- workers that die while they are set up
@@ -250,6 +263,9 @@ def test_each_start_has_a_name_of_its_own_since_ray_resumes_names_that_it_knows(
         for start in range(1, 4)
     ]
     assert names == [f"generation-0001-start-000{n}" for n in range(1, 4)]
+    trial = replace(job, trial=TrialPlan("study", "validation/loss", "min", leg=3))
+    of_leg = module._run_config(trial, controller, Counter(), start=1, given_way=0)
+    assert of_leg.name == "generation-0001-leg-0003-start-0001"
 
 
 def test_the_notice_of_a_node_that_is_taken_says_when() -> None:
