@@ -126,7 +126,7 @@ def make_engine(spec: JobSpec, log: StudyLog, *, is_saved: Callable[[int, int], 
         log,
         events,
         is_saved=is_saved,
-        gpus=spec.workers.count * spec.workers.gpus * (spec.search.gpu_share or 1.0),
+        gpus=spec.gpus_held,
     )
 
 

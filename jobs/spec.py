@@ -626,6 +626,12 @@ class JobSpec(SpecPart):
         return auto_lanes(self.workers.counts) if self.data.lanes == "auto" else self.data.lanes
 
     @property
+    def gpus_held(self) -> float:
+        """GPUs that the workers hold; of a job that searches, those of one trial."""
+        share = None if self.search is None else self.search.gpu_share
+        return self.workers.count * self.workers.gpus * (1.0 if share is None else share)
+
+    @property
     def best(self) -> tuple[str, Mode, float]:
         """Metric that tells the best checkpoint, its direction, and the least improvement."""
         stopping = self.train.early_stopping

@@ -152,7 +152,7 @@ def read_study(reader: RunReader, *, now: float, is_over: bool) -> StudyStatus:
         trials,
         seconds=course.seconds + since,
         epochs_of_trial=float(spec.train.epochs),
-        gpus=spec.workers.gpus * spec.workers.count,
+        gpus=spec.gpus_held,
         epochs_now={on.trial.number: on.epochs for on in on_slots},
     )
     return StudyStatus(search, trials, course, pace, on_slots, is_over)

@@ -79,8 +79,6 @@ def check_workers(spec: JobSpec, machine: Machine | None) -> list[Finding]:
     findings = list(_too_many(workers, workers.fewest, machine))
     if findings:
         return findings
-    if spec.search is not None:
-        return [ok(part, _trials_at_once(spec, machine))]
     fits = next(n for n in reversed(workers.counts) if not list(_too_many(workers, n, machine)))
     return [
         ok(
@@ -94,24 +92,11 @@ def check_workers(spec: JobSpec, machine: Machine | None) -> list[Finding]:
 
 
 def trials_at_once(spec: JobSpec, machine: Machine) -> int:
-    """How many trials of the job's search this machine has under way; 1 without a search. Pure."""
+    """How many trials of the job's search this machine has room for; 1 without a search. Pure."""
     if spec.search is None:
         return 1
     node = {"CPU": machine.cores, "GPU": machine.gpus, "memory": machine.memory_bytes}
     return min(spec.search.most_at_once, room_for_trials(spec, [node]))
-
-
-def _trials_at_once(spec: JobSpec, machine: Machine) -> str:
-    workers, at_once = spec.workers, trials_at_once(spec, machine)
-    each = f"{_counted(workers.count, 'worker')} with {_counted(workers.cpus, 'core')}"
-    if workers.gpus:
-        share = spec.search.gpu_share if spec.search is not None else None
-        each += " and a GPU" if share is None else f" and {share:g} of a GPU"
-    used = at_once * workers.count * workers.cpus
-    return (
-        f"{_counted(at_once, 'trial')} at a time, of {each} each: {used} of this machine's "
-        f"{_counted(machine.cores, 'core')}"
-    )
 
 
 def check_strategy(spec: JobSpec, weights: Weights | None) -> Iterator[Finding]:

@@ -9,14 +9,12 @@ from itertools import cycle
 from typing import Any
 
 from jobs.checks.finding import (
-    ENVIRONMENT_EXIT_CODE,
     Finding,
     not_checked,
     ok,
-    problem,
     warning,
 )
-from jobs.checks.machine import Machine
+from jobs.checks.machine import Machine, trials_at_once
 from jobs.checks.schedule import Totals
 from jobs.search_spec import ASHA, PB2, PBT, GridSearch, Hyperband, MedianStopping, Search
 from jobs.spec import JobSpec, format_bytes
@@ -100,7 +98,9 @@ def _check_concurrency(
     """How many trials run at a time on this machine, with the sum."""
     workers, number = spec.workers, plan.at_a_time
     each = f"{_counted(workers.count, 'worker')} with {_counted(workers.cpus, 'core')}"
-    each += " and a GPU" if workers.gpus else ""
+    share = spec.search and spec.search.gpu_share
+    if workers.gpus:
+        each += " and a GPU" if share is None else f" and {share:g} of a GPU"
     if machine is None or number is None:
         yield not_checked(
             "search",
@@ -110,20 +110,13 @@ def _check_concurrency(
     shown = max(1, number)
     sums = [f"{shown * workers.count * workers.cpus} of this machine's {machine.cores} cores"]
     if workers.gpus:
-        sums.append(f"{shown * workers.count * workers.gpus} of its {machine.gpus} GPUs")
+        sums.append(f"{shown * spec.gpus_held:g} of its {machine.gpus} GPUs")
     if workers.memory_gib:
         need = format_bytes(shown * workers.count * workers.memory_gib * 2**30)
         sums.append(f"{need} of its {format_bytes(machine.memory_bytes)} free")
-    if number:
+    if number:  # else `check_workers` says so
         text = f"{_counted(number, 'trial')} at a time, each of {each}: {', '.join(sums)}"
         yield ok("search", text)
-    elif workers.fewest < workers.count:  # else `check_workers` has said so
-        yield problem(
-            "search",
-            f"no trial fits: each has {each}, and would take {', '.join(sums)}",
-            "lower workers.count, or run on a larger Ray cluster: export RAY_ADDRESS=ADDRESS",
-            exit_code=ENVIRONMENT_EXIT_CODE,
-        )
 
 
 def _num_trials(search: Search, space: Space) -> int:
@@ -252,18 +245,7 @@ def _gaps(rungs: tuple[float, ...]) -> Iterator[float]:
 
 def _at_a_time(spec: JobSpec, trials: int, machine: Machine | None) -> int | None:
     """None where it is not this machine that they run on."""
-    if machine is None or spec.search is None:
-        return None
-    workers = spec.workers
-    room = [trials, machine.cores // (workers.count * workers.cpus)]
-    if workers.gpus:
-        room.append(machine.gpus // (workers.count * workers.gpus))
-    if workers.memory_gib:
-        need = workers.count * int(workers.memory_gib * 2**30)
-        room.append(machine.memory_bytes // need)
-    if spec.search.max_concurrent != "auto":
-        room.append(spec.search.max_concurrent)
-    return min(room)
+    return None if machine is None else min(trials, trials_at_once(spec, machine))
 
 
 def _trials_text(plan: SearchPlan) -> str:

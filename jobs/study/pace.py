@@ -20,7 +20,7 @@ class Pace:
     """In which the study was worked on."""
     epochs_of_trial: float
     """A trial's full budget."""
-    gpus: int
+    gpus: float
     """Of a trial."""
     epochs_now: Mapping[int, float]
     """Of trials on slots, which have come further than their last report; by number."""

@@ -115,13 +115,11 @@ class Trials:
     @property
     def unended(self) -> int:
         """Trials that are yet to end: those of the search as far as it goes, or the finalists."""
-        ended = ("stopped", "finished", "failed")
-        left = [t for t in self.by_number.values() if t.status not in ended]
+        begun = len(self) - sum(self.counts[status] for status in ENDED)
         if self.closed is not None:
-            return len(left)
-        coming = self.wanted - self.configurations
-        begun = len(left) + (self.unrepeated is not None)
-        return begun + coming * self._search.repeats
+            return begun
+        coming = self._search.repeats * max(0, self.wanted - self.configurations)
+        return begun + coming + (self.unrepeated is not None)
 
     def score(self, trial: Trial) -> float | None:
         """What a trial is judged by so far."""

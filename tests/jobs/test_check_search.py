@@ -8,7 +8,7 @@ import pytest
 from synthetic import make_spec
 
 from jobs.checks.finding import Finding, Verdict
-from jobs.checks.machine import Machine
+from jobs.checks.machine import Machine, check_memory, check_workers
 from jobs.checks.schedule import Totals
 from jobs.checks.search import SearchPlan, check_search, plan_search
 from jobs.spec import JobSpec
@@ -148,6 +148,8 @@ def test_the_brackets_of_hyperband_are_reckoned_one_by_one() -> None:
         ({"gpus": 1}, machine_of(gpus=2), {}, 2, "and a GPU: 2 of this machine's 8 cores, 2 of"),
         ({"memory_gib": 6}, machine_of(), {}, 2, "12 GiB of its 16 GiB free"),
         ({}, machine_of(), {"max_concurrent": 3}, 3, "3 trials at a time"),
+        ({"gpus": 1}, machine_of(gpus=1), {"gpu_share": 0.25}, 4, "and 0.25 of a GPU: 4 of this"),
+        ({"gpus": 1}, machine_of(gpus=2), {"gpu_share": 0.6}, 2, "1.2 of its 2 GPUs"),
         ({}, machine_of(), {"trials": 2}, 2, "2 trials at a time"),
     ],
 )  # fmt: skip
@@ -160,13 +162,23 @@ def test_trials_at_a_time_are_told_with_the_sum(
 
 
 def test_a_trial_that_can_never_fit_is_refused_with_the_sum() -> None:
-    _, findings = planned(job(workers={"count": 4, "min": 1}), machine_of(cores=2))
-    (problem,) = [f for f in findings if f.verdict is Verdict.PROBLEM]
-    assert problem.message == (
-        "no trial fits: each has 4 workers with 1 core, and would take 4 of this machine's 2 cores"
-    )
-    assert "lower workers.count" in (problem.hint or "")
+    spec = job(workers={"count": 4})
+    plan, findings = planned(spec, machine_of(cores=2))
+    assert plan.at_a_time == 0
+    assert not [text for text in texts(findings) if "at a time" in text]
+    (problem,) = check_workers(spec, machine_of(cores=2))
+    assert problem.verdict is Verdict.PROBLEM
+    assert problem.message == ("4 workers with workers.cpus 1 need 4 cores, but this machine has 2")
+    assert (problem.hint or "").startswith("set workers.count to 2,")
     assert problem.exit_code == 3
+
+
+def test_memory_is_reckoned_for_all_trials_at_a_time() -> None:
+    (found,) = check_memory(job(workers={"count": 2}), machine_of(), worker_bytes=3 * 2**30)
+    assert found.message.startswith("8 workers of trials need about 24 GiB")
+    assert (found.hint or "").startswith("lower search.max_concurrent")
+    fewer = job(workers={"count": 2}, max_concurrent=2)
+    assert not check_memory(fewer, machine_of(), worker_bytes=3 * 2**30)
 
 
 def test_on_a_cluster_nothing_is_said_of_its_room() -> None:

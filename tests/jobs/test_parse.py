@@ -829,6 +829,41 @@ class TestSearch:
     ) -> None:
         assert problem(STUDY + f"search: {text}\n") == (f"job.yaml, line 6: {message}", hint)
 
+    @pytest.mark.parametrize(
+        ("text", "message", "hint"),
+        [
+            (
+                "search: {gpu_share: 0.5}",
+                "search.gpu_share is 0.5, but workers.gpus is 0",
+                "set workers.gpus to 1, or remove search.gpu_share",
+            ),
+            (
+                "search: {gpu_share: 0.5}\nworkers: {gpus: 1, count: 2}",
+                "search.gpu_share is 0.5, but a trial has 2 workers, each of which needs a GPU to "
+                "itself (NCCL connects no two of one GPU)",
+                "set workers.count to 1, or remove search.gpu_share",
+            ),
+            (
+                "search: {trials: 3}\nworkers: {count: 4, min: 2}",
+                "search gives each trial room for workers.count (4) workers, but workers.min is 2: "
+                "trials are not elastic",
+                "remove workers.min",
+            ),
+        ],
+    )
+    def test_with_workers_that_do_not_suit_it_says_so(
+        self, text: str, message: str, hint: str
+    ) -> None:
+        assert problem(f"{STUDY}{text}\n") == (f"job.yaml: {message}", hint)
+
+    def test_shares_a_gpu_that_there_is(self) -> None:
+        assert search_of("workers: {gpus: 1}\nsearch: {gpu_share: 0.5}\n").gpu_share == 0.5
+        spec = load(STUDY + "workers: {gpus: 1}\nsearch: {gpu_share: 0.5}\n")
+        assert spec.gpus_held == 0.5
+        assert load(STUDY + "workers: {gpus: 1, count: 3}\nsearch: {}\n").gpus_held == 3
+        message, _ = problem(STUDY + "workers: {gpus: 1}\nsearch: {gpu_share: 1.5}\n")
+        assert message.startswith("job.yaml, line 7: search.gpu_share is 1.5, but must be a number")
+
 
 # ------------------------------------------------------------------------------- overrides
 

@@ -12,10 +12,36 @@ import pytest
 
 from jobs.record import Failure, State
 from jobs.search_spec import Search
-from jobs.study.events import Asked, Decided, Donor, Event, Failed, Left, Lost, Reported, Started
+from jobs.study.events import (
+    Asked,
+    Closed,
+    Decided,
+    Donor,
+    Event,
+    Failed,
+    Left,
+    Lost,
+    Reported,
+    Started,
+)
 from jobs.study.trials import Trial, Trials
 
 FAILURE = Failure(state=State.FAILED_USER, problems=(("out of memory", None),))
+
+
+def test_trials_that_are_yet_to_end_are_those_that_slots_are_wanted_for() -> None:
+    search = Search(trials=3, repeats=2, finalists=None)
+    trials = Trials(search)
+    assert trials.unended == 6
+    trials.observe(Asked(trial=0, values={}))
+    assert trials.unended == 6  # its repetition is yet to be asked for
+    trials.observe(Asked(trial=1, values={}, repeat=1, repeats=0))
+    trials.observe(Started(trial=0, leg=1, slot="s", until=1.0))
+    assert trials.unended == 6
+    trials.observe(Failed(trial=0, failure=FAILURE))
+    assert trials.unended == 5
+    trials.observe(Closed(reason="the budget is used up"))
+    assert trials.unended == 1
 
 
 def random_events(seed: int, *, trials: int = 60, repeats: int = 1) -> Iterator[Event]:
