@@ -297,14 +297,14 @@ def local_path(uri: str) -> Path:
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
-def write_numbered(store: Store, key_of: Callable[[int], str], data: bytes, *, after: int) -> None:
-    """Writes the object with the next free number; several writers get several numbers."""
+def write_numbered(store: Store, key_of: Callable[[int], str], data: bytes, *, after: int) -> int:
+    """Writes the object with the next free number, which it gives; several writers get several."""
     for candidate in range(after + 1, after + 1 + _MOST_NUMBERS_TRIED):
         try:
             store.write_if_absent(key_of(candidate), data)
         except ObjectExists:
             continue
-        return
+        return candidate
     folder = key_of(after + 1).rpartition("/")[0]
     raise EnvironmentFault(f"{folder} is being written to by too many others at once")
 

@@ -32,6 +32,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "run": ("jobs.commands.start:run", "Train here, with live progress."),
         "submit": ("jobs.commands.start:submit", "Start a run in the background."),
         "resume": ("jobs.commands.start:resume", "Go on with a stopped or failed run."),
+        "extend": ("jobs.commands.extend:extend", "Give a study more trials."),
         "stop": ("jobs.commands.stop:stop", "Ask a run to save its state and end."),
     },
     "Look": {

@@ -94,27 +94,47 @@ RESUME_PATHS = (
     "model.activation_checkpointing",
 )
 """What `shoal resume --set` may change: operation, and the number of epochs."""
+STUDY_RESUME_PATHS = (
+    *(path for path in RESUME_PATHS if path != "train.epochs"),
+    "search.trials",
+    "search.budget",
+    "search.patience",
+    "search.max_concurrent",
+    "search.retries",
+)
+"""What it may change of a study: not the budget of a trial, by whose fractions all are compared."""
 
 
-def may_change_on_resume(path: str) -> bool:
+def may_change_on_resume(path: str, *, is_study: bool = False) -> bool:
     """Whether a resume may change the key with that dotted path."""
-    return any(path == allowed or path.startswith(allowed + ".") for allowed in RESUME_PATHS)
+    paths = STUDY_RESUME_PATHS if is_study else RESUME_PATHS
+    return any(path == allowed or path.startswith(allowed + ".") for allowed in paths)
 
 
-def check_resume_overrides(overrides: Sequence[str]) -> None:
+def check_resume_overrides(overrides: Sequence[str], *, is_study: bool = False) -> None:
     """Raises SpecError for each override of a key that a resume may not change."""
     problems = []
     for override in overrides:
-        path = override.partition("=")[0]
-        if not may_change_on_resume(path):
-            problems.append(
-                Problem(
-                    f"--set {override}: a resume goes on with the same training, so {path} cannot "
-                    "change",
-                    f"change {', '.join(RESUME_PATHS)}, or start a new run with model.source "
-                    "naming this run",
-                )
+        path = override.partition("=")[0].strip()
+        if may_change_on_resume(path, is_study=is_study):
+            continue
+        if is_study:
+            extends = path == "search.space" or path.startswith("search.space.")
+            problem = Problem(
+                f"--set {override}: a resume goes on with the same study, so {path} cannot change",
+                "have more trials drawn from another space with: shoal extend STUDY --trials N "
+                "--space SPACE"
+                if extends
+                else f"change {', '.join(STUDY_RESUME_PATHS)}, or start a new study",
             )
+        else:
+            problem = Problem(
+                f"--set {override}: a resume goes on with the same training, so {path} cannot "
+                "change",
+                f"change {', '.join(RESUME_PATHS)}, or start a new run with model.source naming "
+                "this run",
+            )
+        problems.append(problem)
     if problems:
         raise SpecError(*problems)
 

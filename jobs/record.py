@@ -3,7 +3,7 @@
     spec.json                                   the job, immutable; created only if absent
     amendments/0001.json                        keys that a resume changed
     lease.json                                  who drives the run now (compare-and-swap)
-    control/0001.json                           requests: stop, save, yield
+    control/0001.json                           requests: stop, save, yield, extend
     attempts/0001.json                          one start of the worker group: what it restored
     attempts/0001-outcome.json                  how it ended
     attempts/0001-crash.json                    or why it broke off, where a rank could still tell
@@ -362,9 +362,9 @@ class Lease(SealedRecord):
 class Control(Record):
     """A request to the run, from any machine."""
 
-    kind: Literal["stop", "save", "yield"]
+    kind: Literal["stop", "save", "yield", "extend"]
     """stop: save and end the run. save: save and go on. yield: save and end the attempt, so that
-    another one goes on, with another number of workers."""
+    another one goes on, with another number of workers. extend: more trials for a study."""
     requested_at: float
     by: str = ""
     attempt: int | None = None
@@ -373,11 +373,21 @@ class Control(Record):
     generation: int | None = None
     """The only driver whose attempts are meant; None: every one. A yield names its driver: the
     attempt that it was to begin next may become its successor's first."""
+    trials: int | None = None
+    """Of extend: how many trials the study is to have in all."""
+    space: dict[str, Any] | None = None
+    """Of extend: what the new trials search, as in the job file; None: what the study searches."""
 
     @model_validator(mode="after")
     def _yield_names_who_is_meant(self) -> Control:
         if self.kind == "yield" and (self.attempt is None or self.generation is None):
             raise ValueError("a request to yield names its attempt and its generation")
+        return self
+
+    @model_validator(mode="after")
+    def _extend_names_how_many(self) -> Control:
+        if self.kind == "extend" and self.trials is None:
+            raise ValueError("a request to extend names the number of trials")
         return self
 
     def is_for(self, *, attempt: int, generation: int) -> bool:

@@ -11,7 +11,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -25,7 +25,8 @@ from jobs.situation import await_certainty, read_situation
 Tell = Callable[[str], object]
 """Takes a sentence for the user."""
 
-_CHECKPOINT_KEY = re.compile(r"[^/]+/checkpoints/step-\d{8,}-attempt-\d{4,}/")
+_CHECKPOINT_KEY = re.compile(r"[^/]+/(trials/\d+/)?checkpoints/step-\d{8,}-attempt-\d{4,}/")
+_TRIAL_CHECKPOINT = re.compile(r"[^/]+/(trials/\d+)/checkpoints/")
 PENDING_GRACE_SECONDS = 120.0
 """A run that has no driver yet may get one for so long after its submission."""
 
@@ -60,7 +61,7 @@ def delete_run(store: Store, run_id: str, *, tell: Tell) -> None:
     paths = RunPaths(run_id)
     store.write(paths.deleting, b"{}")
     keys = [head.key for head in store.list(f"{run_id}/")]
-    commits = [key for key in keys if key == paths.result or key.endswith("/manifest.json")]
+    commits = [key for key in keys if key.endswith(("/result.json", "/manifest.json"))]
     store.delete(commits)
     store.delete(key for key in keys if key not in {*commits, paths.spec, paths.deleting})
     _drop(store, find_unfinished(store, f"{run_id}/", tell=tell), tell=tell)
@@ -148,6 +149,7 @@ def find_garbage(
             if situation.is_over or situation.is_doubtful:
                 garbage = [
                     *_garbage_of_run(reader, heads, newest=newest, tell=tell),
+                    *_garbage_of_trials(reader, heads, newest=newest, tell=tell),
                     *_garbage_of_writers(run_id, left),
                 ]
                 if situation.is_over:
@@ -170,6 +172,24 @@ def _of_checkpoints(unfinished: Iterable[Unfinished]) -> list[Unfinished]:
 def _garbage_of_writers(run_id: str, left: Sequence[Unfinished]) -> Iterator[Garbage]:
     if left:
         yield Garbage(run_id, "their writers are gone", "uploads", (), unfinished=tuple(left))
+
+
+def _garbage_of_trials(
+    study: RunReader, heads: Sequence[Head], *, newest: float, tell: Tell
+) -> Iterator[Garbage]:
+    """What a study's trials have, each looked through as a run."""
+    result = study.result()
+    pinned = {result.best_checkpoint, result.last_checkpoint} if result else set()
+    by_trial = defaultdict[str, list[Head]](list)
+    for head in heads:
+        if (of_trial := _TRIAL_CHECKPOINT.match(head.key)) is not None:
+            by_trial[of_trial[1]].append(head)
+    for trial, own in by_trial.items():
+        reader = RunReader(study.store, f"{study.run_id}/{trial}")
+        for garbage in _garbage_of_run(reader, own, newest=newest, tell=tell):
+            what = f"{trial}/{garbage.what}"
+            if what not in pinned:
+                yield replace(garbage, run_id=study.run_id, what=what)
 
 
 def _garbage_of_run(
@@ -199,7 +219,9 @@ def _checkpoint_folders(
 ) -> Iterator[tuple[CheckpointName, tuple[Head, ...]]]:
     """(which, objects) of each folder of a checkpoint."""
     own = [head for head in heads if head.key.startswith(paths.checkpoints)]
-    for folder, members in groupby(own, key=lambda head: head.key.split("/")[2]):
+    for folder, members in groupby(
+        own, key=lambda h: h.key.removeprefix(paths.checkpoints).split("/")[0]
+    ):
         name = CheckpointName.parse(folder)
         if name is not None:
             yield name, tuple(members)

@@ -330,7 +330,10 @@ def _report(store: Store, run_id: str, result: Result) -> None:
 def _sentence(result: Result) -> str:
     if result.failure is not None:
         return result.failure.problems[0][0]
+    best = result.outcome.trial if result.outcome is not None else None
     if result.state is State.STOPPED:
+        if best is not None:
+            return f"stopped on request; the best trial so far is {best}"
         return f"stopped on request at step {result.step}"
     if result.outcome is not None and result.outcome.trial is not None:
         return f"done; the best is trial {result.outcome.trial}, at step {result.step}"

@@ -35,11 +35,14 @@ from cluster.ray_runtime import (
     use_settings,
 )
 from cluster.storage import StorageError, Store, open_store
-from jobs.errors import ClusterError, Problem
+from jobs.errors import ClusterError, Problem, SpecError
 from jobs.record import Failure, Outcome, RunPaths, State
 from jobs.spec import JobSpec
 from jobs.study.engine import Engine, Leg
+from jobs.study.events import Measured
+from jobs.study.extension import checked_space, read_extensions
 from jobs.study.log import StudyLog
+from jobs.study.retention import Holdings, Sweeper
 from jobs.study.samplers import make_sampler
 from jobs.study.schedulers.making import make_scheduler
 from jobs.study.slot import (
@@ -62,7 +65,7 @@ from jobs.submit import request_stop
 from trainers.assignment import Assignment, DonorCheckpoint, TrialPlan
 from trainers.controls import POLL_SECONDS, Requests, requests_to
 from trainers.patience import Patience
-from trainers.records import read_live_manifests
+from trainers.records import read_attempts, read_live_manifests
 from trainers.telemetry import Telemetry
 
 _SLOT_SECONDS = 20.0
@@ -84,12 +87,14 @@ def search(
     """Makes the study's trials on the Ray cluster to which this process is attached, to its end.
 
     A request to the run, or `is_taken` (this process's own machine is to go), ends it with the
-    states of its trials saved. `python` is how the workers of trials with several are started, as
-    in `trainers.fit`. Raises what keeps its log from being written.
+    states of its trials saved; requests for more trials are met, also those that came before.
+    `python` is how the workers of trials with several are started, as in `trainers.fit`. Raises
+    what keeps its log from being written.
     """
     spec, paths = assignment.spec, RunPaths(assignment.run_id)
     patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
-    store = patience.store(open_store(spec.store.uri, spec.store.access))
+    impatient = open_store(spec.store.uri, spec.store.access)
+    store = patience.store(impatient)
     study_log = StudyLog(store, paths, generation=assignment.generation)
 
     def is_saved(trial: int, step: int) -> bool:
@@ -98,11 +103,22 @@ def search(
 
     engine = make_engine(spec, study_log, is_saved=is_saved)
     desk = _Desk(assignment, store, engine, telemetry)
-    with tempfile.TemporaryDirectory(prefix="shoal-tune-") as notes, desk.listening(is_taken):
+    desk.hear_extensions()
+    assert spec.search is not None
+    sweeper = Sweeper(
+        Holdings(spec.search, engine.trials), impatient, paths, telemetry, deciding=desk.deciding
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="shoal-tune-") as notes,
+        desk.listening(is_taken),
+        sweeper,
+    ):
         tune.Tuner(
             tune.with_resources(Slot, slot_resources(spec)),
             param_space={"python": python, "is_own_cluster": not is_attached()},
-            tune_config=tune.TuneConfig(scheduler=desk, num_samples=most_slots(spec)),
+            tune_config=tune.TuneConfig(
+                scheduler=desk, num_samples=most_slots(spec, engine.trials)
+            ),
             run_config=tune.RunConfig(
                 name="slots",
                 storage_path=notes,
@@ -111,7 +127,10 @@ def search(
                 verbose=0,
             ),
         ).fit()
-    return desk.ended()
+    ended = desk.ended()
+    if ended.state is State.SUCCEEDED:
+        sweeper.sweep()
+    return ended
 
 
 def make_engine(spec: JobSpec, log: StudyLog, *, is_saved: Callable[[int, int], bool]) -> Engine:
@@ -140,10 +159,11 @@ def slot_resources(spec: JobSpec) -> PlacementGroupFactory:
     return PlacementGroupFactory([{}, *[each] * spec.workers.count], strategy="PACK")
 
 
-def most_slots(spec: JobSpec) -> int:
+def most_slots(spec: JobSpec, trials: Trials) -> int:
     """As many as could ever be at work at once; Tune starts those that there is room for."""
     assert spec.search is not None
-    return min(spec.search.most_at_once, _MAX_SLOTS)
+    grown = spec.search.model_copy(update={"trials": trials.wanted})
+    return min(grown.most_at_once, _MAX_SLOTS)
 
 
 # ------------------------------------------------------------------------------------- the desk
@@ -182,6 +202,10 @@ class _Desk(FIFOScheduler):
         self._living = 0
         self._living_since = 0.0
         self._broke: Exception | None = None
+        self._heard = engine.trials.last_request
+        """Number of the newest request for more trials that was heard."""
+        self.deciding = threading.RLock()
+        """Held by whoever asks the engine, or changes its trials."""
         self.is_over = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -194,7 +218,8 @@ class _Desk(FIFOScheduler):
         """A slot has said something; it waits for its order."""
         self._slots.add(trial.trial_id)
         try:
-            order = self._order(trial.trial_id, result["said"])
+            with self.deciding:
+                order = self._order(trial.trial_id, result["said"])
         except Exception as error:
             # Tune would wrap it: `ended` raises it as it is.
             self._broke, self.is_over, order = error, True, None
@@ -212,7 +237,9 @@ class _Desk(FIFOScheduler):
         if number is not None:
             cause = _last_line(trial.get_error())
             self._warn(f"trial {number} broke off: {cause}")
-            self._engine.lost(number, cause)
+            with self.deciding:
+                self._engine.lost(number, cause)
+                self._give_up_if_hopeless()
         super().on_trial_error(tune_controller, trial)
 
     # ---- in a thread of its own
@@ -243,8 +270,11 @@ class _Desk(FIFOScheduler):
                     attempt=1,
                     generation=self._assignment.generation,
                 )
+                self.hear_extensions()
             except StorageError as error:
                 _log.warning("requests to the study cannot be read: %s", error)
+            except Exception as error:
+                self._broke, self.is_over = error, True
             if asked.stop:
                 self._stop(State.STOPPED)
             elif asked.yields or is_taken():
@@ -254,6 +284,31 @@ class _Desk(FIFOScheduler):
                 self._say_fewer()
             else:
                 self._say_waiting(time.monotonic() - without_slots)
+
+    def hear_extensions(self) -> None:
+        """Gives the study the trials that were asked for and that it has not got yet."""
+        for extension in read_extensions(self._store, self._paths, after=self._heard):
+            with self.deciding:
+                if self.is_over:
+                    return  # it waits for the next driver
+                if extension.request <= self._heard:
+                    continue  # heard by the other thread
+                self._heard = extension.request
+                trials, wanted = self._engine.trials, extension.trials
+                try:
+                    space = checked_space(self._spec, trials, wanted=wanted, space=extension.space)
+                except SpecError as error:
+                    self._warn(f"the study is not extended: {error.problems[0].message}")
+                    continue
+                self._engine.extend(wanted, space, request=extension.request)
+                self._tests, self._tester = {}, None  # another trial may win
+                changed = ", from now on of another space" if space is not None else ""
+                told = f"{wanted} trials in all{changed}, as {extension.by or 'someone'} asks"
+                self._telemetry.event("extended", told)
+
+    def _give_up_if_hopeless(self) -> None:
+        if self._engine.hopeless is not None:
+            self._stop(self._engine.hopeless.state)
 
     def _stop(self, state: State) -> None:
         """Trials save their states, and the study ends, to be resumed."""
@@ -315,6 +370,7 @@ class _Desk(FIFOScheduler):
                 self._engine.cloned(self._trial_of[slot])
                 return Answer("continue", None)
             case Told(report):
+                self._take_measures(self._trial_of[slot])
                 decided = self._engine.reported(self._trial_of[slot], report)
                 self._tell()
                 if self._stops and decided.decision == "continue":
@@ -325,11 +381,30 @@ class _Desk(FIFOScheduler):
             case Note(message):
                 self._warn(f"trial {self._trial_of[slot]}: {message}")
                 return Wait()
-            case Tested():
-                assert self._tester is not None
-                self._tests[self._tester[1]], self._tester = said, None
+            case Tested(failure=failure):
+                if failure is not None and failure.traceback:
+                    _log.error("%s", failure.traceback)
+                if self._tester is not None and self._tester[0] == slot:
+                    self._tests[self._tester[1]], self._tester = said, None
         self._tell()
         return self._next(slot)
+
+    def _take_measures(self, number: int) -> None:
+        """Notes what the study's first trial has measured, where the job leaves that open."""
+        batching = self._spec.batching
+        names = ("max_tokens_per_microbatch", "launch_tokens")
+        values = self._engine.trials[number].values
+        open_ones = [
+            name
+            for name in names
+            if getattr(batching, name) == "auto" and f"batching.{name}" not in values
+        ]
+        if not open_ones or self._engine.trials.measured is not None:
+            return
+        attempts = read_attempts(self._store, self._paths.trial(number))
+        found = {name: getattr(attempts[-1], name) for name in open_ones} if attempts else {}
+        if found and None not in found.values():
+            self._engine.measured(**found)
 
     def _take_leave(self, number: int, gone: Gone) -> None:
         outcome, failure = gone.outcome, gone.crash
@@ -342,12 +417,18 @@ class _Desk(FIFOScheduler):
         elif self._engine.trials[number].status == "leaving":
             self._engine.left(number)
         # Else it was stopped on the way: it goes on when the study is resumed.
+        self._give_up_if_hopeless()
 
     def _next(self, slot: str) -> Order | None:
-        leg = None if self._stops else self._engine.work(slot)
-        if leg is not None:
+        while not self._stops and (leg := self._engine.work(slot)) is not None:
+            try:
+                order = Train(self._assigned(leg), leg.until)
+            except SpecError as error:
+                # Three keys or more that a rule of the job file binds to each other.
+                self._take_leave(leg.trial, Gone(_unfit(error)))
+                continue
             self._trial_of[slot] = leg.trial
-            return Train(self._assigned(leg), leg.until)
+            return order
         if self._trial_of:
             return Wait()
         if not self._stops and (test := self._next_test()) is not None:
@@ -358,6 +439,11 @@ class _Desk(FIFOScheduler):
             assert self._spec.data.test is not None
             run_id = self._paths.trial(test.number).run_id
             return Test(self._spec.store, run_id, self._spec.data.test)
+        if not self._stops:
+            heard = self._heard
+            self.hear_extensions()
+            if self._heard > heard:
+                return self._next(slot)
         self.is_over = True
         return None
 
@@ -377,8 +463,12 @@ class _Desk(FIFOScheduler):
             run_id = self._paths.trial(leg.donor.trial).run_id
             donor = DonorCheckpoint(run_id, leg.donor.step)
         assert self._spec.search is not None
+        job = job_with(self._spec, leg.values, seed=trial_seed(self._spec, leg.repeat))
+        trials = self._engine.trials
+        if trials.measured is not None and trials[leg.trial].is_given_measures:
+            job = _as_measured(job, trials.measured)
         return Assignment(
-            spec=job_with(self._spec, leg.values, seed=trial_seed(self._spec, leg.repeat)),
+            spec=job,
             run_id=paths.run_id,
             generation=self._assignment.generation,
             controls_seen=0,
@@ -394,33 +484,43 @@ class _Desk(FIFOScheduler):
 
     # ---- the end
 
-    def ended(self) -> Outcome | Failure:
-        """What has become of the study."""
-        trials = self._engine.trials
-        winner = trials.winner()
+    def ended(self) -> Outcome:
+        """What has become of the study; its best trial so far is named wherever there is one."""
         if self._broke is not None:
             raise self._broke
-        if self._stops is State.STOPPED:
-            return Outcome(attempt=0, state=State.STOPPED, step=0)
-        if self._stops is not None:
-            problem = ("the driver's machine is taken; the states of all trials are saved", None)
-            return Failure(state=self._stops, problems=(problem,), where="driver", exit_code=3)
-        if winner is None:
-            return _without_winner(trials)
-        for tested in self._tests.values():
-            if tested.failure is not None:
-                return tested.failure
+        failure = self._failure()
+        state = State.SUCCEEDED
+        if failure is not None:
+            state = failure.state
+        elif self._stops is not None:
+            state = self._stops
+        trials = self._engine.trials
+        winner, own = trials.winner(), trials.baseline_model()
         found = {number: tested.evaluation for number, tested in self._tests.items()}
-        own = trials.baseline_model()
         return Outcome(
             attempt=0,
-            state=State.SUCCEEDED,
-            step=winner.step,
-            trial=winner.number,
-            test=found.get(winner.number),
+            state=state,
+            step=winner.step if winner is not None else 0,
+            failure=failure,
+            trial=winner.number if winner is not None else None,
+            test=found.get(winner.number) if winner is not None else None,
             before=found.get(own.number) if own is not None else None,
             tested_on="test" if found else None,
         )
+
+    def _failure(self) -> Failure | None:
+        """Why the study has failed, if it has."""
+        if self._engine.hopeless is not None:
+            return self._engine.hopeless
+        if self._stops is State.STOPPED:
+            return None
+        if self._stops is not None:
+            problem = ("the driver's machine is taken; the states of all trials are saved", None)
+            return Failure(state=self._stops, problems=(problem,), where="driver", exit_code=3)
+        if self._engine.trials.winner() is None:
+            return _without_winner(self._spec, self._engine.trials)
+        failures = (tested.failure for tested in self._tests.values())
+        return next((failure for failure in failures if failure is not None), None)
 
     def _warn(self, message: str) -> None:
         self._telemetry.event("warning", message)
@@ -432,7 +532,7 @@ class _Desk(FIFOScheduler):
             self._told_at = now
             trials = self._engine.trials
             self._summary = trials.summary()
-            self._useful = min(most_slots(self._spec), trials.unended)
+            self._useful = min(most_slots(self._spec, self._engine.trials), trials.unended)
             self._telemetry.state(State.RUNNING, self._summary + self._fewer)
 
 
@@ -460,13 +560,43 @@ def fewer_slots(living: int, useful: int, *, room: int, room_now: int) -> str:
     return f"; {living} of {useful} slots: room for {room}{held}"
 
 
-def _without_winner(trials: Trials) -> Failure:
+def _without_winner(spec: JobSpec, trials: Trials) -> Failure:
     """Why no trial has a score."""
-    failed = [t.failure for t in trials.by_number.values() if t.failure is not None]
-    if failed:
-        return failed[0]
-    problem = "no trial has reported the metric of search.metric"
-    return Failure(state=State.FAILED_USER, problems=((problem, None),), where="driver")
+    assert spec.search is not None
+    failures = [t.failure for t in trials.by_number.values() if t.failure is not None]
+    if failures and len(failures) == len(trials):
+        message, hint = failures[0].problems[0]
+        what = "its only trial" if len(failures) == 1 else f"all {len(failures)} trials, the first"
+        return failures[0].model_copy(
+            update={"problems": ((f"the study has lost {what} as: {message}", hint),)}
+        )
+    closed = f" before the search ended: {trials.closed}" if trials.closed else ""
+    problem = (
+        f"no trial has had a {spec.search.metric} that is a number{closed}",
+        "see what trials report in their folders, and lower optimizer.learning_rate in the space, "
+        "or raise search.budget",
+    )
+    return Failure(state=State.FAILED_USER, problems=(problem,), where="driver")
+
+
+def _unfit(error: SpecError) -> Outcome:
+    """The end of a trial whose values make no job."""
+    failure = Failure.of(error, where="driver")
+    return Outcome(attempt=0, state=failure.state, step=0, failure=failure)
+
+
+def _as_measured(job: JobSpec, measured: Measured) -> JobSpec:
+    """A trial's job with what another one has measured, where it leaves that open itself."""
+    found = {
+        "max_tokens_per_microbatch": measured.max_tokens_per_microbatch,
+        "launch_tokens": measured.launch_tokens,
+    }
+    given = {
+        key: value
+        for key, value in found.items()
+        if value is not None and getattr(job.batching, key) == "auto"
+    }
+    return job.model_copy(update={"batching": job.batching.model_copy(update=given)})
 
 
 def _last_line(error: BaseException | str | None) -> str:

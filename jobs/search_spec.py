@@ -29,6 +29,7 @@ Number = int | float
 InsideFraction = Annotated[float, Field(gt=0, lt=1)]
 
 RECOMMENDED = "recommended"
+DEFAULT_TRIALS = 64
 RANGES = ("uniform", "loguniform", "quniform", "qloguniform", "integer", "log-integer")
 """The ways to draw a number from a range."""
 LISTS = ("choice", "grid")
@@ -295,7 +296,7 @@ def _mode_of(given: dict[str, Any]) -> Mode:
 
 def _trials_of(given: dict[str, Any]) -> int:
     scheduler = given.get("scheduler")
-    return scheduler.population if isinstance(scheduler, PBT | PB2) else 64
+    return scheduler.population if isinstance(scheduler, PBT | PB2) else DEFAULT_TRIALS
 
 
 def _baseline_of(given: dict[str, Any]) -> bool:
@@ -323,7 +324,9 @@ class Search(SpecPart):
     """How the next trial's values are chosen: a kind, or its group of keys."""
     scheduler: Scheduler = ASHA()
     """How long a trial goes on: a kind, or its group of keys; null: every trial to its end."""
-    trials: PositiveInt = Field(default_factory=_trials_of)
+    trials: PositiveInt = Field(
+        default_factory=_trials_of, json_schema_extra={"default": DEFAULT_TRIALS}
+    )
     """Trials at most, repeats, clones and finalists not counted; not given: 64, and for pbt and pb2
     their population, which it is."""
     seed: NonNegativeInt = 0

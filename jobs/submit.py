@@ -1,4 +1,5 @@
-"""From a job to a run that has started: run id, spec.json, then a driver. Also resume and stop.
+"""From a job to a run that has started: run id, spec.json, then a driver. Also resume, extend and
+stop.
 
 Where `cluster.kind` is kuberay the run is recorded, and its driver is left to Kubernetes:
 the command of `SubmittedRun.start_command` starts it.
@@ -28,10 +29,11 @@ from jobs.parse import (
     parse_spec,
     with_absolute_paths,
 )
-from jobs.record import NOTHING_PAST, Amendment, Control, Past, RunPaths, State
-from jobs.runs import RunReader, driver_has_ended
+from jobs.record import NOTHING_PAST, Amendment, Control, Lease, Past, RunPaths, State
+from jobs.runs import RunReader, driver_has_ended, refuse_trial
 from jobs.situation import LOST_AFTER_TTLS, read_situation
 from jobs.spec import RUN_ID_SUFFIX_CHARACTERS, JobSpec, KubeRayCluster
+from jobs.study.extension import checked_space, is_waiting, request_extension, trials_of
 from trainers.controls import last_request
 
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
@@ -180,21 +182,63 @@ def resume_run(
     run is its own.
 
     On Kubernetes, where the driver starts later and in a pod that follows from the changed job, the
-    changes are recorded here. Raises SpecError where the run is done, a driver lives, or a key may
-    not be changed by a resume.
+    changes are recorded here. A study's `search.trials` is no change of its job, but asked for as
+    `extend_study` does. Raises SpecError where the run is done, a driver lives, or a key may not be
+    changed by a resume.
     """
     reader = RunReader(store, run_id)
+    refuse_trial(reader, "resumed")
     spec = reader.spec()
     _refuse_driven(reader, now=time.time())
+    trials = None
     if overrides:
-        check_resume_overrides(overrides)
+        is_study = spec.search is not None
+        check_resume_overrides(overrides, is_study=is_study)
         changed = apply_overrides(spec.model_dump(mode="json"), overrides)
-        spec = parse_spec(changed, where="--set")
+        before, spec = spec, parse_spec(changed, where="--set")
+        kept = [o for o in overrides if o.partition("=")[0].strip() != "search.trials"]
+        if spec.search is not None and len(kept) < len(overrides):
+            trials, overrides = spec.search.trials, kept
+            checked_space(before, trials_of(reader, before), wanted=trials, space=None)
     # On Kubernetes a run is started again, never attended.
     on_kubernetes = isinstance(spec.cluster, KubeRayCluster)
     require_place(spec, foreground=foreground and not on_kubernetes)
     result = reader.result()
-    if result is not None and result.state is State.SUCCEEDED and not overrides:
+    if result is not None and result.state is State.SUCCEEDED and not overrides and not trials:
+        _refuse_done(reader, spec)
+    past = _past(reader)
+    if trials is not None:
+        request_extension(store, reader.paths, trials=trials, space=None, by="shoal resume")
+    if on_kubernetes:
+        record_changes(store, run_id, overrides)
+        return SubmittedRun(run_id, reader.uri, None, kubectl="replace --force")
+    return _start(store, spec, run_id, past=past, foreground=foreground, overrides=overrides)
+
+
+def extend_study(reader: RunReader, *, trials: int, space: object | None, by: str) -> int:
+    """Asks a study for so many trials in all, drawn from another space where one is given, as in
+    the job file; the request's number.
+
+    Its driver meets it, or the next one that a resume starts. Raises SpecError where the study
+    cannot have them.
+    """
+    refuse_trial(reader, "extended")
+    spec = reader.spec()
+    if spec.search is None:
+        raise SpecError(
+            Problem(
+                f"{reader.uri} is no study: its job has no search",
+                f"train it longer with: shoal resume {reader.uri} --set train.epochs=N",
+            )
+        )
+    checked = checked_space(spec, trials_of(reader, spec), wanted=trials, space=space)
+    return request_extension(reader.store, reader.paths, trials=trials, space=checked, by=by)
+
+
+def _refuse_done(reader: RunReader, spec: JobSpec) -> None:
+    """Raises SpecError for a run that has succeeded, but for a study that was given more trials
+    since."""
+    if spec.search is None:
         raise SpecError(
             Problem(
                 f"the run {reader.uri} has succeeded: all its epochs are done",
@@ -202,11 +246,14 @@ def resume_run(
                 f"new run with model.source: {reader.uri}",
             )
         )
-    past = _past(reader)
-    if on_kubernetes:
-        record_changes(store, run_id, overrides)
-        return SubmittedRun(run_id, reader.uri, None, kubectl="replace --force")
-    return _start(store, spec, run_id, past=past, foreground=foreground, overrides=overrides)
+    known = trials_of(reader, spec)
+    if not is_waiting(reader, known):
+        raise SpecError(
+            Problem(
+                f"the study {reader.uri} has succeeded: its {known.wanted} trials are done",
+                f"give it more with: shoal extend {reader.uri} --trials {2 * known.wanted}",
+            )
+        )
 
 
 def record_changes(store: Store, run_id: str, overrides: Sequence[str]) -> None:
@@ -277,17 +324,29 @@ def _past(reader: RunReader) -> Past:
     )
 
 
+def living_driver(reader: RunReader, *, now: float) -> Lease | None:
+    """The lease of the driver that works on the run, for all that can be known here."""
+    lease = reader.lease()
+    if lease is None or lease.released or read_situation(reader, now=now).is_over:
+        return None
+    borne_ttls = 1.0 if driver_has_ended(lease) is None else LOST_AFTER_TTLS
+    return None if now - lease.renewed_at > borne_ttls * lease.ttl_seconds else lease
+
+
+def is_driven_soon(reader: RunReader, *, now: float) -> bool:
+    """Whether a driver works on the run, or its first one may be about to."""
+    is_new = reader.lease() is None and reader.result() is None
+    return is_new or living_driver(reader, now=now) is not None
+
+
 def _refuse_driven(reader: RunReader, *, now: float) -> None:
     """Raises SpecError if a driver works on the run for all that can be known here.
 
     A holder on another machine that has been silent for its time to live may be gone, and one on
     this machine frozen: the new driver finds that out, by waiting.
     """
-    lease = reader.lease()
-    if lease is None or lease.released or read_situation(reader, now=now).is_over:
-        return
-    borne_ttls = 1.0 if driver_has_ended(lease) is None else LOST_AFTER_TTLS
-    if now - lease.renewed_at > borne_ttls * lease.ttl_seconds:
+    lease = living_driver(reader, now=now)
+    if lease is None:
         return
     raise SpecError(
         Problem(

@@ -212,8 +212,8 @@ class Telemetry:
         self._board = _TensorBoard(store, f"{paths.tensorboard}attempt-{self.source.number:04d}/")
 
     def event(self, event: str, message: str, **fields: Any) -> None:
-        """An event: state, checkpoint, evaluation, attempt, retention, skipped, warning or
-        error."""
+        """An event: state, checkpoint, evaluation, attempt, retention, extended, skipped, warning
+        or error."""
         span = "generation" if self.source.rank is None else "attempt"
         self._events.write({"event": event, "message": message, span: self.source.number, **fields})
 

@@ -22,12 +22,17 @@ from jobs.commands.target import (
 @run_argument
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(run: str, store: str | None, yes: bool) -> None:
-    """Delete a run with all of its checkpoints. A run that goes on is refused."""
+    """Delete a run with all of its checkpoints, a study with all of its trials.
+
+    A run that goes on is refused.
+    """
     from jobs.errors import Problem, SpecError
     from jobs.retention import delete_run, describe_unfinished, find_unfinished, refuse_running
+    from jobs.runs import refuse_trial
     from jobs.spec import format_bytes
 
     reader = open_run(run, store)
+    refuse_trial(reader, "deleted")
     heads = list(reader.store.list(f"{reader.run_id}/"))
     unfinished = find_unfinished(reader.store, f"{reader.run_id}/", tell=_hush)
     if not heads and not unfinished:
@@ -75,10 +80,11 @@ def _hush(problem: str) -> None:
 def gc(store: str | None, older_than_seconds: float, dry_run: bool, as_json: bool) -> None:
     """Remove what nobody can use any more.
 
-    That is: checkpoints without a manifest, checkpoints that a later attempt has superseded, runs
-    whose deletion was cut off, and uploads whose writer was killed, which no list of objects shows
-    and which a store bills all the same. Runs that go on are left alone; a lifecycle rule of the
-    bucket (AbortIncompleteMultipartUpload) removes their uploads too.
+    That is: checkpoints without a manifest, checkpoints that a later attempt has superseded, both
+    also of a study's trials, runs whose deletion was cut off, and uploads whose writer was killed,
+    which no list of objects shows and which a store bills all the same. Runs that go on are left
+    alone; a lifecycle rule of the bucket (AbortIncompleteMultipartUpload) removes their uploads
+    too.
     """
     from jobs.retention import collect, describe_unfinished, find_garbage
     from jobs.spec import format_bytes

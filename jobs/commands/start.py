@@ -89,7 +89,7 @@ def submit(
     submitted = submit_job(spec, run_id=run_id, foreground=False)
     # What the environment does not say of the way to the store is in the job file.
     store = None if spec.store.access == StoreAccess() else str(job)
-    _tell(submitted, store=store, as_json=as_json)
+    tell_start(submitted, store=store, as_json=as_json)
 
 
 @click.command()
@@ -99,8 +99,9 @@ def submit(
     "overrides",
     metavar="PATH=VALUE",
     multiple=True,
-    help="Change workers, retries, checkpoint, cluster, tracking, train.epochs, model.compile or "
-    "model.activation_checkpointing. Repeatable.",
+    help="Change workers, retries, checkpoint, cluster, tracking, model.compile or "
+    "model.activation_checkpointing; of a run train.epochs, of a study search.trials, budget, "
+    "patience, max_concurrent or retries. Repeatable.",
 )
 @click.option("--background", is_flag=True, help="Return at once and print the run's URI.")
 @no_progress_option
@@ -125,7 +126,7 @@ def resume(
         reader.store, reader.run_id, overrides=overrides, foreground=not background
     )
     if background or submitted.kubectl:
-        _tell(submitted, store=job_file_of_store(store), as_json=False)
+        tell_start(submitted, store=job_file_of_store(store), as_json=False)
         return
     ctx.exit(
         attend(
@@ -150,7 +151,8 @@ def _check(spec: JobSpec, *, skip: bool) -> None:
         checked.raise_problems()
 
 
-def _tell(submitted: SubmittedRun, *, store: str | None, as_json: bool) -> None:
+def tell_start(submitted: SubmittedRun, *, store: str | None, as_json: bool) -> None:
+    """What is to be known of a run that was started in the background, or is to be started."""
     command = submitted.start_command(store=store)
     if as_json:
         print_json({"run_id": submitted.run_id, "uri": submitted.uri, "start_command": command})

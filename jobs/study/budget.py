@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.search_spec import Search
-from jobs.study.events import Asked, Decided, Event, Failed, Reported
+from jobs.study.events import Asked, Closed, Decided, Event, Extended, Failed, Reported
 from jobs.study.score import WORST, score_of
 
 
@@ -21,9 +21,12 @@ class Budget:
         """Of all trials; what a clone has of its donor is not counted again."""
         self.seconds = 0.0
         """Of trials on slots."""
+        self._is_closed = False
+        """Whether the search has ended; what comes then does not make it go on."""
         self._best = WORST
         self._without_gain = 0
-        """Trials that ended one after the other without improving the best."""
+        """Trials that ended one after the other without improving the best, since the study was
+        extended last."""
 
     def observe(self, event: Event) -> None:
         if self._began_at is None and event.at:
@@ -40,6 +43,10 @@ class Budget:
         elif isinstance(event, Failed):
             self._newest.pop(event.trial, None)
             self._without_gain += 1
+        elif isinstance(event, Closed):
+            self._is_closed = True
+        elif isinstance(event, Extended):
+            self._is_closed, self._without_gain = False, 0
 
     def exhausted(self, *, now: float) -> str | None:
         """Why the search is to end, as a sentence; `now` in Unix seconds."""
@@ -63,6 +70,7 @@ class Budget:
             return
         score = score_of(newest, self._search)
         if score > self._best:
-            self._best, self._without_gain = score, 0
+            self._best = score
+            self._without_gain = self._without_gain if self._is_closed else 0
         else:
             self._without_gain += 1

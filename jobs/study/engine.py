@@ -3,6 +3,7 @@
     Engine.work       a leg for a free slot
     Engine.reported   whether a trial goes on
     Engine.left, lost, failed
+    Engine.extend     more trials, perhaps of another space
 
 Each method makes durable what it decides before it answers. A new Engine that has observed the same
 events answers alike, whatever the driver before it was doing when it died.
@@ -10,7 +11,9 @@ events answers alike, whatever the driver before it was doing when it died.
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -29,16 +32,21 @@ from jobs.study.events import (
     Failed,
     Left,
     Lost,
+    Measured,
     Reported,
     Started,
     Values,
 )
-from jobs.study.samplers import Sampler
+from jobs.study.samplers import Sampler, make_sampler
 from jobs.study.schedulers import Scheduler
+from jobs.study.space import space_from
 from jobs.study.trials import Trial, Trials
 
 FULL = 1.0 - 1e-9
 """From this fraction on a trial has had its full budget."""
+HOPELESS_AFTER = 3
+"""Trials that fail alike before any has reported, after which a driver makes no more of them."""
+_NUMBER = re.compile(r"\d[\w.+-]*")
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,9 @@ class Log(Protocol):
 
     def append(self, events: Sequence[Event]) -> None: ...
 
+    def read(self) -> Iterable[Event]:
+        """All of them, in order."""
+
 
 class Engine:
     """The study: its trials, and what comes next."""
@@ -88,20 +99,30 @@ class Engine:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`events` is what the log holds. Legs that were under way then are lost, as their slots
-        were the former driver's. `is_saved` looks whether a trial has a checkpoint of a step."""
+        were the former driver's. Where the log tells of another space than the job's, its own
+        sampler takes the place of `sampler`. `is_saved` looks whether a trial has a checkpoint of a
+        step."""
+        events = list(events)
         self._search = search
-        self._sampler = sampler
+        spaces = [e.space for e in events if isinstance(e, Extended) and e.space is not None]
+        self._sampler = self._sampler_of(spaces[-1]) if spaces else sampler
         self._scheduler = scheduler
         self._log = log
         self._is_saved = is_saved
         self._clock = clock
         self._budget = Budget(search, gpus=gpus)
         self._pending: list[Event] = []
+        self._failures = Counter[str]()
+        """Of this driver's trials, by their messages without numbers."""
+        self.hopeless: Failure | None = None
+        """Why no trial is begun any more, though the search is not closed: trials fail alike."""
         self.trials = Trials(search)
         for event in events:
             self._observe(event)
         for number in list(self.trials.running):
             self._lose(self.trials[number], "the study's driver ended", counts=False)
+        if self._is_reopened():
+            self._note(Extended(trials=self.trials.wanted))
         self._commit()
 
     # ------------------------------------------------------------------------------ what happens
@@ -109,6 +130,8 @@ class Engine:
     def work(self, slot: str) -> Leg | None:
         """The next leg for a free slot; None where there is nothing to do for it now, or, where
         nothing is running either, at all."""
+        if self.hopeless is not None:
+            return None
         while (number := self._first_ready()) is None and (event := self._next()) is not None:
             self._note(event)
         if number is None:
@@ -166,18 +189,37 @@ class Engine:
                 "raise search.retries, which are counted for each trial",
             )
             failure = Failure(state=State.FAILED_INFRA, problems=(problem,), exit_code=3)
-            self._note(Failed(trial=number, failure=failure))
+            self._fail(number, failure)
         self._commit()
 
     def failed(self, number: int, failure: Failure) -> None:
-        """The trial failed as it would again; the study goes on without it."""
-        self._note(Failed(trial=number, failure=failure))
+        """The trial failed as it would again; the study goes on without it, unless it is hopeless:
+        see `HOPELESS_AFTER`."""
+        self._fail(number, failure)
         self._commit()
 
-    def extend(self, trials: int, space: dict[str, Any] | None = None) -> None:
-        """The search is to have that many trials, of another space where one is given."""
-        self._note(Extended(trials=trials, space=space))
+    def measured(
+        self, *, max_tokens_per_microbatch: int | None = None, launch_tokens: int | None = None
+    ) -> None:
+        """What a trial has measured, for those that begin later."""
+        self._note(
+            Measured(
+                max_tokens_per_microbatch=max_tokens_per_microbatch, launch_tokens=launch_tokens
+            )
+        )
         self._commit()
+
+    def extend(
+        self, trials: int, space: dict[str, Any] | None = None, *, request: int | None = None
+    ) -> None:
+        """The search is to have that many trials, of another space where one is given; `request`
+        is the number of who asks for it."""
+        self._note(Extended(trials=trials, space=space, request=request))
+        self._commit()
+        if space is not None:
+            self._sampler = self._sampler_of(space)
+            for event in self._log.read():
+                self._tell_sampler(event)
 
     # --------------------------------------------------------------------------------- decisions
 
@@ -242,15 +284,18 @@ class Engine:
         chosen = [runs[0] for runs in trials.ranked()[: finalists.count]]
         if (own := trials.baseline()) is not None and own not in chosen:
             chosen.append(own)
-        if trials.finalists >= len(chosen) * finalists.seeds:
+        if not chosen:
             return None
-        # By turns, so that each has as many as the others.
-        seed, place = divmod(trials.finalists, len(chosen))
+        # By turns, so that each has as many as the others; those of before an extension count.
+        following = min(chosen, key=lambda trial: trials.finalists.get(trial.number, 0))
+        seed = trials.finalists.get(following.number, 0)
+        if seed >= finalists.seeds:
+            return None
         return Asked(
             trial=len(trials),
-            values=chosen[place].values,
+            values=following.values,
             repeat=self._search.repeats + seed,
-            repeats=chosen[place].number,
+            repeats=following.number,
             purpose="finalist",
         )
 
@@ -272,6 +317,29 @@ class Engine:
         else:
             self._note(Lost(trial=trial.number, cause=cause, counts=counts))
 
+    def _fail(self, number: int, failure: Failure) -> None:
+        self._note(Failed(trial=number, failure=failure))
+        message, hint = failure.problems[0]
+        alike = _NUMBER.sub("0", message)
+        self._failures[alike] += 1
+        if not self.trials.has_reported and self._failures[alike] >= HOPELESS_AFTER:
+            told = f"{HOPELESS_AFTER} trials failed alike, and none has reported: {message}"
+            self.hopeless = failure.model_copy(update={"problems": ((told, hint),)})
+
+    def _is_reopened(self) -> bool:
+        """Whether the search was closed by a budget that this driver's job has more of. A
+        population whose members have ended does not go on."""
+        trials = self.trials
+        return (
+            trials.closed is not None
+            and trials.configurations < trials.wanted
+            and not self._search.clones
+            and self._exhausted() is None
+        )
+
+    def _sampler_of(self, space: dict[str, Any]) -> Sampler:
+        return make_sampler(self._search, space_from(space), self._search.seed)
+
     def _exhausted(self) -> str | None:
         return self._budget.exhausted(now=self._clock())
 
@@ -290,10 +358,18 @@ class Engine:
 
     def _observe(self, event: Event) -> None:
         self.trials.observe(event)
-        trial = getattr(event, "trial", None)
-        if trial is None or self.trials[trial].purpose == "search":
+        self._tell_sampler(event)
+        if self._is_of_search(event):
             self._budget.observe(event)
-            self._sampler.observe(event)
             if isinstance(event, Extended):  # schedulers count repetitions, too
                 event = event.model_copy(update={"trials": event.trials * self._search.repeats})
             self._scheduler.observe(event)
+
+    def _tell_sampler(self, event: Event) -> None:
+        if self._is_of_search(event):
+            self._sampler.observe(event)
+
+    def _is_of_search(self, event: Event) -> bool:
+        """Whether it is none of a finalist."""
+        trial = getattr(event, "trial", None)
+        return trial is None or self.trials[trial].purpose == "search"

@@ -146,10 +146,33 @@ class Extended(StudyEvent):
     """The number of search trials that the study is to have from now on."""
     space: dict[str, Any] | None = None
     """As in the job file; None: as before."""
+    request: int | None = None
+    """Number of the request to the study that is met with this; None: nobody has asked for it."""
+
+
+class Measured(StudyEvent):
+    """What the first trial has measured where the job leaves it open: trials that begin from now on
+    are given it, so that all of them cut their micro-batches alike."""
+
+    kind: Literal["measured"] = "measured"
+    max_tokens_per_microbatch: int | None = None
+    """As in the job file; None: the job says it."""
+    launch_tokens: int | None = None
+    """As in the job file; None: the job says it."""
 
 
 Event = Annotated[
-    Asked | Started | Cloned | Reported | Decided | Left | Lost | Failed | Closed | Extended,
+    Asked
+    | Started
+    | Cloned
+    | Reported
+    | Decided
+    | Left
+    | Lost
+    | Failed
+    | Closed
+    | Extended
+    | Measured,
     Field(discriminator="kind"),
 ]
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)

@@ -82,6 +82,10 @@ class StudyLog:
         if self._last - self._merged > OBJECTS_IN_ONE:
             self._merge_up_to(self._merged + OBJECTS_IN_ONE)
 
+    def read(self) -> list[Event]:
+        """All events up to now."""
+        return read_events(self._store, self._paths)
+
     def _write(self, events: Sequence[Event]) -> None:
         number = self._last + 1
         self._store.write_if_absent(

@@ -9,11 +9,14 @@ likely: what draws, perturbs or models values needs to know no more of them.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from jobs.errors import SpecError
 from jobs.problems import Sources
@@ -23,6 +26,7 @@ from jobs.study.events import Values
 from jobs.tree import job_of, with_value
 
 _ABSENT = object()
+_GIVEN: TypeAdapter[dict[str, Distribution]] = TypeAdapter(dict[str, Distribution])
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,15 @@ class Space:
 def space_of(spec: JobSpec) -> Space:
     """The space of a job that has a search."""
     assert spec.search is not None
-    given = spec.search.space
+    return _space(spec.search.space)
+
+
+def space_from(tree: Mapping[str, Any]) -> Space:
+    """The space of plain values, as `search.space` of a job that was accepted holds it."""
+    return _space(_GIVEN.validate_json(json.dumps(tree)))
+
+
+def _space(given: Mapping[str, Distribution]) -> Space:
     order, _ = parents_first(given)
     return Space(tuple(_key(path, given[path]) for path in order))
 

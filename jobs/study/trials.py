@@ -22,6 +22,7 @@ from jobs.study.events import (
     Failed,
     Left,
     Lost,
+    Measured,
     Reported,
     Started,
     Values,
@@ -69,6 +70,13 @@ class Trial:
     best: float | None = None
     seconds: float = 0.0
     failure: Failure | None = None
+    is_given_measures: bool = False
+    """Whether it began with what an earlier trial has measured; else it measures by itself."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it never goes on."""
+        return self.status in ("stopped", "finished", "failed")
 
     @property
     def own_epochs(self) -> float:
@@ -86,11 +94,19 @@ class Trials:
         """Configurations that the search is to try."""
         self.configurations = 0
         """Those that were asked for, without repetitions and clones."""
-        self.finalists = 0
+        self.finalists: dict[int, int] = {}
+        """How often each configuration was asked for as a finalist."""
         self.unrepeated: Asked | None = None
         """The newest trial of the search whose configuration lacks repetitions."""
         self.closed: str | None = None
         """Why the search asks for no more trials."""
+        self.measured: Measured | None = None
+        """What the first trial has measured for the others."""
+        self.has_reported = False
+        """Whether any trial has."""
+        self.last_failed: Trial | None = None
+        self.last_request = 0
+        """Number of the newest request that the study has met."""
         self.began_at: float | None = None
         self.ready: set[int] = set()
         self.running: dict[int, None] = {}
@@ -164,11 +180,13 @@ class Trials:
         shown = sorted(self.counts.items())
         counts = ", ".join(f"{number} {status}" for status, number in shown if number)
         told = f"{self.configurations} of {self.wanted} trials begun ({counts})"
-        best = self.winner()
-        if best is None:
-            return told
-        metric = self._search.metric
-        return f"{told}; best {metric} {self.score(best):.4f} (trial {best.number})"
+        best, failed = self.winner(), self.last_failed
+        if best is not None:
+            metric = self._search.metric
+            told += f"; best {metric} {self.score(best):.4f} (trial {best.number})"
+        if failed is not None and failed.failure is not None:
+            told += f"; trial {failed.number} failed: {failed.failure.problems[0][0]}"
+        return told
 
     def _loss(self, trial: Trial) -> float:
         """The score of a trial that has one, such that less is better."""
@@ -191,6 +209,8 @@ class Trials:
                 self._become(trial, "running")
                 trial.slot, trial.legs = event.slot, event.leg
                 trial.until = event.until
+                if event.leg == 1:
+                    trial.is_given_measures = self.measured is not None
                 self.running[trial.number] = None
             case Cloned():
                 self._forget_clone(self.by_number[event.trial])
@@ -201,6 +221,7 @@ class Trials:
                 trial.seconds += event.seconds
                 loss = None if self.score(trial) is None else self._loss(trial)
                 self._rankings[trial.purpose].place(trial, loss)
+                self.has_reported = True
             case Decided():
                 self._heed(self.by_number[event.trial], event)
             case Left():
@@ -223,11 +244,15 @@ class Trials:
                 self.ready.discard(trial.number)
                 self._become(trial, "failed")
                 trial.failure = event.failure
+                self.last_failed = trial
                 self._forget_clone(trial)
             case Closed():
                 self.closed = event.reason
             case Extended():
                 self.wanted, self.closed = event.trials, None
+                self.last_request = max(self.last_request, event.request or 0)
+            case Measured():
+                self.measured = event
 
     def _add(self, asked: Asked) -> None:
         donor = None if asked.donor is None else self.by_number[asked.donor.trial]
@@ -251,7 +276,7 @@ class Trials:
         self.by_number[trial.number] = trial
         self.counts[trial.status] += 1
         if asked.purpose == "finalist":
-            self.finalists += 1
+            self.finalists[trial.of] = self.finalists.get(trial.of, 0) + 1
         else:
             if asked.repeats is None and asked.donor is None:
                 self.configurations += 1

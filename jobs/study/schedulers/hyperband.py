@@ -79,13 +79,13 @@ class Hyperband:
         elif isinstance(event, Reported | Decided | Failed) and event.trial in self._bracket_of:
             if isinstance(event, Reported):
                 self._report(event)
-            elif isinstance(event, Failed):
-                self._fail(event.trial)
+            elif isinstance(event, Failed) or event.decision == "stop":
+                self._stop(event.trial)
             else:
                 self._undecided.pop(event.trial, None)
                 if event.decision != "pause":
                     self._settled.pop(event.trial, None)
-                if event.decision in ("stop", "finish"):
+                if event.decision == "finish":
                     del self._bracket_of[event.trial]
 
     def bracket(self) -> int:
@@ -129,7 +129,9 @@ class Hyperband:
         )
         self._settle(number)
 
-    def _fail(self, trial: int) -> None:
+    def _stop(self, trial: int) -> None:
+        """One that failed, or that others stopped, counts as the worst of the rung it was to reach;
+        those that their rung drops are in none any more."""
         self._undecided.pop(trial, None)
         number = self._bracket_of.pop(trial)
         settled = self._settled.pop(trial, None)

@@ -34,6 +34,9 @@ class MemoryLog:
         self.appends += 1
         self.events += events
 
+    def read(self) -> list[Event]:
+        return list(self.events)
+
 
 class KilledError(Exception):
     """The driver is gone."""

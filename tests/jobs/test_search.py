@@ -1,0 +1,277 @@
+"""The desk of a study: what slots are told after what they say. No Ray is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+from synthetic import START, SyntheticRun, make_spec
+
+from cluster.storage import Store
+from jobs import search as searching
+from jobs.errors import SpecError
+from jobs.record import Attempt, Failure, Outcome, RunPaths, State
+from jobs.search import _Desk, make_engine
+from jobs.spec import JobSpec
+from jobs.study.engine import Report
+from jobs.study.events import Asked, Extended, Failed
+from jobs.study.extension import request_extension
+from jobs.study.log import StudyLog, read_events
+from jobs.study.slot import Answer, Free, Gone, Told, Train
+from trainers.assignment import Assignment
+from trainers.finish import build_result
+
+PATHS = RunPaths("study")
+
+
+class Ear:
+    """Telemetry that is listened to."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+
+    def event(self, event: str, message: str, **fields: Any) -> None:
+        self.told.append((event, message))
+
+    def state(self, state: State, message: str, **fields: Any) -> None:
+        self.told.append((state.value, message))
+
+
+def study_spec(**search: Any) -> JobSpec:
+    return make_spec(
+        search={
+            "metric": "validation/f1",
+            "space": {"optimizer.learning_rate": {"loguniform": [1e-5, 1e-1]}},
+            "algorithm": "random",
+            "scheduler": None,
+            "trials": 3,
+            "finalists": None,
+        }
+        | search,
+        workers={"count": 1},
+        data={
+            "train": "s3://lake/reviews/train",
+            "validation": "s3://lake/reviews/validation",
+            "seed": 7,
+        },
+    )
+
+
+@pytest.fixture
+def opened(local_store: Store) -> Callable[..., _Desk]:
+    """A desk of the next driver of the study in the store; `desk._telemetry` is an Ear."""
+    generation = 0
+
+    def open_desk(**search: Any) -> _Desk:
+        nonlocal generation
+        generation += 1
+        spec = study_spec(**search)
+        log = StudyLog(local_store, PATHS, generation=generation)
+        engine = make_engine(spec, log, is_saved=lambda trial, step: True)
+        assignment = Assignment(spec, PATHS.run_id, generation, 0)
+        return _Desk(assignment, local_store, engine, Ear())  # type: ignore[arg-type]
+
+    return open_desk
+
+
+def trained(desk: _Desk, slot: str, value: float | None) -> Any:
+    """What a slot is told after it has trained the trial that it was given to its end."""
+    report = Report(step=300, fraction=1.0, epochs=3.0, value=value, best=value, seconds=1.0)
+    answer = desk._order(slot, Told(report))
+    assert answer == Answer("finish", None)
+    return desk._order(slot, Gone(Outcome(attempt=1, state=State.SUCCEEDED, step=300)))
+
+
+def broke(message: str) -> Gone:
+    failure = Failure(state=State.FAILED_USER, problems=((message, "lower it"),))
+    return Gone(Outcome(attempt=1, state=failure.state, step=0, failure=failure))
+
+
+def warnings(desk: _Desk) -> list[str]:
+    return [message for kind, message in desk._telemetry.told if kind == "warning"]  # type: ignore[attr-defined]
+
+
+def test_a_request_for_more_trials_is_met_once(
+    opened: Callable[..., _Desk], local_store: Store
+) -> None:
+    request_extension(local_store, PATHS, trials=5, space=None, by="me")
+    desk = opened()
+    desk.hear_extensions()
+    desk.hear_extensions()
+    narrow = {"optimizer.learning_rate": {"loguniform": [1e-3, 1e-2]}}
+    request_extension(local_store, PATHS, trials=6, space=narrow, by="me")
+    opened().hear_extensions()
+    later = opened()
+    later.hear_extensions()
+    met = [e for e in read_events(local_store, PATHS) if isinstance(e, Extended)]
+    assert [(e.trials, e.request, e.space) for e in met] == [(5, 1, None), (6, 2, narrow)]
+    order = later._order("a", Free())
+    assert isinstance(order, Train)
+    assert 1e-3 <= order.assignment.spec.optimizer.learning_rate <= 1e-2
+
+
+@pytest.mark.parametrize(
+    ("keys", "trials", "why"),
+    [
+        ({}, 2, "2 trials in all are asked for, but the study has 3"),
+        ({"scheduler": "pbt", "trials": 8}, 16, "whose population cannot grow"),
+    ],
+)
+def test_a_request_that_the_study_cannot_meet_is_told(
+    opened: Callable[..., _Desk], local_store: Store, keys: dict[str, Any], trials: int, why: str
+) -> None:
+    request_extension(local_store, PATHS, trials=trials, space=None, by="me")
+    desk = opened(**keys)
+    desk.hear_extensions()
+    desk.hear_extensions()
+    (warning,) = warnings(desk)
+    assert why in warning
+    assert read_events(local_store, PATHS) == []
+
+
+def test_a_request_at_the_last_moment_is_met_or_waits_for_the_next_driver(
+    opened: Callable[..., _Desk], local_store: Store
+) -> None:
+    desk = opened(trials=1)
+    assert isinstance(desk._order("a", Free()), Train)
+    request_extension(local_store, PATHS, trials=2, space=None, by="me")
+    order = trained(desk, "a", 0.5)
+    assert isinstance(order, Train)
+    assert order.assignment.run_id == "study/trials/0001"
+    assert trained(desk, "a", 0.7) is None
+    assert desk.is_over
+    request_extension(local_store, PATHS, trials=3, space=None, by="me")
+    desk.hear_extensions()
+    assert desk.ended().state is State.SUCCEEDED
+    assert desk.ended().trial == 1
+    following = opened(trials=1)
+    following.hear_extensions()
+    order = following._order("a", Free())
+    assert isinstance(order, Train)
+    assert order.assignment.run_id == "study/trials/0002"
+
+
+def test_what_the_first_trial_has_measured_is_in_the_jobs_of_the_later_ones(
+    opened: Callable[..., _Desk], local_store: Store
+) -> None:
+    desk = opened()
+    first, second = desk._order("a", Free()), desk._order("b", Free())
+    assert isinstance(first, Train)
+    assert isinstance(second, Train)
+    for number, found in ((0, 300), (1, 500)):
+        attempt = Attempt(
+            attempt=1,
+            generation=1,
+            world_size=1,
+            restored_step=None,
+            started_at=START,
+            launch_tokens=found,
+        )
+        local_store.write(PATHS.trial(number).attempt(1), attempt.to_bytes())
+    third = trained(desk, "a", 0.5)
+    assert isinstance(third, Train)
+    jobs = [order.assignment.spec.batching for order in (first, second, third)]
+    assert [job.launch_tokens for job in jobs] == ["auto", "auto", 300]
+    assert jobs[2].max_tokens_per_microbatch == 8192  # which the job says
+    # The second goes on with what it measured itself; a new driver knows as much.
+    desk._order("b", Gone(None, Failure.of(OSError("gone"), where="slot")))
+    again = opened()
+    orders = [again._order(slot, Free()) for slot in "ab"]
+    assert [order.assignment.spec.batching.launch_tokens for order in orders] == [  # type: ignore[union-attr]
+        "auto",
+        300,
+    ]
+
+
+def test_values_that_make_no_job_fail_their_trial_alone(
+    opened: Callable[..., _Desk], local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_with, made = searching.job_with, []
+
+    def refusing(*arguments: Any, **named: Any) -> JobSpec:
+        made.append(arguments)
+        if len(made) == 1:
+            raise SpecError("three keys cannot go together")
+        return job_with(*arguments, **named)
+
+    monkeypatch.setattr(searching, "job_with", refusing)
+    desk = opened()
+    order = desk._order("a", Free())
+    assert isinstance(order, Train)
+    assert order.assignment.run_id == "study/trials/0001"
+    failed = [e for e in read_events(local_store, PATHS) if isinstance(e, Failed)]
+    assert [(e.trial, e.failure.state) for e in failed] == [(0, State.FAILED_SPEC)]
+    assert "trial 0 failed: three keys" in desk._engine.trials.summary()
+
+
+def test_a_study_whose_trials_all_fail_alike_stops_with_their_failure(
+    opened: Callable[..., _Desk], local_store: Store
+) -> None:
+    desk = opened(trials=50)
+    order = desk._order("a", Free())
+    for step in range(3):
+        assert isinstance(order, Train)
+        order = desk._order("a", broke(f"the loss is not finite at step {step}"))
+    assert order is None
+    assert desk.is_over
+    ended = desk.ended()
+    assert ended.state is State.FAILED_USER
+    assert ended.failure is not None
+    assert ended.failure.exit_code == 1
+    assert "3 trials failed alike, and none has reported: the loss" in ended.failure.problems[0][0]
+    assert sum(isinstance(e, Asked) for e in read_events(local_store, PATHS)) == 3
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (["out of memory"] * 2, "the study has lost all 2 trials, the first as: out of memory"),
+        ([None, None], "no trial has had a validation/f1 that is a number before the search ended"),
+        (["out of memory", None], "no trial has had a validation/f1 that is a number"),
+    ],
+)
+def test_a_study_without_any_score_says_why(
+    opened: Callable[..., _Desk], says: list[str | None], message: str
+) -> None:
+    desk = opened(trials=len(says))
+    desk._order("a", Free())
+    for said in says:
+        if said is None:
+            trained(desk, "a", None)
+        else:
+            desk._order("a", broke(said))
+    ended = desk.ended()
+    assert (ended.state, ended.trial) == (State.FAILED_USER, None)
+    assert ended.failure is not None
+    assert message in ended.failure.problems[0][0]
+
+
+def test_a_study_that_is_stopped_names_its_best_checkpoint_so_far(
+    opened: Callable[..., _Desk], local_store: Store
+) -> None:
+    desk = opened()
+    assert desk.ended().trial is None
+    desk._order("a", Free())
+    trained(desk, "a", 0.5)
+    trained(desk, "a", 0.8)
+    run = SyntheticRun(local_store, run_id=PATHS.trial(1).run_id, spec=study_spec())
+    run.start_attempt(1, time=START)
+    run.checkpoint(1, 300, time=START)
+    desk._stop(State.STOPPED)
+    desk._order("a", Gone(Outcome(attempt=1, state=State.STOPPED, step=40)))
+    assert desk.is_over
+    ended = desk.ended()
+    assert (ended.state, ended.trial) == (State.STOPPED, 1)
+    result = build_result(local_store, PATHS, generation=1, ended=ended)
+    assert result.best_checkpoint == "trials/0001/checkpoints/step-00000300-attempt-0001"
+    assert result.exit_code == 130
+
+    taken = opened()
+    taken._stop(State.FAILED_INFRA)
+    result = build_result(local_store, PATHS, generation=2, ended=taken.ended())
+    assert result.best_checkpoint == "trials/0001/checkpoints/step-00000300-attempt-0001"
+    assert (result.state, result.exit_code) == (State.FAILED_INFRA, 3)
