@@ -319,21 +319,6 @@ def list_run_ids(store: Store) -> list[str]:
         return sorted(f for f, head in zip(folders, heads, strict=True) if head is not None)
 
 
-def refuse_trial(reader: RunReader, what: str) -> None:
-    """Raises SpecError for a trial of a study, which is not to be `what` ("resumed") by itself.
-
-    Ids of runs begin with a letter; trials are numbers.
-    """
-    study, _, folder = reader.store.uri.rpartition("/")
-    if folder == "trials" and reader.run_id.isdigit():
-        raise SpecError(
-            Problem(
-                f"{reader.uri} is a trial of a study, which alone can be {what}",
-                f"name the study: {study}",
-            )
-        )
-
-
 def driver_has_ended(lease: Lease) -> bool | None:
     """Whether the process that holds the lease is gone; None where that cannot be told here."""
     holder = ProcessIdentity(host=lease.host, boot=lease.boot, pid=lease.pid, started=lease.started)

@@ -30,7 +30,7 @@ from jobs.parse import (
     with_absolute_paths,
 )
 from jobs.record import NOTHING_PAST, Amendment, Control, Lease, Past, RunPaths, State
-from jobs.runs import RunReader, driver_has_ended, refuse_trial
+from jobs.runs import RunReader, driver_has_ended
 from jobs.situation import LOST_AFTER_TTLS, read_situation
 from jobs.spec import RUN_ID_SUFFIX_CHARACTERS, JobSpec, KubeRayCluster
 from jobs.study.extension import checked_space, is_waiting, request_extension, trials_of
@@ -187,7 +187,6 @@ def resume_run(
     changed by a resume.
     """
     reader = RunReader(store, run_id)
-    refuse_trial(reader, "resumed")
     spec = reader.spec()
     _refuse_driven(reader, now=time.time())
     trials = None
@@ -222,7 +221,6 @@ def extend_study(reader: RunReader, *, trials: int, space: object | None, by: st
     Its driver meets it, or the next one that a resume starts. Raises SpecError where the study
     cannot have them.
     """
-    refuse_trial(reader, "extended")
     spec = reader.spec()
     if spec.search is None:
         raise SpecError(

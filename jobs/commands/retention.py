@@ -28,11 +28,9 @@ def delete(run: str, store: str | None, yes: bool) -> None:
     """
     from jobs.errors import Problem, SpecError
     from jobs.retention import delete_run, describe_unfinished, find_unfinished, refuse_running
-    from jobs.runs import refuse_trial
     from jobs.spec import format_bytes
 
     reader = open_run(run, store)
-    refuse_trial(reader, "deleted")
     heads = list(reader.store.list(f"{reader.run_id}/"))
     unfinished = find_unfinished(reader.store, f"{reader.run_id}/", tell=_hush)
     if not heads and not unfinished:

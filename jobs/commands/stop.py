@@ -16,12 +16,10 @@ def stop(ctx: click.Context, run: str, store: str | None, wait: bool) -> None:
     from jobs.errors import Problem, SpecError
     from jobs.foreground import requester
     from jobs.onlooker import Onlooker
-    from jobs.runs import refuse_trial
     from jobs.situation import read_situation
     from jobs.submit import request_stop
 
     reader = open_run(run, store)
-    refuse_trial(reader, "stopped")
     reader.spec_head()
     situation = read_situation(reader, onlooker=Onlooker())
     if situation.is_over:

@@ -246,6 +246,6 @@ def test_a_trial_alone_is_not_to_be_driven_or_deleted(shell: Shell, command: lis
     shell.store.write(made.paths.trial(1).spec, made.spec.to_bytes())
     uri = f"{shell.store.uri}/{STUDY}"
     shell.run(command[0], f"{uri}/trials/0001", *command[1:], code=2)
-    assert f"trials/0001 is a trial of a study, which alone can be {command[0]}" in shell.error
+    assert "trials/0001 is a trial of a study, which alone starts, stops and removes" in shell.error
     assert f"name the study: {uri}\n" in shell.error
-    assert shell.json("status", f"{uri}/trials/0001")["run_id"] == "0001"
+    assert shell.json("status", f"{uri}/trials/0001")["run_id"] == f"{STUDY}/trials/0001"

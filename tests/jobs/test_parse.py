@@ -802,13 +802,14 @@ class TestSearch:
             ),
             (
                 "{scheduler: pbt, trials: 3}",
-                "search has 3 trials, but the population of pbt is 8",
-                "set search.trials to 8 or more, or search.scheduler.population to 3 or less",
+                "search has 3 trials, but the population of pbt is 8, and all other trials are its "
+                "clones",
+                "remove search.trials, or set search.scheduler.population to 3",
             ),
             (
                 "{scheduler: pb2, repeats: 2}",
                 "search has scheduler pb2 and repeats, but a clone's values are only the last part "
-                "of how it was trained, which another seed does not repeat",
+                "of how it was trained, which no other trial repeats",
                 "remove search.repeats, or choose scheduler asha",
             ),
             (

@@ -44,7 +44,11 @@ def test_every_key_has_a_description_of_one_line(name: str, group: dict[str, Any
 
 
 def test_there_are_examples_to_test() -> None:
-    assert [path.name for path in JOBS] == ["laptop.yaml", "sentiment.yaml"]
+    assert [path.name for path in JOBS] == [
+        "laptop.yaml",
+        "search-sentiment.yaml",
+        "sentiment.yaml",
+    ]
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
