@@ -60,7 +60,7 @@ from jobs.study.space import job_with, space_of, trial_seed
 from jobs.study.trials import Trial, Trials
 from jobs.submit import request_stop
 from trainers.assignment import Assignment, DonorCheckpoint, TrialPlan
-from trainers.controls import POLL_SECONDS, Requests, requests_to
+from trainers.controls import POLL_SECONDS, Requests, last_request, requests_to
 from trainers.patience import Patience
 from trainers.records import read_live_manifests
 from trainers.telemetry import Telemetry
@@ -346,8 +346,9 @@ class _Desk(FIFOScheduler):
     def _next(self, slot: str) -> Order | None:
         leg = None if self._stops else self._engine.work(slot)
         if leg is not None:
-            self._trial_of[slot] = leg.trial
-            return Train(self._assigned(leg), leg.until)
+            train = Train(self._assigned(leg), leg.until)
+            self._trial_of[slot] = leg.trial  # from now on it is asked to stop with the study
+            return train
         if self._trial_of:
             return Wait()
         if not self._stops and (test := self._next_test()) is not None:
@@ -381,7 +382,7 @@ class _Desk(FIFOScheduler):
             spec=job_with(self._spec, leg.values, seed=trial_seed(self._spec, leg.repeat)),
             run_id=paths.run_id,
             generation=self._assignment.generation,
-            controls_seen=0,
+            controls_seen=last_request(self._store, paths),
             trial=TrialPlan(
                 study=self._paths.run_id,
                 metric=self._spec.search.metric,
