@@ -63,7 +63,7 @@ from jobs.study.space import job_with, space_of, trial_seed
 from jobs.study.trials import Trial, Trials
 from jobs.submit import request_stop
 from trainers.assignment import Assignment, DonorCheckpoint, TrialPlan
-from trainers.controls import POLL_SECONDS, Requests, requests_to
+from trainers.controls import POLL_SECONDS, Requests, last_request, requests_to
 from trainers.patience import Patience
 from trainers.records import read_attempts, read_live_manifests
 from trainers.telemetry import Telemetry
@@ -471,7 +471,7 @@ class _Desk(FIFOScheduler):
             spec=job,
             run_id=paths.run_id,
             generation=self._assignment.generation,
-            controls_seen=0,
+            controls_seen=last_request(self._store, paths),
             trial=TrialPlan(
                 study=self._paths.run_id,
                 metric=self._spec.search.metric,

@@ -62,8 +62,9 @@ def test_the_job_in_the_readme_is_a_job_and_so_is_its_search(tmp_path: Path) -> 
     file = tmp_path / "job.yaml"
     file.write_text(job, encoding="utf-8")
     assert load_spec(file).workers.count == 4
-    file.write_text(job + search, encoding="utf-8")
-    spec = load_spec(file, ["workers.count=1", "workers.min=null"])
+    fixed = job.replace("count: 4, min: 2", "count: 4")  # trials are not elastic
+    file.write_text(fixed + search, encoding="utf-8")
+    spec = load_spec(file)
     assert spec.search is not None
     assert spec.search.metric == "validation/f1"
 

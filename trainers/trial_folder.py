@@ -9,18 +9,16 @@ torch is loaded for a clone alone.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 
 from cluster.storage import ObjectExists, Store
 from jobs.record import Outcome, RunPaths, State
 from trainers.assignment import Assignment
-from trainers.controls import last_request
 from trainers.finish import build_result, write_result
 
 
-def prepare_trial(store: Store, assignment: Assignment) -> Assignment:
+def prepare_trial(store: Store, assignment: Assignment) -> None:
     """Begins the trial's run folder, with its job and, for a clone, its donor's checkpoint; what is
-    there already is left as it is. The assignment, for which requests up to now are old.
+    there already is left as it is.
 
     The donor of a clone may go on after that. Raises as `begin_clone`.
     """
@@ -32,7 +30,6 @@ def prepare_trial(store: Store, assignment: Assignment) -> Assignment:
         from trainers.clone import begin_clone
 
         begin_clone(store, paths, assignment, trial, trial.donor)
-    return replace(assignment, controls_seen=last_request(store, paths))
 
 
 def record_end(store: Store, assignment: Assignment, outcome: Outcome) -> None:

@@ -187,7 +187,8 @@ class Stretch:
         """Trains until the study has another trial for the slot, or until the trial has ended."""
         try:
             store = self._store()
-            assignment = prepare_trial(store, self._assignment)
+            assignment = self._assignment
+            prepare_trial(store, assignment)
             if assignment.trial is not None and assignment.trial.donor is not None:
                 self._ask(Begun())
             ended = self._train(assignment)
