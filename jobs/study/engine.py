@@ -287,15 +287,15 @@ class Engine:
         if not chosen:
             return None
         # By turns, so that each has as many as the others; those of before an extension count.
-        following = min(chosen, key=lambda trial: trials.finalists.get(trial.number, 0))
-        seed = trials.finalists.get(following.number, 0)
+        following = min(chosen, key=lambda trial: trials.finalists_of.get(trial.of, 0))
+        seed = trials.finalists_of.get(following.of, 0)
         if seed >= finalists.seeds:
             return None
         return Asked(
             trial=len(trials),
             values=following.values,
             repeat=self._search.repeats + seed,
-            repeats=following.number,
+            repeats=following.of,
             purpose="finalist",
         )
 

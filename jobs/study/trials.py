@@ -94,8 +94,9 @@ class Trials:
         """Configurations that the search is to try."""
         self.configurations = 0
         """Those that were asked for, without repetitions and clones."""
-        self.finalists: dict[int, int] = {}
-        """How often each configuration was asked for as a finalist."""
+        self.finalists = 0
+        self.finalists_of: dict[int, int] = {}
+        """How many each configuration has."""
         self.unrepeated: Asked | None = None
         """The newest trial of the search whose configuration lacks repetitions."""
         self.closed: str | None = None
@@ -276,7 +277,8 @@ class Trials:
         self.by_number[trial.number] = trial
         self.counts[trial.status] += 1
         if asked.purpose == "finalist":
-            self.finalists[trial.of] = self.finalists.get(trial.of, 0) + 1
+            self.finalists += 1
+            self.finalists_of[trial.of] = self.finalists_of.get(trial.of, 0) + 1
         else:
             if asked.repeats is None and asked.donor is None:
                 self.configurations += 1

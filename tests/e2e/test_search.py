@@ -19,7 +19,7 @@ import yaml
 from cluster.storage import Store, join_uri
 from jobs.record import RunPaths, State
 from jobs.runs import RunReader
-from jobs.study.events import Asked, Decided, Lost, Reported
+from jobs.study.events import Asked, Decided, Extended, Lost, Reported
 from jobs.study.log import read_events
 from jobs.study.trials import Trials
 from tests.tiny import tiny_model, tiny_reviews, tiny_tree
@@ -123,6 +123,22 @@ def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop(scene: Path, s3_st
     losses = [line["metrics"]["loss"] for line in own.metrics() if line["kind"] == "evaluation"]
     assert min(losses) == winner.best
 
+    run = shoal("extend", reader.uri, "--trials", "10", folder=scene)
+    output, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, output
+    events = read_events(runs, paths)
+    trials = Trials(search, events)
+    assert [e.trials for e in events if isinstance(e, Extended)] == [10]
+    assert trials.configurations == 10
+    winner = trials.winner()
+    assert winner is not None
+    holders = {head.key.split("/")[2] for head in runs.list(paths.trials) if is_part(head.key)}
+    kept = {runs[0].of for runs in trials.ranked()[:3]} | {
+        runs[0].of for runs in trials.ranked("finalist")[:3]
+    }
+    assert f"{winner.number:04d}" in holders
+    assert {trials[int(folder)].of for folder in holders} <= kept
+
 
 def test_a_cloned_trial_goes_on_where_its_donor_stood(scene: Path, s3_store: Store) -> None:
     tree = yaml.safe_load((scene / "job.yaml").read_text())
@@ -174,12 +190,21 @@ def tree_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def is_part(key: str) -> bool:
+    """Whether an object of a study's is part of a trial's checkpoint."""
+    return "/checkpoints/" in key
+
+
 def is_of(process: psutil.Process, cache: Path) -> bool:
     return (process.info["environ"] or {}).get("SHOAL_CACHE") == str(cache)
 
 
 def is_slot(process: psutil.Process) -> bool:
-    """Whether it is Ray's process of a slot; one that has ended is not."""
+    """Whether it is Ray's process of a slot; one that has ended is not.
+
+    It is called by its class, and during a call by the class that Tune makes of that.
+    """
     with suppress(psutil.NoSuchProcess):
-        return "ray::Slot" in " ".join(process.cmdline())
+        title = " ".join(process.cmdline())
+        return "ray::Slot" in title or "ray::ResourceTrainable" in title
     return False

@@ -8,14 +8,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from synthetic import START, running, succeeded
+from synthetic import START, SyntheticRun, running, succeeded
 
 from cluster.storage import StorageError, Store
 from jobs import situation
 from jobs.errors import SpecError
-from jobs.record import CheckpointName
+from jobs.record import CheckpointName, RunPaths
 from jobs.retention import Garbage, collect, delete_run, find_garbage
 from jobs.runs import RunReader
+from tests.killed_writer import kill_writer_of
 
 
 class DyingStore:
@@ -132,3 +133,72 @@ def test_a_run_whose_driver_is_silent_by_its_own_clock_alone_is_left_as_it_is(
     assert [garbage.run_id for garbage in found] == ["gone"]
     assert len(told) == 2
     assert all("or the store was away: it is looked at for" in sentence for sentence in told)
+
+
+def study_of_trials(store: Store) -> SyntheticRun:
+    """A study that has ended, with two trials that are runs of their own."""
+    study = succeeded(store, run_id="study")
+    for number in range(2):
+        succeeded(store, run_id=study.paths.trial(number).run_id)
+    return study
+
+
+def test_gc_looks_through_the_trials_of_a_study(local_store: Store) -> None:
+    study = study_of_trials(local_store)
+    first, second = study.paths.trial(0), study.paths.trial(1)
+    half = CheckpointName(260, 2)
+    for paths in (first, second):
+        local_store.write(paths.checkpoint(half) + "model.safetensors", b"cut off")
+    # The second trial's is the study's model, whatever its manifest is.
+    result = RunReader(local_store, "study").result()
+    assert result is not None
+    best = f"trials/0001/checkpoints/{half.folder}"
+    named = result.model_copy(update={"best_checkpoint": best})
+    local_store.write(study.paths.result, named.to_bytes())
+    (garbage,) = garbage_of(local_store, older_than_seconds=0, now=START + 10**9)
+    assert (garbage.run_id, garbage.what, garbage.why) == (
+        "study",
+        f"trials/0000/checkpoints/{half.folder}",
+        "has no manifest",
+    )
+    collect(local_store, garbage, tell=pytest.fail)
+    assert list(local_store.list(first.checkpoint(half))) == []
+    assert list(local_store.list(second.checkpoint(half)))
+    assert len(list(local_store.list(first.checkpoints))) == 4 * 6
+    assert garbage_of(local_store, older_than_seconds=0, now=START + 10**9) == []
+
+
+def test_gc_leaves_the_trials_of_a_study_that_goes_on(local_store: Store) -> None:
+    study = running(local_store, now=time.time(), run_id="study")
+    trial = succeeded(local_store, run_id=study.paths.trial(0).run_id)
+    local_store.write(trial.paths.checkpoint(CheckpointName(260, 2)) + "part", b"being written")
+    assert garbage_of(local_store, older_than_seconds=0, now=time.time()) == []
+
+
+def test_a_study_is_deleted_with_its_trials_what_commits_them_first(local_store: Store) -> None:
+    study = study_of_trials(local_store)
+    commits = [
+        head.key
+        for head in local_store.list("study/")
+        if head.key.endswith(("/manifest.json", "/result.json"))
+    ]
+    assert len(commits) == 3 * 7
+    dying = DyingStore(local_store, deletions=len(commits))
+    with pytest.raises(StorageError):
+        delete_run(dying, "study", tell=pytest.fail)  # type: ignore[arg-type]
+    assert not any(local_store.head(key) for key in commits)
+    assert local_store.head(study.paths.trial(1).spec)
+    delete_run(local_store, "study", tell=pytest.fail)
+    assert list(local_store.list()) == []
+
+
+def test_an_upload_of_a_deleted_study_is_found_by_its_trial(store: Store) -> None:
+    paths = RunPaths("deleted-000001").trial(7)
+    kill_writer_of(store, paths.checkpoint(CheckpointName(260, 2)) + "model/model.safetensors")
+    kill_writer_of(store, "foreign/trials/7/notes/backup.tar")
+    (garbage,) = garbage_of(store, older_than_seconds=0, now=time.time() + 60)
+    assert (garbage.run_id, garbage.what, len(garbage.unfinished)) == (
+        "deleted-000001",
+        "uploads",
+        1,
+    )

@@ -12,8 +12,9 @@ import pytest
 from cluster.storage import StorageError, Store
 from jobs.record import CheckpointName, RunPaths
 from jobs.study.engine import Engine
-from jobs.study.events import Asked, Event, Started
+from jobs.study.events import Asked, Cloned, Decided, Donor, Event, Left, Reported, Started
 from jobs.study.retention import KEPT_CONFIGURATIONS, Holdings, Sweeper
+from jobs.study.trials import Trials
 from tests.jobs.study.simulated import MemoryLog, Simulation, engine_of
 from tests.jobs.study.test_engine import SCHEDULERS, accuracy, study
 
@@ -69,6 +70,29 @@ def test_nothing_goes_that_is_needed_later(scheduler: str, score: str) -> None:
     most = 4 if scheduler not in ("pbt", "pb2") else KEPT_CONFIGURATIONS
     assert len(kept) <= 2 * most  # the best of the search, and the best finalists
     assert {runs[0].of for runs in engine.trials.ranked()[:most]} <= kept
+
+
+def test_a_donor_is_kept_until_its_clone_has_begun() -> None:
+    search, _ = study("pbt")
+    events: list[Event] = []
+    for number in range(6):
+        told = Reported(trial=number, step=3, fraction=0.3, epochs=1, value=number, best=number)
+        events += [
+            Asked(trial=number, values={}),
+            Started(trial=number, leg=1, slot="a", until=0.3),
+            told,
+            Decided(trial=number, decision="pause"),
+            Left(trial=number),
+        ]
+    events.append(Asked(trial=6, values={}, donor=Donor(trial=0, step=3)))
+    # The search is closed before the clone begins.
+    events += [Decided(trial=number, decision="stop") for number in range(6)]
+    trials = Trials(search, events)
+    holdings = Holdings(search, trials)
+    assert holdings.take() == [1, 2]
+    trials.observe(Started(trial=6, leg=1, slot="a", until=0.6))
+    trials.observe(Cloned(trial=6))
+    assert holdings.take() == [0]
 
 
 class Told:
