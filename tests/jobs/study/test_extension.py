@@ -129,21 +129,6 @@ def test_patience_begins_anew_with_an_extension() -> None:
 
 @pytest.mark.parametrize("scheduler", GROWING)
 def test_a_larger_budget_opens_the_search_again_and_the_same_one_does_not(scheduler: str) -> None:
-<<<<<<< HEAD
-    search, space = study(scheduler, trials=30, budget={"epochs": 40.0})
-    log, simulation = MemoryLog(), Simulation(accuracy, slots=2)
-    simulation.run(engine_of(search, space, log))
-    before = len(log.events)
-    assert engine_of(search, space, log).work("a") is None
-    assert len(log.events) == before
-    larger = search.model_copy(update={"budget": search.budget.model_copy(update={"epochs": None})})
-    ended = {t for t in range(30) if any(_is_end(e, t) for e in log.events)}
-    engine = engine_of(larger, space, log, simulation)
-    simulation.run(engine)
-    assert engine.trials.configurations == 30
-    assert {t.status for t in engine.trials.by_number.values()} <= {"stopped", "finished"}
-    assert ended.isdisjoint(e.trial for e in log.events[before:] if isinstance(e, Started))
-=======
     for epochs in range(10, 100, 6):
         search, space = study(scheduler, trials=30, budget={"epochs": float(epochs)})
         log, simulation = MemoryLog(), Simulation(accuracy, slots=3)
@@ -160,7 +145,6 @@ def test_a_larger_budget_opens_the_search_again_and_the_same_one_does_not(schedu
         assert {t.status for t in engine.trials.by_number.values()} <= {"stopped", "finished"}
         later = log.events[before:]
         assert ended.isdisjoint(e.trial for e in later if isinstance(e, Started | Decided))
->>>>>>> w-h6
 
 
 def _is_end(event: Event, trial: int) -> bool:
@@ -205,14 +189,7 @@ def test_trials_that_fail_alike_before_any_has_reported_end_the_study() -> None:
     assert engine.hopeless is not None
     alike = "step 14: loss is nan at rate 2.5e-3"
     assert engine.hopeless.problems == (
-<<<<<<< HEAD
-        (
-            "3 trials failed alike, and none has reported: step 14: loss is nan at rate 2.5e-3",
-            "lower it",
-        ),
-=======
         (f"3 trials failed alike, and none has reported: {alike}", "lower it"),
->>>>>>> w-h6
     )
     assert engine.trials.closed is None
     # Whoever has mended it resumes the study, which tries again.
