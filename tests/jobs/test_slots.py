@@ -11,21 +11,28 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.storage import Store, open_store
+from jobs import search
 from jobs.record import Failure, Outcome, RunPaths, State
 from jobs.search import fewer_slots, most_slots, slot_resources
 from jobs.spec import JobSpec
+from jobs.study.log import StudyLog
 from jobs.study.slot import Answer, Gone, Note, SlotWork, Told, Train, Wait
+from jobs.submit import request_stop
 from tests.tiny import tiny_job
+from tests.trainers.test_notices import Told as Remembers
 from trainers import ray_trial
 from trainers.assignment import Assignment, EvaluationReport, TrialPlan, Verdict
+from trainers.controls import requests_to
 from trainers.notices import Told as Ear
+from trainers.trial_folder import prepare_trial
 
 SPACE = {"model.dropout": {"uniform": [0, 0.1]}}
 
 
-def job(folder: Path, *, workers: Any = None, **search: Any) -> JobSpec:
+def job(folder: Path, *, workers: Any = None, **keys: Any) -> JobSpec:
     data = {"train": str(folder / "train"), "validation": str(folder / "validation")}
-    parts = {"workers": workers or {}, "search": {"space": SPACE, **search}}
+    parts = {"workers": workers or {}, "search": {"space": SPACE, **keys}}
     return tiny_job(folder / "model", data, str(folder / "runs"), **parts)
 
 
@@ -87,6 +94,53 @@ def seen_in(slot: PlacementGroup) -> list[int]:
         work.options(num_cpus=1, num_gpus=0.5, scheduling_strategy=place).remote()
     )
     return found
+
+
+# ------------------------------------------------------------------------------------- the desk
+
+
+def desk_of(spec: JobSpec, told: Remembers) -> tuple[search._Desk, Store]:
+    store = open_store(spec.store.uri)
+    log = StudyLog(store, RunPaths("study"), generation=1)
+    engine = search.make_engine(spec, log, is_saved=lambda trial, step: True)
+    assignment = Assignment(spec, "study", 1, controls_seen=0)
+    return search._Desk(assignment, store, engine, told), store  # type: ignore[arg-type]
+
+
+def test_a_trial_that_is_given_out_as_the_study_is_stopped_hears_of_it(tmp_path: Path) -> None:
+    desk, store = desk_of(job(tmp_path), Remembers())
+    paths = RunPaths("study/trials/0000")
+    request_stop(store, paths.run_id, by="who stopped the study before it was resumed")
+    train = desk._next("a")
+    assert isinstance(train, Train)
+    desk._stop(State.STOPPED)
+    prepare_trial(store, train.assignment)  # in the slot, which is slower
+    after = train.assignment.controls_seen
+    assert after == 1
+    assert requests_to(store, paths, after=after, attempt=1, generation=1).stop
+
+
+def test_the_studys_state_says_why_it_has_fewer_slots_than_it_could_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Remembers()
+    desk, _ = desk_of(job(tmp_path, trials=5, workers={"count": 2}), told)
+    monkeypatch.setattr(search, "_SLOT_SECONDS", 0.0)
+    monkeypatch.setattr(search, "staying_nodes", lambda: [{"CPU": 3.0}, {"CPU": 1.0}])
+    free = [{"CPU": 1.0}, {"CPU": 1.0}]
+    monkeypatch.setattr(search, "free_on_nodes", lambda: free)
+    desk._slots.add("a")
+    desk._next("a")
+    desk._tell()
+    desk._say_fewer()
+    assert told.lines[-1][1].endswith("; 1 of 5 slots: room for 2")
+    free[1]["CPU"] = 0.0
+    desk._say_fewer()
+    assert told.lines[-1][1].endswith("room for 2, of which something else holds part")
+    said = len(told.lines)
+    desk._slots.add("b")  # which has no trial: no other slot could be used
+    desk._say_fewer()
+    assert len(told.lines) == said
 
 
 # ------------------------------------------------------------------- a trial with several workers
