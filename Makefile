@@ -32,7 +32,7 @@ export no_proxy := $(NO_PROXY)
 help:
 	@echo 'make demo    fine-tune a real model on real data, on two workers, through an S3 store'
 	@echo 'make test    run the tests                    (make test ARGS="-k stream")'
-	@echo 'make chaos   the experiments of bench/ in full: kills, faults, speed (about 2.5 hours)'
+	@echo 'make chaos   the experiments of bench/ in full: kills, faults, speed (about 3 hours)'
 	@echo 'make check   formatting, lint, types, import fences'
 	@echo 'make clean   stop the demo store; remove .venv, .shoal, .assets and all caches'
 
@@ -45,7 +45,8 @@ test: $(INSTALLED)
 # One after the other: each takes all cores. All of them run, and their exit codes are joined.
 chaos: $(INSTALLED)
 	@mkdir -p build/bench; failed=; \
-	for name in chaos faults elastic recovery resume checkpoint start stream train growth; do \
+	for name in chaos faults elastic recovery resume checkpoint start stream train growth \
+		search_quality search_overhead search_chaos; do \
 		$(PY) bench/$$name.py --json build/bench/$$name.json $(ARGS) || failed="$$failed $$name"; \
 	done; \
 	[ -z "$$failed" ] || { echo "error: failed:$$failed" >&2; exit 1; }

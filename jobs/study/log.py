@@ -54,12 +54,12 @@ class StudyLog:
         self._unmerged: deque[Sequence[Event]] = deque()
         """What the objects after that hold, so that it is not read again to be merged."""
 
-    def open(self) -> list[Event]:
-        """Ends what the log holds with an object of this driver's, and gives its events."""
-        events: list[Event] = []
+    def open(self) -> Iterator[Event]:
+        """The log's events, while it is read, so that they need not be in memory together; at
+        their end an object of this driver's is written. Nothing can be appended before that."""
         while True:
             for one, held in read_objects(self._store, self._paths, after=self._last):
-                events += held
+                yield from held
                 self._last = one.last
                 if one.last > one.first:
                     self._merged = one.last
@@ -69,7 +69,7 @@ class StudyLog:
                 self._write(())
             except ObjectExists:
                 continue  # the driver before was still writing
-            return events
+            return
 
     def append(self, events: Sequence[Event]) -> None:
         """Makes events durable, all of them or none; StudySuperseded if another driver goes on."""
@@ -135,9 +135,18 @@ class LogReader:
 
 def read_objects(
     store: Store, paths: RunPaths, *, after: int = 0
-) -> list[tuple[_Object, list[Event]]]:
+) -> Iterator[tuple[_Object, list[Event]]]:
     """The objects after that number with their events, in order, up to the first gap."""
-    return _read(store, list(_contiguous(store, paths, after=after)))
+    yield from _read(store, list(_contiguous(store, paths, after=after)))
+
+
+def _read(store: Store, objects: Sequence[_Object]) -> Iterator[tuple[_Object, list[Event]]]:
+    """Objects with their events, in order; some are read ahead."""
+    with ThreadPoolExecutor(_MAX_PARALLEL_READS) as pool:
+        for place in range(0, len(objects), _MAX_PARALLEL_READS):
+            batch = objects[place : place + _MAX_PARALLEL_READS]
+            held = pool.map(lambda one: _events(store, one.key), batch)
+            yield from zip(batch, held, strict=True)
 
 
 def _contiguous(store: Store, paths: RunPaths, *, after: int) -> Iterator[_Object]:
@@ -164,15 +173,6 @@ def _parsed(key: str, paths: RunPaths) -> _Object | None:
         return None
     first = int(match[1])
     return _Object(key, first, int(match[2] or first))
-
-
-def _read(store: Store, objects: Sequence[_Object]) -> list[tuple[_Object, list[Event]]]:
-    if not objects:
-        return []
-    with ThreadPoolExecutor(min(_MAX_PARALLEL_READS, len(objects))) as pool:
-        return list(
-            zip(objects, pool.map(lambda one: _events(store, one.key), objects), strict=True)
-        )
 
 
 def _events(store: Store, key: str) -> list[Event]:

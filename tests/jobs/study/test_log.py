@@ -19,20 +19,20 @@ def asked(trial: int) -> Event:
 
 def test_events_are_read_as_they_were_appended(store: Store) -> None:
     log = StudyLog(store, PATHS, generation=1)
-    assert log.open() == []
+    assert list(log.open()) == []
     log.append([asked(0), Started(trial=0, leg=1, slot="a", until=0.5)])
     log.append([asked(1)])
     events = [asked(0), Started(trial=0, leg=1, slot="a", until=0.5), asked(1)]
     assert read_events(store, PATHS) == events
-    assert StudyLog(store, PATHS, generation=2).open() == events
+    assert list(StudyLog(store, PATHS, generation=2).open()) == events
 
 
 def test_a_driver_that_was_superseded_appends_no_more(store: Store) -> None:
     first = StudyLog(store, PATHS, generation=1)
-    first.open()
+    list(first.open())
     first.append([asked(0)])
     second = StudyLog(store, PATHS, generation=2)
-    assert second.open() == [asked(0)]
+    assert list(second.open()) == [asked(0)]
     with pytest.raises(StudySuperseded, match="another driver"):
         first.append([asked(1)])
     second.append([asked(2)])
@@ -43,17 +43,17 @@ def test_what_was_appended_while_a_driver_took_over_is_not_lost(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (StudyLog(store, PATHS, generation=n) for n in (1, 2))
-    first.open()
+    list(first.open())
     read = study_log.read_objects
 
     def and_then_one_more(*args: object, **named: object) -> object:
-        found = read(*args, **named)  # type: ignore[arg-type]
+        found = list(read(*args, **named))  # type: ignore[arg-type]
         monkeypatch.setattr(study_log, "read_objects", read)
         first.append([asked(0)])
         return found
 
     monkeypatch.setattr(study_log, "read_objects", and_then_one_more)
-    assert second.open() == [asked(0)]
+    assert list(second.open()) == [asked(0)]
     with pytest.raises(StudySuperseded):
         first.append([asked(1)])
 
@@ -61,7 +61,7 @@ def test_what_was_appended_while_a_driver_took_over_is_not_lost(
 def test_many_objects_become_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_log, "OBJECTS_IN_ONE", 4)
     log = StudyLog(store, PATHS, generation=1)
-    log.open()
+    list(log.open())
     for trial in range(10):
         log.append([asked(trial)])
     names = [head.key.removeprefix(PATHS.study) for head in store.list(PATHS.study)]
@@ -71,7 +71,7 @@ def test_many_objects_become_one(store: Store, monkeypatch: pytest.MonkeyPatch) 
     ]  # fmt: skip
     assert read_events(store, PATHS) == [asked(trial) for trial in range(10)]
     again = StudyLog(store, PATHS, generation=2)
-    assert again.open() == [asked(trial) for trial in range(10)]
+    assert list(again.open()) == [asked(trial) for trial in range(10)]
     again.append([asked(10)])
     assert read_events(store, PATHS)[-1] == asked(10)
 
@@ -79,7 +79,7 @@ def test_many_objects_become_one(store: Store, monkeypatch: pytest.MonkeyPatch) 
 def test_objects_that_are_in_a_merged_one_count_once(store: Store) -> None:
     """As where a driver is killed after it has written it, before it has removed them."""
     log = StudyLog(store, PATHS, generation=1)
-    log.open()
+    list(log.open())
     log.append([asked(0)])
     log.append([asked(1)])
     singles = {head.key: store.read(head.key) for head in store.list(PATHS.study)}
@@ -89,14 +89,14 @@ def test_objects_that_are_in_a_merged_one_count_once(store: Store) -> None:
             store.write(key, content)
     log.append([asked(2)])
     assert read_events(store, PATHS) == [asked(0), asked(1), asked(2)]
-    assert StudyLog(store, PATHS, generation=2).open() == [asked(0), asked(1), asked(2)]
+    assert list(StudyLog(store, PATHS, generation=2).open()) == [asked(0), asked(1), asked(2)]
 
 
 def test_a_reader_that_meets_the_merge_reads_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = StudyLog(store, PATHS, generation=1)
-    log.open()
+    list(log.open())
     log.append([asked(0)])
     read = study_log._events
 
@@ -112,7 +112,7 @@ def test_a_reader_that_meets_the_merge_reads_again(
 
 def test_a_damaged_object_is_named(store: Store) -> None:
     log = StudyLog(store, PATHS, generation=1)
-    log.open()
+    list(log.open())
     log.append([asked(0)])
     key = PATHS.study_object(2)
     store.write(key, store.read(key).replace(b"0.0001", b"0.0002"))
