@@ -123,21 +123,36 @@ def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop(scene: Path, s3_st
     losses = [line["metrics"]["loss"] for line in own.metrics() if line["kind"] == "evaluation"]
     assert min(losses) == winner.best
 
-    run = shoal("extend", reader.uri, "--trials", "10", folder=scene)
-    output, _ = run.communicate(timeout=600)
+
+def test_a_study_that_has_ended_is_extended(scene: Path, s3_store: Store) -> None:
+    tree = yaml.safe_load((scene / "job.yaml").read_text())
+    tree["search"] |= {"trials": 4, "finalists": None, "algorithm": "random"}
+    (scene / "job.yaml").write_text(yaml.safe_dump(tree))
+    run = shoal("run", "job.yaml", "--run-id", "study", folder=scene)
+    output, _ = run.communicate(timeout=400)
     assert run.returncode == 0, output
-    events = read_events(runs, paths)
+    runs, paths = s3_store.within("runs"), RunPaths("study")
+    uri = join_uri(runs.uri, "study")
+    narrow = "{optimizer.learning_rate: {loguniform: [2.0e-3, 8.0e-3]}}"
+    run = shoal("extend", uri, "--trials", "7", "--space", narrow, folder=scene)
+    output, _ = run.communicate(timeout=400)
+    assert run.returncode == 0, output
+
+    search, events = RunReader(runs, "study").spec().search, read_events(runs, paths)
+    assert search is not None
+    assert [(e.trials, e.request) for e in events if isinstance(e, Extended)] == [(7, 1)]
+    asked = [e.values for e in events if isinstance(e, Asked)]
+    assert [list(values) for values in asked[4:]] == [["optimizer.learning_rate"]] * 3
+    assert len(asked) == 7
+    # Nobody but the best has checkpoints any more, and the winner's are the study's.
     trials = Trials(search, events)
-    assert [e.trials for e in events if isinstance(e, Extended)] == [10]
-    assert trials.configurations == 10
-    winner = trials.winner()
+    heads = [head.key for head in runs.list(paths.trials) if "/checkpoints/" in head.key]
+    best = {f"{group[0].number:04d}" for group in trials.ranked()[:3]}
+    assert {key.split("/")[2] for key in heads} == best
+    result, winner = RunReader(runs, "study").result(), trials.winner()
+    assert result is not None
     assert winner is not None
-    holders = {head.key.split("/")[2] for head in runs.list(paths.trials) if is_part(head.key)}
-    kept = {runs[0].of for runs in trials.ranked()[:3]} | {
-        runs[0].of for runs in trials.ranked("finalist")[:3]
-    }
-    assert f"{winner.number:04d}" in holders
-    assert {trials[int(folder)].of for folder in holders} <= kept
+    assert str(result.best_checkpoint).startswith(f"trials/{winner.number:04d}/")
 
 
 def test_a_cloned_trial_goes_on_where_its_donor_stood(scene: Path, s3_store: Store) -> None:
@@ -188,11 +203,6 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 def tree_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The driver of an attended run and all that it has started, not the command itself."""
     return psutil.Process(process.pid).children(recursive=True)
-
-
-def is_part(key: str) -> bool:
-    """Whether an object of a study's is part of a trial's checkpoint."""
-    return "/checkpoints/" in key
 
 
 def is_of(process: psutil.Process, cache: Path) -> bool:
