@@ -53,6 +53,8 @@ MOST_SECONDS = 1.0
 """Between two kills: so many reports, and a delay."""
 PATIENCE_SECONDS = 300
 LOOK_SECONDS = 0.1
+SLOT_TITLES = ("ray::Slot", "ray::ResourceTrainable")
+"""Of a slot's process: while it waits for its next call, and in it, by Tune's class around it."""
 ENDS = ("stopped", "finished")
 """Of a trial."""
 
@@ -348,7 +350,7 @@ def slots_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "ray::Slot" in " ".join(child.cmdline()):
+            if any(title in " ".join(child.cmdline()) for title in SLOT_TITLES):
                 found.append(child)
     return sorted(found, key=lambda child: child.pid)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -140,3 +141,78 @@ def test_growth(bench: Callable[[str], ModuleType]) -> None:
     assert growth.is_right(right)
     for path, value in (("ranks/2/1/rows", 19), ("ranks/1/0/tokens", 91), ("rows_read", 21)):
         assert not growth.is_right(broken(right, path, value)), path
+
+
+def test_search_quality(bench: Callable[[str], ModuleType]) -> None:
+    quality = bench("search_quality")
+    for asha, plain, expected in (
+        (10.0, 40.0, True),
+        (10.1, 40.0, False),
+        (None, 40.0, False),
+        (10.0, None, False),
+    ):
+        pairs = {quality.JUDGED: {"median": asha}, quality.PLAIN: {"median": plain}}
+        result = {"pairs": pairs, "share": quality.share({"pairs": pairs})}
+        assert quality.is_right(result) is expected, (asha, plain)
+
+
+def test_search_overhead(bench: Callable[[str], ModuleType]) -> None:
+    overhead = bench("search_overhead")
+    right = {
+        "is_small": False,
+        "trials": {"share_of_nested": 0.05},
+        "driver": {
+            "random, S3": {"memory_growth": 1.5, "event_growth": 1.5, "own_growth": 1.5},
+        },
+        "real": {"trials": 200, "finished": 50, "stopped": 150},
+    }
+    assert overhead.is_right(right)
+    for path, value in (
+        ("trials/share_of_nested", 0.051),
+        ("driver/random, S3/memory_growth", 1.51),
+        ("driver/random, S3/event_growth", 1.51),
+        ("driver/random, S3/own_growth", 1.51),
+        ("real/stopped", 149),
+    ):
+        assert not overhead.is_right(broken(right, path, value)), path
+    small = right | {"is_small": True, "trials": {"share_of_nested": 0.2}}
+    assert overhead.is_right(small)
+    assert not overhead.is_right(broken(small, "real/finished", 49))
+
+
+def test_search_chaos(bench: Callable[[str], ModuleType]) -> None:
+    chaos = bench("search_chaos")
+    right = {
+        "studies": [{"is_right": True}, {"is_right": True}],
+        "kills": [{"of": "slot"}] * 14 + [{"of": "driver"}] * 6,
+    }
+    assert chaos.is_right(right, kills=20)
+    for path, value in (
+        ("studies/1/is_right", False),
+        ("kills", right["kills"][1:]),
+        ("kills", [{"of": "slot"}] * 15 + [{"of": "driver"}] * 5),
+        ("kills", [{"of": "driver"}] * 20),
+    ):
+        assert not chaos.is_right(broken(right, path, value), kills=20), path
+    verdict = chaos.Verdict(
+        study="asha",
+        trials=8,
+        reports=14,
+        legs_lost=3,
+        same_configurations=True,
+        reports_missing=0,
+        reports_added=0,
+        reports_twice=0,
+        other_ends=0,
+        ended_twice=0,
+    )
+    assert verdict.is_right
+    for name, value in (
+        ("same_configurations", False),
+        ("reports_missing", 1),
+        ("reports_added", 1),
+        ("reports_twice", 1),
+        ("other_ends", 1),
+        ("ended_twice", 1),
+    ):
+        assert not replace(verdict, **{name: value}).is_right, name
