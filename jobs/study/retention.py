@@ -31,7 +31,7 @@ class Holdings:
     Those are trials that are over, neither among the best nor the donor of a clone that has not
     begun. The best are `KEPT_CONFIGURATIONS` configurations (or as many as there are finalists)
     among those whose trials are all over: their scores stay, so that what is not among them now
-    never is. Configurations that are not over are kept besides.
+    never is. Configurations that are not over are kept besides, and so are the job's own values.
     """
 
     def __init__(self, search: Search, trials: Trials) -> None:
@@ -72,6 +72,8 @@ class Holdings:
         for ranked in (self._trials.ranked(), self._trials.ranked("finalist")):
             over = [runs[0].of for runs in ranked if runs[0].of not in going]
             kept.update(over[: self._count])
+        if (own := self._trials.baseline()) is not None:
+            kept.add(own.of)  # the winner is compared with it
         return kept
 
 

@@ -72,6 +72,19 @@ def test_nothing_goes_that_is_needed_later(scheduler: str, score: str) -> None:
     assert {runs[0].of for runs in engine.trials.ranked()[:most]} <= kept
 
 
+def test_the_jobs_own_values_keep_their_checkpoints() -> None:
+    search, space = study("none", trials=20, baseline=True, finalists={"count": 1, "seeds": 1})
+    engine = engine_of(search, space, MemoryLog())
+    worst = Simulation(lambda values, repeat, fraction: 0.5 if values else 0.1)
+    worst.run(engine)
+    gone = Holdings(search, engine.trials).take()
+    own = engine.trials.baseline_model()
+    assert own is not None
+    assert own.number not in gone
+    assert 0 not in gone
+    assert len(gone) > 10
+
+
 def test_a_donor_is_kept_until_its_clone_has_begun() -> None:
     search, _ = study("pbt")
     events: list[Event] = []
