@@ -124,6 +124,8 @@ def search(
                 storage_path=notes,
                 stop=_EndOfStudy(desk),
                 failure_config=tune.FailureConfig(max_failures=-1),
+                # A slot has no state of its own.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),
         ).fit()
@@ -416,6 +418,9 @@ class _Desk(FIFOScheduler):
             self._engine.failed(number, outcome.failure)
         elif self._engine.trials[number].status == "leaving":
             self._engine.left(number)
+        elif not self._stops and outcome is not None:
+            # Nobody had asked it to: it begins again from its last checkpoint.
+            self._engine.lost(number, f"it ended as {outcome.state} before it was told to")
         # Else it was stopped on the way: it goes on when the study is resumed.
         self._give_up_if_hopeless()
 

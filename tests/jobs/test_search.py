@@ -250,6 +250,18 @@ def test_a_study_without_any_score_says_why(
     assert message in ended.failure.problems[0][0]
 
 
+def test_a_trial_that_ends_without_being_told_to_begins_again(
+    opened: Callable[..., _Desk],
+) -> None:
+    desk = opened()
+    first = desk._order("a", Free())
+    assert isinstance(first, Train)
+    again = desk._order("a", Gone(Outcome(attempt=1, state=State.STOPPED, step=40)))
+    assert isinstance(again, Train)
+    assert again.assignment.run_id == first.assignment.run_id
+    assert not desk.is_over
+
+
 def test_a_study_that_is_stopped_names_its_best_checkpoint_so_far(
     opened: Callable[..., _Desk], local_store: Store
 ) -> None:
