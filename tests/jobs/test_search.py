@@ -50,6 +50,7 @@ def study_spec(**search: Any) -> JobSpec:
             "scheduler": None,
             "trials": 3,
             "finalists": None,
+            "baseline": False,
         }
         | search,
         workers={"count": 1},
