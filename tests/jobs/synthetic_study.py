@@ -74,7 +74,7 @@ class SyntheticStudy:
         self.run = SyntheticRun(self.store, self.run_id, self.spec).submit()
         self.paths = RunPaths(self.run_id)
         self.log = StudyLog(self.store, self.paths, generation=1)
-        self.log.open()
+        list(self.log.open())
         self.space = space_of(self.spec)
 
     def append(self, *events: Event) -> None:

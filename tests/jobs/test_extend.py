@@ -53,7 +53,7 @@ def made_study(store: Store, *, is_over: bool = True, **search: Any) -> Syntheti
     spec = make_spec(search={"space": SPACE, "trials": 3, "scheduler": None} | search)
     made = SyntheticRun(store, run_id=STUDY, spec=spec).submit()
     log = StudyLog(store, made.paths, generation=1)
-    log.open()
+    list(log.open())
     events: list[Event] = []
     for number in range(3 if is_over else 2):
         events += [
@@ -166,7 +166,7 @@ def test_the_driver_of_a_study_that_goes_on_hears_of_it(
     monkeypatch.setattr(extend, "_LOOK_SECONDS", 0.05)
     made = made_study(shell.store, is_over=False)
     log = StudyLog(shell.store, made.paths, generation=2)
-    log.open()
+    list(log.open())
 
     def hear() -> None:
         while not requests(shell.store):

@@ -18,6 +18,7 @@ from jobs.search import fewer_slots, most_slots, slot_resources
 from jobs.spec import JobSpec
 from jobs.study.log import StudyLog
 from jobs.study.slot import Answer, Gone, Note, SlotWork, Told, Train, Wait
+from jobs.study.trials import Trials
 from jobs.submit import request_stop
 from tests.tiny import tiny_job
 from tests.trainers.test_notices import Told as Remembers
@@ -50,11 +51,16 @@ def test_a_slot_has_the_room_of_its_trials(tmp_path: Path) -> None:
     assert several.strategy == "PACK"
 
 
+def slots_of(spec: JobSpec) -> int:
+    assert spec.search is not None
+    return most_slots(spec, Trials(spec.search))
+
+
 def test_there_are_no_more_slots_than_trials_or_than_the_job_allows(tmp_path: Path) -> None:
-    assert most_slots(job(tmp_path, trials=5, repeats=3)) == 15
-    assert most_slots(job(tmp_path, trials=5, max_concurrent=2)) == 2
-    assert most_slots(job(tmp_path, trials=5, max_concurrent=9)) == 5
-    assert most_slots(job(tmp_path, trials=100_000)) == 1024
+    assert slots_of(job(tmp_path, trials=5, repeats=3)) == 15
+    assert slots_of(job(tmp_path, trials=5, max_concurrent=2)) == 2
+    assert slots_of(job(tmp_path, trials=5, max_concurrent=9)) == 5
+    assert slots_of(job(tmp_path, trials=100_000)) == 1024
 
 
 def test_why_there_are_fewer_slots_is_told_with_the_room() -> None:

@@ -125,7 +125,7 @@ def test_a_reader_fetches_each_object_once_and_bears_their_being_merged(
 ) -> None:
     monkeypatch.setattr(study_log, "OBJECTS_IN_ONE", 4)
     log = StudyLog(local_store, PATHS, generation=1)
-    log.open()
+    list(log.open())
     fetched: list[str] = []
 
     class Watched:
