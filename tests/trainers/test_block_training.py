@@ -238,6 +238,21 @@ def test_a_killed_run_of_compiled_blocks_ends_with_the_same_bits(scene: Scene) -
     assert final_weights(scene.runs, "killed") == final_weights(scene.runs, "calm")
 
 
+def test_compiled_blocks_whose_activations_are_computed_twice_keep_little(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", torch.compile)  # what WithoutCpp replaces is put back
+    torch._dynamo.reset()
+    WithoutCpp(tmp_path)()
+    both, plain = encoder(folder), encoder(folder)
+    adapt_blocks(both, BOTH)
+    with compiler_settings(BOTH):
+        kept = saved_bytes(both)
+    torch._dynamo.reset()
+    assert list(tmp_path.iterdir())
+    assert kept < saved_bytes(plain) / 3
+
+
 def test_an_evaluation_runs_the_blocks_as_they_are(folder: Path, graphs: list[Any]) -> None:
     plain, compiled = encoder(folder).eval(), encoder(folder).eval()
     adapt_blocks(compiled, BOTH)
