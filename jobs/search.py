@@ -55,6 +55,9 @@ from trainers.controls import POLL_SECONDS, Requests, requests_to
 from trainers.patience import Patience
 from trainers.records import read_live_manifests
 from trainers.telemetry import Telemetry
+from trainers.tracking.feeds import start_feeds
+from trainers.tracking.tracker import Parameters, Point
+from trainers.versions import versions
 
 _SLOT_SECONDS = 20.0
 """How long slots may take to start before it is said what they wait for."""
@@ -83,6 +86,9 @@ def search(
         return bool(live) and live[-1].step >= step
 
     engine = make_engine(spec, study_log, is_saved=is_saved)
+    telemetry.with_trackers(start_feeds(assignment, store, attempt=None, warn=telemetry.warn))
+    job = spec.model_dump(mode="json")
+    telemetry.track(Parameters(job | {"versions": dict(versions())}))
     desk = _Desk(assignment, store, engine, telemetry)
     resources = PlacementGroupFactory([resources_of(spec.workers)])
     with tempfile.TemporaryDirectory(prefix="shoal-tune-") as notes, desk.listening(is_taken):
@@ -184,7 +190,7 @@ class _Desk(FIFOScheduler):
         number = self._trial_of.pop(trial.trial_id, None)
         if number is not None:
             cause = _last_line(trial.get_error())
-            self._warn(f"trial {number} broke off: {cause}")
+            self._telemetry.warn(f"trial {number} broke off: {cause}")
             self._engine.lost(number, cause)
         super().on_trial_error(tune_controller, trial)
 
@@ -266,6 +272,7 @@ class _Desk(FIFOScheduler):
                 return Answer("continue", None)
             case Told(report):
                 decided = self._engine.reported(self._trial_of[slot], report)
+                self._track()
                 self._tell()
                 if self._stops and decided.decision == "continue":
                     return Answer("pause", None)
@@ -281,10 +288,10 @@ class _Desk(FIFOScheduler):
     def _take_leave(self, number: int, gone: Gone) -> None:
         outcome, failure = gone.outcome, gone.crash
         if failure is not None:
-            self._warn(f"trial {number} broke off: {failure.problems[0][0]}")
+            self._telemetry.warn(f"trial {number} broke off: {failure.problems[0][0]}")
             self._engine.lost(number, failure.problems[0][0])
         elif outcome is not None and outcome.failure is not None:
-            self._warn(f"trial {number} failed: {outcome.failure.problems[0][0]}")
+            self._telemetry.warn(f"trial {number} failed: {outcome.failure.problems[0][0]}")
             self._engine.failed(number, outcome.failure)
         elif self._engine.trials[number].status == "leaving":
             self._engine.left(number)
@@ -367,8 +374,14 @@ class _Desk(FIFOScheduler):
             tested_on="test" if found else None,
         )
 
-    def _warn(self, message: str) -> None:
-        self._telemetry.event("warning", message)
+    def _track(self) -> None:
+        """Where the study stands, for its tracked run: its steps are the trials' reports."""
+        trials = self._engine.trials
+        values = {"study/trials": float(len(trials))}
+        best = trials.winner()
+        if best is not None and (score := trials.score(best)) is not None:
+            values["study/best"] = score
+        self._telemetry.track(Point(trials.reports, time.time(), values))
 
     def _tell(self) -> None:
         """Says where the study stands, now and then: its log tells it at any moment."""

@@ -92,6 +92,8 @@ class Trials:
         self.closed: str | None = None
         """Why the search asks for no more trials."""
         self.began_at: float | None = None
+        self.reports = 0
+        """Evaluations that trials have reported."""
         self.ready: set[int] = set()
         self.running: dict[int, None] = {}
         """Those on slots, in the order in which they came there."""
@@ -186,6 +188,7 @@ class Trials:
             case Cloned():
                 self._forget_clone(self.by_number[event.trial])
             case Reported():
+                self.reports += 1
                 trial = self.by_number[event.trial]
                 trial.step, trial.fraction, trial.epochs = event.step, event.fraction, event.epochs
                 trial.value, trial.best = event.value, event.best
