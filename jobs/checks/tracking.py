@@ -7,6 +7,7 @@ import netrc
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import urllib3
@@ -20,6 +21,7 @@ from jobs.checks.finding import (
     warning,
 )
 from jobs.spec import JobSpec, KubeRayCluster
+from trainers.data.cache import cache_folder
 
 PART = "tracking"
 _ANSWER_SECONDS = 3.0
@@ -98,7 +100,7 @@ def _check_wandb(spec: JobSpec, environment: Mapping[str, str]) -> Finding:
     if mode == "disabled":
         return warning(PART, "tracking has wandb, but WANDB_MODE is disabled", "unset WANDB_MODE")
     if mode in ("offline", "dryrun"):
-        folder = os.path.join(environment.get("WANDB_DIR") or os.getcwd(), "wandb")
+        folder = Path(environment.get("WANDB_DIR") or cache_folder()) / "wandb"
         return ok(PART, f"W&B offline: {folder}, project {project}; send it with: wandb sync")
     url = environment.get("WANDB_BASE_URL") or _WANDB_URL
     if not _has_key(url, environment):

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read while it is imported
 
 import wandb
 
+from trainers.data.cache import cache_folder
 from trainers.tracking.tracker import Ended, Parameters, Point, TrackedRun
 
 _FINISH_SECONDS = 10.0
@@ -26,15 +29,15 @@ class WandbRun:
 
     def __init__(self, run: TrackedRun) -> None:
         """Opens the run, or begins it. Raises what W&B does, as where it has no key."""
-        group = {"run": None, "study": run.run_id, "trial": run.study and run.study.run_id}[
-            run.kind
-        ]
-        self._run = wandb.init(
+        top = run if run.study is None else run.study
+        group = None if top.kind == "run" else top.run_id
+        self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or run.job,
             id=wandb_id(run.run_id),
             name=run.run_id,
             group=group,
             job_type=run.kind,
+            dir=files_folder(),
             config={"shoal": run.labels},
             resume="allow",
             allow_val_change=True,
@@ -70,6 +73,14 @@ class WandbRun:
 
     def close(self) -> None:
         self._run.finish(exit_code=self._exit_code)
+
+
+def files_folder() -> str:
+    """Folder for W&B's own, `wandb/`: that of WANDB_DIR, else the node's cache. Workers of Ray have
+    working folders in which nobody would look for it."""
+    folder = Path(os.environ.get("WANDB_DIR") or cache_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
 
 
 def wandb_id(run_id: str) -> str:
