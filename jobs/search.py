@@ -190,7 +190,7 @@ class _Desk(FIFOScheduler):
         number = self._trial_of.pop(trial.trial_id, None)
         if number is not None:
             cause = _last_line(trial.get_error())
-            self._telemetry.warn(f"trial {number} broke off: {cause}")
+            self._warn(f"trial {number} broke off: {cause}")
             self._engine.lost(number, cause)
         super().on_trial_error(tune_controller, trial)
 
@@ -288,10 +288,10 @@ class _Desk(FIFOScheduler):
     def _take_leave(self, number: int, gone: Gone) -> None:
         outcome, failure = gone.outcome, gone.crash
         if failure is not None:
-            self._telemetry.warn(f"trial {number} broke off: {failure.problems[0][0]}")
+            self._warn(f"trial {number} broke off: {failure.problems[0][0]}")
             self._engine.lost(number, failure.problems[0][0])
         elif outcome is not None and outcome.failure is not None:
-            self._telemetry.warn(f"trial {number} failed: {outcome.failure.problems[0][0]}")
+            self._warn(f"trial {number} failed: {outcome.failure.problems[0][0]}")
             self._engine.failed(number, outcome.failure)
         elif self._engine.trials[number].status == "leaving":
             self._engine.left(number)
@@ -382,6 +382,9 @@ class _Desk(FIFOScheduler):
         if best is not None and (score := trials.score(best)) is not None:
             values["study/best"] = score
         self._telemetry.track(Point(trials.reports, time.time(), values))
+
+    def _warn(self, message: str) -> None:
+        self._telemetry.event("warning", message)
 
     def _tell(self) -> None:
         """Says where the study stands, now and then: its log tells it at any moment."""
