@@ -285,6 +285,15 @@ class _Desk(FIFOScheduler):
         self._tell()
         return self._next(slot)
 
+    def _track(self) -> None:
+        """Where the study stands, for its tracked run: its steps are the trials' reports."""
+        trials = self._engine.trials
+        values = {"study/trials": float(len(trials))}
+        best = trials.winner()
+        if best is not None and (score := trials.score(best)) is not None:
+            values["study/best"] = score
+        self._telemetry.track(Point(trials.reports, time.time(), values))
+
     def _take_leave(self, number: int, gone: Gone) -> None:
         outcome, failure = gone.outcome, gone.crash
         if failure is not None:
@@ -373,15 +382,6 @@ class _Desk(FIFOScheduler):
             before=found.get(own.number) if own is not None else None,
             tested_on="test" if found else None,
         )
-
-    def _track(self) -> None:
-        """Where the study stands, for its tracked run: its steps are the trials' reports."""
-        trials = self._engine.trials
-        values = {"study/trials": float(len(trials))}
-        best = trials.winner()
-        if best is not None and (score := trials.score(best)) is not None:
-            values["study/best"] = score
-        self._telemetry.track(Point(trials.reports, time.time(), values))
 
     def _warn(self, message: str) -> None:
         self._telemetry.event("warning", message)
