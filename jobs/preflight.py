@@ -52,6 +52,7 @@ from jobs.checks.schedule import (
 from jobs.checks.search import SearchPlan, check_search, plan_search
 from jobs.checks.stores import Stores, check_store
 from jobs.checks.tokenizer import check_tokens
+from jobs.checks.tracking import check_tracking
 from jobs.errors import PreflightError, ShoalError, render_error
 from jobs.spec import JobSpec, format_bytes
 from jobs.terminal import print_to
@@ -111,7 +112,7 @@ def check_job(spec: JobSpec) -> Checked:
         for name in ("train", "validation", "test")
         if (uri := getattr(spec.data, name)) is not None
     }
-    with ThreadPoolExecutor(len(uris) + 3, thread_name_prefix="shoal-check") as pool:
+    with ThreadPoolExecutor(len(uris) + 4, thread_name_prefix="shoal-check") as pool:
         kept = pool.submit(
             check_store, "store", spec.store.uri, spec.store.access, stores, lease=spec.store_lease
         )
@@ -119,13 +120,14 @@ def check_job(spec: JobSpec) -> Checked:
             part: pool.submit(check_data_set, part, uri, spec, stores) for part, uri in uris.items()
         }
         looked = pool.submit(check_model, spec, stores)
+        tracked = pool.submit(lambda: [*check_tracking(spec, is_here=is_here)])
         seen = pool.submit(look_at_machine, count_gpus=bool(spec.workers.gpus)) if is_here else None
         sets = {part: future.result()[1] for part, future in opened.items()}
         findings = list(kept.result())
         for future in opened.values():
             findings += future.result()[0]
         model_findings, model = looked.result()
-        findings += model_findings
+        findings += model_findings + tracked.result()
         machine = seen.result() if seen is not None else None
     known = {part: facts for part, facts in sets.items() if facts is not None}
     train = known.get("data.train")

@@ -36,6 +36,7 @@ from trainers.controls import ask_to_yield, last_attempt
 from trainers.fork_server import fork_server
 from trainers.patience import Patience
 from trainers.telemetry import IMPATIENT, Telemetry
+from trainers.tracking.feeds import tell_end
 
 if TYPE_CHECKING:
     from trainers.assignment import Assignment
@@ -137,6 +138,7 @@ def drive(
         # Lines are durable now, so the report can tell all of it; the result is the last object.
         patience.call(lease.confirm)
         _report(patient, run_id, result)
+        tell_end(assignment, patient, result, warn=_say)
         write_result(patient, paths, result)
         return result.exit_code
 
@@ -338,6 +340,10 @@ def _sentence(result: Result) -> str:
     if result.outcome is not None and result.outcome.trial is not None:
         return f"done; the best is trial {result.outcome.trial}, at step {result.step}"
     return f"done after step {result.step}"
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"shoal: {message}\n")
 
 
 def _say_waiting(lease: Lease) -> None:

@@ -67,6 +67,9 @@ from trainers.controls import POLL_SECONDS, Requests, last_request, requests_to
 from trainers.patience import Patience
 from trainers.records import read_attempts, read_live_manifests
 from trainers.telemetry import Telemetry
+from trainers.tracking.feeds import start_feeds
+from trainers.tracking.tracker import Parameters, Point
+from trainers.versions import versions
 
 _SLOT_SECONDS = 20.0
 """How long slots may take to start before it is said what they wait for."""
@@ -102,6 +105,9 @@ def search(
         return bool(live) and live[-1].step >= step
 
     engine = make_engine(spec, study_log, is_saved=is_saved)
+    telemetry.with_trackers(start_feeds(assignment, store, attempt=None, warn=telemetry.warn))
+    job = spec.model_dump(mode="json")
+    telemetry.track(Parameters(job | {"versions": dict(versions())}))
     desk = _Desk(assignment, store, engine, telemetry)
     desk.hear_extensions()
     assert spec.search is not None
@@ -374,6 +380,7 @@ class _Desk(FIFOScheduler):
             case Told(report):
                 self._take_measures(self._trial_of[slot])
                 decided = self._engine.reported(self._trial_of[slot], report)
+                self._track()
                 self._tell()
                 if self._stops and decided.decision == "continue":
                     return Answer("pause", None)
@@ -407,6 +414,15 @@ class _Desk(FIFOScheduler):
         found = {name: getattr(attempts[-1], name) for name in open_ones} if attempts else {}
         if found and None not in found.values():
             self._engine.measured(**found)
+
+    def _track(self) -> None:
+        """Where the study stands, for its tracked run: its steps are the trials' reports."""
+        trials = self._engine.trials
+        values = {"study/trials": float(len(trials))}
+        best = trials.winner()
+        if best is not None and (score := trials.score(best)) is not None:
+            values["study/best"] = score
+        self._telemetry.track(Point(trials.reports, time.time(), values))
 
     def _take_leave(self, number: int, gone: Gone) -> None:
         outcome, failure = gone.outcome, gone.crash

@@ -475,8 +475,10 @@ class JobSpec(SpecPart):
         kind="local"
     )
     """Where the workers are: `{kind: local}`, or `{kind: kuberay, image: ...}`."""
-    tracking: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
-    """Where metrics go besides the run folder's own."""
+    tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """Where metrics go besides the run folder's own. tensorboard: event files in the run folder.
+    mlflow: the server of MLFLOW_TRACKING_URI. wandb: Weights & Biases. The last two are set by
+    their own environment variables, and a resumed run goes on in the same tracked run."""
     search: Search | None = None
     """Many trials of this job with other values, of which the best is wanted; null: one run."""
 

@@ -40,6 +40,9 @@ FENCES: dict[str, tuple[str, ...]] = {
     "prometheus_client": ("jobs.prometheus",),
     "optuna": ("jobs.study.optuna_samplers", "jobs.study.importance"),
     "cmaes": ("jobs.study.cmaes_sampler",),
+    "tensorboardX": ("trainers.tracking.tensorboard",),
+    "mlflow": ("trainers.tracking.mlflow_run",),
+    "wandb": ("trainers.tracking.wandb_run",),
 }
 
 NOT_IN_BASE = (
@@ -54,6 +57,8 @@ NOT_IN_BASE = (
     "mypy_boto3_s3",
     "optuna",
     "cmaes",
+    "mlflow",
+    "wandb",
 )
 """What `pip install shoal` without extras does not bring."""
 

@@ -37,6 +37,7 @@ from trainers.controls import last_request
 from trainers.finish import build_result, write_result
 from trainers.patience import Patience
 from trainers.session import ProcessSession
+from trainers.tracking.feeds import tell_end
 from trainers.worker import train_worker
 
 _LEASE_SECONDS = 60.0
@@ -92,6 +93,7 @@ def _train(spec: JobSpec, run_id: str) -> int:
             patient = patience.store(store)
             patience.call(lease.confirm)
             result = build_result(patient, paths, generation=lease.generation, ended=outcome)
+            tell_end(assignment, patient, result, warn=lambda told: click.echo(told, err=True))
             write_result(patient, paths, result)
         click.echo(f"{result.state.value} at step {result.step}: {store.uri}/{run_id}", err=True)
         if result.failure is not None:

@@ -1,4 +1,4 @@
-"""What a rank or a driver tells the run folder: lines of events, metrics and logs; TensorBoard.
+"""What a rank or a driver tells the run folder: lines of events, metrics and logs; trackers.
 
 Lines are buffered and flushed every few seconds as numbered whole objects. Telemetry never stops
 training: while the store does not answer, lines wait (up to a bound), and the process's stderr
@@ -12,17 +12,17 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 from cluster.storage import StorageError, Store, Transfer
 from jobs.record import LineKind, RunPaths, Source, State
+from trainers.tracking.feeds import Feed, close_all
+from trainers.tracking.tracker import Told, point_of
 
 FLUSH_SECONDS = 2.0
 IMPATIENT = Transfer(retry_seconds=4.0)
@@ -34,7 +34,10 @@ object whose write failed come on top."""
 _OWN_LOGGERS = frozenset({"shoal", "cluster", "jobs", "trainers"})
 """Only these are heard below warnings: libraries tell much that nobody asked for."""
 
-_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN")
+_SECRETS = (
+    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "RAY_AUTH_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "WANDB_API_KEY",
+)  # fmt: skip
 """Variables whose values never belong into a line."""
 _LEAST_SECRET_CHARACTERS = 8
 """Shorter values are no secrets, and would mask what has nothing to do with them."""
@@ -184,7 +187,7 @@ class Telemetry:
         self._logs = LineWriter(store, paths, "logs", source)
         self._rows = LineWriter(store, paths, "rows", source) if rows else None
         self._handler = LogHandler(self._logs, source)
-        self._board: _TensorBoard | None = None
+        self._feeds: list[Feed] = []
 
     def __enter__(self) -> Telemetry:
         root = logging.getLogger()
@@ -203,13 +206,24 @@ class Telemetry:
             log.error("%s", error, exc_info=error)
         logging.getLogger().removeHandler(self._handler)
         with contextlib.ExitStack() as stack:  # all of them, though one should raise
-            for stream in (self._events, self._logs, self._board, self._rows, self._metrics):
+            for stream in (self._events, self._logs, self._rows, self._metrics):
                 if stream is not None:
                     stack.callback(stream.close)
+            # First, as they may have warnings to tell.
+            stack.callback(close_all, self._feeds)
 
-    def with_tensorboard(self, store: Store, paths: RunPaths) -> None:
-        """Also write TensorBoard event files, one per attempt, into the run folder."""
-        self._board = _TensorBoard(store, f"{paths.tensorboard}attempt-{self.source.number:04d}/")
+    def with_trackers(self, feeds: Iterable[Feed]) -> None:
+        """From now on metrics also go to these; they are closed with this."""
+        self._feeds += feeds
+
+    def track(self, told: Told) -> None:
+        """Tells the trackers alone."""
+        for feed in self._feeds:
+            feed.put(told)
+
+    def warn(self, message: str) -> None:
+        """An event that is a warning."""
+        self.event("warning", message)
 
     def event(self, event: str, message: str, **fields: Any) -> None:
         """An event: state, checkpoint, evaluation, attempt, retention, extended, skipped, warning
@@ -223,10 +237,11 @@ class Telemetry:
         self._events._flush_or_say()
 
     def metrics(self, line: dict[str, Any]) -> None:
-        """A line of metrics; numbers also go to TensorBoard."""
+        """A line of metrics; numbers also go to the trackers."""
         self._metrics.write({"attempt": self.source.number, **line})
-        if self._board is not None and line["kind"] != "skipped":
-            self._board.add(line)
+        point = point_of(line, time=time.time())
+        if point is not None:
+            self.track(point)
 
     def rows(self, line: dict[str, Any]) -> None:
         """The ids of the rows of a step, where the job asks for them."""
@@ -249,47 +264,3 @@ class Telemetry:
         for stream in (self._metrics, self._rows):
             if stream is not None:
                 stream._flush_or_say()
-
-
-class _TensorBoard:
-    """An event file that is written locally and uploaded whole, again and again."""
-
-    def __init__(self, store: Store, prefix: str) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._store = store
-        self._prefix = prefix
-        self._folder = tempfile.TemporaryDirectory(prefix="shoal-tensorboard-")
-        self._writer = SummaryWriter(self._folder.name, flush_secs=3600)
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="shoal-tensorboard", daemon=True)
-        self._thread.start()
-
-    def add(self, line: dict[str, Any]) -> None:
-        values = line["metrics"] if line["kind"] == "evaluation" else line
-        group = line.get("split", "train")
-        for name, value in values.items():
-            if name not in ("time", "step", "attempt") and isinstance(value, int | float):
-                self._writer.add_scalar(f"{group}/{name}", value, line["step"])
-
-    def _run(self) -> None:
-        while not self._closing.wait(15 * FLUSH_SECONDS):
-            self._upload()
-
-    def _upload(self) -> None:
-        try:
-            with self._lock:
-                self._writer.flush()
-                for path in Path(self._folder.name).iterdir():
-                    self._store.upload(self._prefix + path.name, path)
-        except (StorageError, OSError) as error:
-            sys.stderr.write(f"shoal: TensorBoard's file is not written: {error}\n")
-
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join()
-        self._upload()
-        with contextlib.suppress(OSError):  # said above
-            self._writer.close()
-        self._folder.cleanup()

@@ -68,6 +68,9 @@ from trainers.stragglers import Straggler, Stragglers
 from trainers.tasks.task import Evaluation
 from trainers.telemetry import IMPATIENT, Telemetry, log
 from trainers.time_account import TimeAccount
+from trainers.tracking.feeds import start_feeds
+from trainers.tracking.tracker import Ended, Parameters
+from trainers.versions import versions
 from trainers.watchdog import Hang, Watchdog
 
 _LISTEN_SECONDS = 5.0
@@ -136,13 +139,19 @@ def _work(session: Session, assignment: Assignment, watch: Watchdog, kept: Kept 
             telemetry = stack.enter_context(
                 Telemetry(impatient, paths, source, rows=spec.train.log_rows)
             )
-            if session.rank == 0 and "tensorboard" in spec.tracking:
-                telemetry.with_tensorboard(impatient, paths)
+            if session.rank == 0:
+                number, warn = claim.attempt.attempt, telemetry.warn
+                telemetry.with_trackers(
+                    start_feeds(assignment, impatient, attempt=number, warn=warn)
+                )
             rank = _Rank(
                 session, assignment, agreement, store, patience, paths, telemetry, account, kept
             )
         watch.tell = rank.tell_hang
         outcome = rank.run(claim)
+        if assignment.trial is not None:
+            # Of any other run the driver tells it, with what it has come to.
+            telemetry.track(Ended.of_trial(outcome))
         if session.rank == 0:
             try:
                 key = paths.outcome(claim.attempt.attempt)
@@ -831,6 +840,12 @@ class _Rank:
             }
         )
         self._together(self._record_attempt)
+        self._telemetry.track(
+            Parameters(
+                self._spec.model_dump(mode="json")
+                | {"versions": dict(versions()), "data_digest": self._attempt.data_digest}
+            )
+        )
 
     def _record_attempt(self) -> None:
         if self._session.rank == 0:

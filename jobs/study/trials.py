@@ -109,6 +109,8 @@ class Trials:
         self.last_request = 0
         """Number of the newest request that the study has met."""
         self.began_at: float | None = None
+        self.reports = 0
+        """Evaluations that trials have reported."""
         self.ready: set[int] = set()
         self.running: dict[int, None] = {}
         """Those on slots, in the order in which they came there."""
@@ -216,6 +218,7 @@ class Trials:
             case Cloned():
                 self._forget_clone(self.by_number[event.trial])
             case Reported():
+                self.reports += 1
                 trial = self.by_number[event.trial]
                 trial.step, trial.fraction, trial.epochs = event.step, event.fraction, event.epochs
                 trial.value, trial.best = event.value, event.best

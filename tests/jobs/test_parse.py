@@ -380,13 +380,13 @@ VALUES = [
     ),
     (
         "tracking: tensorboard",
-        'tracking is "tensorboard", but must be a list of tensorboard',
+        'tracking is "tensorboard", but must be a list of tensorboard, mlflow or wandb',
         "write tracking: [tensorboard]",
     ),
     (
-        "tracking: [wandb]",
-        'tracking[0] is "wandb", but must be tensorboard',
-        "write tensorboard there, or remove item 1",
+        "tracking: [aim]",
+        'tracking[0] is "aim", but must be tensorboard, mlflow or wandb',
+        "write tensorboard, mlflow or wandb there, or remove item 1",
     ),
     (
         "cluster: {kind: kubray, image: a}",

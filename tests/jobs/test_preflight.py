@@ -152,6 +152,16 @@ def test_a_trial_that_does_not_fit_is_refused_with_the_sum(job: Any) -> None:
     assert "9 workers with workers.cpus 1 need 9 cores, but this machine has 8" in problem.message
 
 
+def test_trackers_are_looked_at_where_the_workers_are(
+    job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.checks.tracking.importlib.util.find_spec", lambda name: None)
+    found = only_problem(job(tracking=["tensorboard", "mlflow"]), "tracking", exit_code=3)
+    assert "the package mlflow is not installed here" in found.message
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert of(job(tracking=["mlflow"]), Verdict.NOT_CHECKED, "tracking")
+
+
 def test_a_good_job_in_local_folders_creates_none_of_them(job: Any, tmp_path: Path) -> None:
     checked = job()
     assert {f.verdict for f in checked.findings} == {Verdict.OK}, checked.findings

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tensorboardX import SummaryWriter
 
 from cluster.storage import StorageError, Store
 from jobs.record import LineKind, RunPaths, Source, State
 from trainers import telemetry as module
 from trainers.telemetry import LineWriter, Telemetry
+from trainers.tracking.feeds import Feed
+from trainers.tracking.tensorboard import TensorBoard
 
 PATHS = RunPaths("run")
 RANK = Source(2, 0)
@@ -284,9 +287,14 @@ def test_training_ends_well_though_the_store_is_away_at_the_end(
     assert "events are not written at present" in capsys.readouterr().err
 
 
+def board(store: Store, telemetry: Telemetry) -> Feed:
+    prefix = f"{PATHS.tensorboard}attempt-{RANK.number:04d}/"
+    return Feed("TensorBoard", lambda: TensorBoard(store, prefix), warn=telemetry.warn)
+
+
 def test_tensorboard_files_lie_in_the_run_folder(local_store: Store) -> None:
     with Telemetry(local_store, PATHS, RANK) as telemetry:
-        telemetry.with_tensorboard(local_store, PATHS)
+        telemetry.with_trackers([board(local_store, telemetry)])
         telemetry.metrics({"kind": "train", "step": 1, "loss": 0.5})
         telemetry.metrics(
             {"kind": "evaluation", "split": "validation", "step": 1, "metrics": {"f1": 0.25}}
@@ -301,15 +309,13 @@ def test_tensorboard_files_lie_in_the_run_folder(local_store: Store) -> None:
 def test_a_tensorboard_that_cannot_be_written_costs_no_line(
     local_store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def full(writer: SummaryWriter) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "flush", full)
     with Telemetry(local_store, PATHS, RANK) as telemetry:
-        telemetry.with_tensorboard(local_store, PATHS)
+        telemetry.with_trackers([board(local_store, telemetry)])
         telemetry.metrics({"kind": "train", "step": 1, "loss": 0.5})
         telemetry.event("error", "x")
-        assert telemetry._board is not None
-
-        def full() -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(telemetry._board._writer, "flush", full)
     assert len(objects(local_store, "events")) == 1
     assert "No space left on device" in capsys.readouterr().err
