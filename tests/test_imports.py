@@ -125,6 +125,7 @@ WITH_EXTRAS = (
     "jobs.run",
     "jobs.search",
     "jobs.study.cmaes_sampler",
+    "jobs.study.desk",
     "jobs.study.importance",
     "jobs.study.optuna_samplers",
     "jobs.study.slot",

@@ -12,11 +12,13 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.storage import Store, open_store
-from jobs import search
 from jobs.record import Failure, Outcome, RunPaths, State
-from jobs.search import fewer_slots, most_slots, slot_resources
+from jobs.search import make_engine, slot_resources
 from jobs.spec import JobSpec
+from jobs.study import room as rooms
+from jobs.study.desk import Desk, most_slots
 from jobs.study.log import StudyLog
+from jobs.study.room import fewer_slots
 from jobs.study.slot import Answer, Gone, Note, SlotWork, Told, Train, Wait
 from jobs.study.trials import Trials
 from jobs.submit import request_stop
@@ -105,12 +107,12 @@ def seen_in(slot: PlacementGroup) -> list[int]:
 # ------------------------------------------------------------------------------------- the desk
 
 
-def desk_of(spec: JobSpec, told: Remembers) -> tuple[search._Desk, Store]:
+def desk_of(spec: JobSpec, told: Remembers) -> tuple[Desk, Store]:
     store = open_store(spec.store.uri)
     log = StudyLog(store, RunPaths("study"), generation=1)
-    engine = search.make_engine(spec, log, is_saved=lambda trial, step: True)
+    engine = make_engine(spec, log, is_saved=lambda trial, step: True)
     assignment = Assignment(spec, "study", 1, controls_seen=0)
-    return search._Desk(assignment, store, engine, told), store  # type: ignore[arg-type]
+    return Desk(assignment, store, engine, told), store  # type: ignore[arg-type]
 
 
 def test_a_trial_that_is_given_out_as_the_study_is_stopped_hears_of_it(tmp_path: Path) -> None:
@@ -131,21 +133,21 @@ def test_the_studys_state_says_why_it_has_fewer_slots_than_it_could_use(
 ) -> None:
     told = Remembers()
     desk, _ = desk_of(job(tmp_path, trials=5, workers={"count": 2}), told)
-    monkeypatch.setattr(search, "_SLOT_SECONDS", 0.0)
-    monkeypatch.setattr(search, "staying_nodes", lambda: [{"CPU": 3.0}, {"CPU": 1.0}])
+    monkeypatch.setattr(rooms, "_SLOT_SECONDS", 0.0)
+    monkeypatch.setattr(rooms, "staying_nodes", lambda: [{"CPU": 3.0}, {"CPU": 1.0}])
     free = [{"CPU": 1.0}, {"CPU": 1.0}]
-    monkeypatch.setattr(search, "free_on_nodes", lambda: free)
+    monkeypatch.setattr(rooms, "free_on_nodes", lambda: free)
     desk._slots.add("a")
     desk._next("a")
     desk._tell()
-    desk._say_fewer()
+    desk._say_room()
     assert told.lines[-1][1].endswith("; 1 of 5 slots: room for 2")
     free[1]["CPU"] = 0.0
-    desk._say_fewer()
+    desk._say_room()
     assert told.lines[-1][1].endswith("room for 2, of which something else holds part")
     said = len(told.lines)
     desk._slots.add("b")  # which has no trial: no other slot could be used
-    desk._say_fewer()
+    desk._say_room()
     assert len(told.lines) == said
 
 

@@ -12,15 +12,16 @@ pytest.importorskip("ray")
 from synthetic import START, SyntheticRun, make_spec
 
 from cluster.storage import Store
-from jobs import search as searching
 from jobs.errors import SpecError
 from jobs.record import Attempt, Failure, Outcome, RunPaths, State
-from jobs.search import _Desk, make_engine
+from jobs.search import make_engine
 from jobs.spec import JobSpec
+from jobs.study import desk as desks
+from jobs.study.desk import Desk
 from jobs.study.engine import Report
 from jobs.study.events import Asked, Extended, Failed
 from jobs.study.extension import request_extension
-from jobs.study.log import StudyLog, read_events
+from jobs.study.log import StudyLog, StudySuperseded, read_events
 from jobs.study.slot import Answer, Free, Gone, Told, Train
 from trainers.assignment import Assignment
 from trainers.finish import build_result
@@ -33,12 +34,16 @@ class Ear:
 
     def __init__(self) -> None:
         self.told: list[tuple[str, str]] = []
+        self.tracked: list[Any] = []
 
     def event(self, event: str, message: str, **fields: Any) -> None:
         self.told.append((event, message))
 
     def state(self, state: State, message: str, **fields: Any) -> None:
         self.told.append((state.value, message))
+
+    def track(self, happening: Any) -> None:
+        self.tracked.append(happening)
 
 
 def study_spec(**search: Any) -> JobSpec:
@@ -63,28 +68,28 @@ def study_spec(**search: Any) -> JobSpec:
 
 
 @pytest.fixture
-def opened(local_store: Store) -> Callable[..., _Desk]:
+def opened(local_store: Store) -> Callable[..., Desk]:
     """A desk of the next driver of the study in the store; `desk._telemetry` is an Ear."""
     generation = 0
 
-    def open_desk(**search: Any) -> _Desk:
+    def open_desk(**search: Any) -> Desk:
         nonlocal generation
         generation += 1
         spec = study_spec(**search)
         log = StudyLog(local_store, PATHS, generation=generation)
         engine = make_engine(spec, log, is_saved=lambda trial, step: True)
         assignment = Assignment(spec, PATHS.run_id, generation, 0)
-        return _Desk(assignment, local_store, engine, Ear())  # type: ignore[arg-type]
+        return Desk(assignment, local_store, engine, Ear())  # type: ignore[arg-type]
 
     return open_desk
 
 
-def trained(desk: _Desk, slot: str, value: float | None) -> Any:
+def trained(desk: Desk, slot: str, value: float | None) -> Any:
     """What a slot is told after it has trained the trial that it was given to its end."""
     report = Report(step=300, fraction=1.0, epochs=3.0, value=value, best=value, seconds=1.0)
-    answer = desk._order(slot, Told(report))
+    answer = desk.hear(slot, Told(report))
     assert answer == Answer("finish", None)
-    return desk._order(slot, Gone(Outcome(attempt=1, state=State.SUCCEEDED, step=300)))
+    return desk.hear(slot, Gone(Outcome(attempt=1, state=State.SUCCEEDED, step=300)))
 
 
 def broke(message: str) -> Gone:
@@ -92,12 +97,12 @@ def broke(message: str) -> Gone:
     return Gone(Outcome(attempt=1, state=failure.state, step=0, failure=failure))
 
 
-def warnings(desk: _Desk) -> list[str]:
+def warnings(desk: Desk) -> list[str]:
     return [message for kind, message in desk._telemetry.told if kind == "warning"]  # type: ignore[attr-defined]
 
 
 def test_a_request_for_more_trials_is_met_once(
-    opened: Callable[..., _Desk], local_store: Store
+    opened: Callable[..., Desk], local_store: Store
 ) -> None:
     request_extension(local_store, PATHS, trials=5, space=None, by="me")
     desk = opened()
@@ -110,7 +115,7 @@ def test_a_request_for_more_trials_is_met_once(
     later.hear_extensions()
     met = [e for e in read_events(local_store, PATHS) if isinstance(e, Extended)]
     assert [(e.trials, e.request, e.space) for e in met] == [(5, 1, None), (6, 2, narrow)]
-    order = later._order("a", Free())
+    order = later.hear("a", Free())
     assert isinstance(order, Train)
     assert 1e-3 <= order.assignment.spec.optimizer.learning_rate <= 1e-2
 
@@ -123,7 +128,7 @@ def test_a_request_for_more_trials_is_met_once(
     ],
 )
 def test_a_request_that_the_study_cannot_meet_is_told(
-    opened: Callable[..., _Desk], local_store: Store, keys: dict[str, Any], trials: int, why: str
+    opened: Callable[..., Desk], local_store: Store, keys: dict[str, Any], trials: int, why: str
 ) -> None:
     request_extension(local_store, PATHS, trials=trials, space=None, by="me")
     desk = opened(**keys)
@@ -135,10 +140,10 @@ def test_a_request_that_the_study_cannot_meet_is_told(
 
 
 def test_a_request_at_the_last_moment_is_met_or_waits_for_the_next_driver(
-    opened: Callable[..., _Desk], local_store: Store
+    opened: Callable[..., Desk], local_store: Store
 ) -> None:
     desk = opened(trials=1)
-    assert isinstance(desk._order("a", Free()), Train)
+    assert isinstance(desk.hear("a", Free()), Train)
     request_extension(local_store, PATHS, trials=2, space=None, by="me")
     order = trained(desk, "a", 0.5)
     assert isinstance(order, Train)
@@ -151,16 +156,16 @@ def test_a_request_at_the_last_moment_is_met_or_waits_for_the_next_driver(
     assert desk.ended().trial == 1
     following = opened(trials=1)
     following.hear_extensions()
-    order = following._order("a", Free())
+    order = following.hear("a", Free())
     assert isinstance(order, Train)
     assert order.assignment.run_id == "study/trials/0002"
 
 
 def test_what_the_first_trial_has_measured_is_in_the_jobs_of_the_later_ones(
-    opened: Callable[..., _Desk], local_store: Store
+    opened: Callable[..., Desk], local_store: Store
 ) -> None:
     desk = opened()
-    first, second = desk._order("a", Free()), desk._order("b", Free())
+    first, second = desk.hear("a", Free()), desk.hear("b", Free())
     assert isinstance(first, Train)
     assert isinstance(second, Train)
     for number, found in ((0, 300), (1, 500)):
@@ -179,9 +184,9 @@ def test_what_the_first_trial_has_measured_is_in_the_jobs_of_the_later_ones(
     assert [job.launch_tokens for job in jobs] == ["auto", "auto", 300]
     assert jobs[2].max_tokens_per_microbatch == 8192  # which the job says
     # The second goes on with what it measured itself; a new driver knows as much.
-    desk._order("b", Gone(None, Failure.of(OSError("gone"), where="slot")))
+    desk.hear("b", Gone(None, Failure.of(OSError("gone"), where="slot")))
     again = opened()
-    orders = [again._order(slot, Free()) for slot in "ab"]
+    orders = [again.hear(slot, Free()) for slot in "ab"]
     assert [order.assignment.spec.batching.launch_tokens for order in orders] == [  # type: ignore[union-attr]
         "auto",
         300,
@@ -189,9 +194,9 @@ def test_what_the_first_trial_has_measured_is_in_the_jobs_of_the_later_ones(
 
 
 def test_values_that_make_no_job_fail_their_trial_alone(
-    opened: Callable[..., _Desk], local_store: Store, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., Desk], local_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_with, made = searching.job_with, []
+    job_with, made = desks.job_with, []
 
     def refusing(*arguments: Any, **named: Any) -> JobSpec:
         made.append(arguments)
@@ -199,9 +204,9 @@ def test_values_that_make_no_job_fail_their_trial_alone(
             raise SpecError("three keys cannot go together")
         return job_with(*arguments, **named)
 
-    monkeypatch.setattr(searching, "job_with", refusing)
+    monkeypatch.setattr(desks, "job_with", refusing)
     desk = opened()
-    order = desk._order("a", Free())
+    order = desk.hear("a", Free())
     assert isinstance(order, Train)
     assert order.assignment.run_id == "study/trials/0001"
     failed = [e for e in read_events(local_store, PATHS) if isinstance(e, Failed)]
@@ -210,13 +215,13 @@ def test_values_that_make_no_job_fail_their_trial_alone(
 
 
 def test_a_study_whose_trials_all_fail_alike_stops_with_their_failure(
-    opened: Callable[..., _Desk], local_store: Store
+    opened: Callable[..., Desk], local_store: Store
 ) -> None:
     desk = opened(trials=50)
-    order = desk._order("a", Free())
+    order = desk.hear("a", Free())
     for step in range(3):
         assert isinstance(order, Train)
-        order = desk._order("a", broke(f"the loss is not finite at step {step}"))
+        order = desk.hear("a", broke(f"the loss is not finite at step {step}"))
     assert order is None
     assert desk.is_over
     ended = desk.ended()
@@ -236,15 +241,15 @@ def test_a_study_whose_trials_all_fail_alike_stops_with_their_failure(
     ],
 )
 def test_a_study_without_any_score_says_why(
-    opened: Callable[..., _Desk], says: list[str | None], message: str
+    opened: Callable[..., Desk], says: list[str | None], message: str
 ) -> None:
     desk = opened(trials=len(says))
-    desk._order("a", Free())
+    desk.hear("a", Free())
     for said in says:
         if said is None:
             trained(desk, "a", None)
         else:
-            desk._order("a", broke(said))
+            desk.hear("a", broke(said))
     ended = desk.ended()
     assert (ended.state, ended.trial) == (State.FAILED_USER, None)
     assert ended.failure is not None
@@ -252,30 +257,43 @@ def test_a_study_without_any_score_says_why(
 
 
 def test_a_trial_that_ends_without_being_told_to_begins_again(
-    opened: Callable[..., _Desk],
+    opened: Callable[..., Desk],
 ) -> None:
     desk = opened()
-    first = desk._order("a", Free())
+    first = desk.hear("a", Free())
     assert isinstance(first, Train)
-    again = desk._order("a", Gone(Outcome(attempt=1, state=State.STOPPED, step=40)))
+    again = desk.hear("a", Gone(Outcome(attempt=1, state=State.STOPPED, step=40)))
     assert isinstance(again, Train)
     assert again.assignment.run_id == first.assignment.run_id
     assert not desk.is_over
 
 
+def test_a_driver_whose_study_another_one_has_taken_over_ends_with_that(
+    opened: Callable[..., Desk],
+) -> None:
+    first = opened()
+    assert isinstance(first.hear("a", Free()), Train)
+    second = opened()
+    assert isinstance(second.hear("b", Free()), Train)
+    first.died("a", "its process died")
+    assert first.is_over
+    with pytest.raises(StudySuperseded):
+        first.ended()
+
+
 def test_a_study_that_is_stopped_names_its_best_checkpoint_so_far(
-    opened: Callable[..., _Desk], local_store: Store
+    opened: Callable[..., Desk], local_store: Store
 ) -> None:
     desk = opened()
     assert desk.ended().trial is None
-    desk._order("a", Free())
+    desk.hear("a", Free())
     trained(desk, "a", 0.5)
     trained(desk, "a", 0.8)
     run = SyntheticRun(local_store, run_id=PATHS.trial(1).run_id, spec=study_spec())
     run.start_attempt(1, time=START)
     run.checkpoint(1, 300, time=START)
     desk._stop(State.STOPPED)
-    desk._order("a", Gone(Outcome(attempt=1, state=State.STOPPED, step=40)))
+    desk.hear("a", Gone(Outcome(attempt=1, state=State.STOPPED, step=40)))
     assert desk.is_over
     ended = desk.ended()
     assert (ended.state, ended.trial) == (State.STOPPED, 1)
