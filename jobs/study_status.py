@@ -146,11 +146,11 @@ def read_study(reader: RunReader, *, now: float, is_over: bool) -> StudyStatus:
     trials, course = Trials(search, events), Course(events)
     running = () if is_over else tuple(trials[number] for number in trials.running)
     on_slots = _on_slots(reader, running)
-    since = 0.0 if is_over or course.last_at is None else max(0.0, now - course.last_at)
+    worked = course.worked
     pace = Pace(
         search,
         trials,
-        seconds=course.seconds + since,
+        seconds=worked.seconds if is_over else worked.until(now),
         epochs_of_trial=float(spec.train.epochs),
         gpus=spec.gpus_held,
         epochs_now={on.trial.number: on.epochs for on in on_slots},

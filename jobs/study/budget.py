@@ -5,6 +5,7 @@ from __future__ import annotations
 from jobs.search_spec import Search
 from jobs.study.events import Asked, Closed, Decided, Event, Extended, Failed, Reported
 from jobs.study.score import WORST, score_of
+from jobs.study.working_time import WorkingTime
 
 
 class Budget:
@@ -14,7 +15,7 @@ class Budget:
         """`gpus` is how many a trial holds, which may be a part of one."""
         self._search = search
         self._gpus = gpus
-        self._began_at: float | None = None
+        self._worked = WorkingTime()
         self._epochs: dict[int, float] = {}
         self._newest: dict[int, Reported] = {}
         self.epochs = 0.0
@@ -29,8 +30,7 @@ class Budget:
         extended last."""
 
     def observe(self, event: Event) -> None:
-        if self._began_at is None and event.at:
-            self._began_at = event.at
+        self._worked.observe(event)
         if isinstance(event, Asked) and event.donor is not None:
             self._epochs[event.trial] = self._epochs.get(event.donor.trial, 0.0)
         elif isinstance(event, Reported):
@@ -51,7 +51,7 @@ class Budget:
     def exhausted(self, *, now: float) -> str | None:
         """Why the search is to end, as a sentence; `now` in Unix seconds."""
         budget, patience = self._search.budget, self._search.patience
-        hours = (now - self._began_at) / 3600 if self._began_at is not None else 0.0
+        hours = self._worked.until(now) / 3600
         gpu_hours = self.seconds * self._gpus / 3600
         for key, limit, spent in (
             ("epochs", budget.epochs, self.epochs),

@@ -34,6 +34,7 @@ from jobs.study.events import (
     Lost,
     Measured,
     Reported,
+    Resumed,
     Started,
     Values,
 )
@@ -119,6 +120,8 @@ class Engine:
         self.trials = Trials(search)
         for event in events:
             self._observe(event)
+        if events:
+            self._note(Resumed())
         for number in list(self.trials.running):
             self._lose(self.trials[number], "the study's driver ended", counts=False)
         if self._is_reopened():

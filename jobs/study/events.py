@@ -25,7 +25,7 @@ class StudyEvent(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     at: float = 0.0
-    """Unix seconds by the driver's clock; for people, never for decisions."""
+    """Unix seconds by the driver's clock; what is decided by it is the end of `budget.hours`."""
 
 
 class Donor(BaseModel):
@@ -35,6 +35,12 @@ class Donor(BaseModel):
 
     trial: int
     step: int
+
+
+class Resumed(StudyEvent):
+    """Another driver goes on with the study; since the event before it nobody has worked on it."""
+
+    kind: Literal["resumed"] = "resumed"
 
 
 class Asked(StudyEvent):
@@ -162,7 +168,8 @@ class Measured(StudyEvent):
 
 
 Event = Annotated[
-    Asked
+    Resumed
+    | Asked
     | Started
     | Cloned
     | Reported

@@ -108,7 +108,6 @@ class Trials:
         self.last_failed: Trial | None = None
         self.last_request = 0
         """Number of the newest request that the study has met."""
-        self.began_at: float | None = None
         self.reports = 0
         """Evaluations that trials have reported."""
         self.ready: set[int] = set()
@@ -201,8 +200,6 @@ class Trials:
 
     def observe(self, event: Event) -> None:
         """Takes note of the next event of the log."""
-        if self.began_at is None and event.at:
-            self.began_at = event.at
         match event:
             case Asked():
                 self._add(event)

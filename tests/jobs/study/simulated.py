@@ -48,7 +48,7 @@ def engine_of(
     log: MemoryLog,
     simulation: Simulation | None = None,
     *,
-    now: float = 0.0,
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> Engine:
     saved = {} if simulation is None else simulation.saved
     return Engine(
@@ -58,7 +58,7 @@ def engine_of(
         log,
         list(log.events),
         is_saved=lambda trial, step: saved.get(trial, 0) >= step,
-        clock=lambda: now,
+        clock=clock,
     )
 
 

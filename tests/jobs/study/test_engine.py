@@ -214,18 +214,25 @@ def test_a_budget_ends_the_search(keys: dict[str, Any], reason: str) -> None:
     assert {t.status for t in engine.trials.by_number.values()} <= {"stopped", "finished"}
 
 
-def test_hours_are_counted_from_the_first_event() -> None:
+def test_hours_are_those_in_which_a_driver_works() -> None:
     search, space = study("none", trials=100, budget={"hours": 2.0})
-    log = MemoryLog()
-    engine = engine_of(search, space, log, now=1000.0)
+    log, now = MemoryLog(), [1000.0]
+    engine = engine_of(search, space, log, clock=lambda: now[0])
     assert engine.work("a") is not None
-    later = engine_of(search, space, log, now=1000.0 + 2 * 3600)
-    leg = later.work("a")
-    assert leg is not None  # it was lost, and is told at its next report that all is over
+    now[0] += 1.5 * 3600
+    assert engine.work("b") is not None
+    now[0] += 50 * 3600  # the driver is dead
+    later = engine_of(search, space, log, clock=lambda: now[0])
+    first, second = later.work("a"), later.work("b")
+    assert first is not None
+    assert second is not None
+    now[0] += 0.4 * 3600
     report = Report(step=9, fraction=0.5, epochs=1, value=0.5, best=0.5, seconds=1)
-    assert later.reported(leg.trial, report).decision == "stop"
-    later.left(leg.trial)
-    assert later.work("a") is None
+    assert later.reported(first.trial, report).decision == "continue"
+    now[0] += 0.1 * 3600
+    assert later.reported(second.trial, report).decision == "stop"
+    later.left(second.trial)
+    assert "budget.hours (2)" in (later.trials.closed or "")
 
 
 def test_finalists_are_the_best_with_other_seeds_and_the_best_mean_wins() -> None:

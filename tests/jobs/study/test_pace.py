@@ -8,7 +8,17 @@ import pytest
 
 from jobs.search_spec import Budget, Finalists, Search
 from jobs.study.course import Course
-from jobs.study.events import Asked, Closed, Decided, Event, Left, Lost, Reported, Started
+from jobs.study.events import (
+    Asked,
+    Closed,
+    Decided,
+    Event,
+    Left,
+    Lost,
+    Reported,
+    Resumed,
+    Started,
+)
 from jobs.study.pace import Pace
 from jobs.study.trials import Trials
 
@@ -94,13 +104,14 @@ def test_time_without_a_driver_is_no_work() -> None:
     events += [
         Asked(trial=1, values={}, at=101.0),
         Started(trial=1, leg=1, slot="s", until=1.0, at=101.0),
+        Resumed(at=9000.0),
         Lost(trial=1, cause="the study's driver ended", counts=False, at=9000.0),
         Started(trial=1, leg=2, slot="t", until=1.0, at=9010.0),
         Lost(trial=1, cause="killed", counts=True, at=9030.0),
     ]
-    course = Course(events)
-    assert course.seconds == pytest.approx(130)
-    assert course.last_at == 9030
+    worked = Course(events).worked
+    assert worked.seconds == pytest.approx(130)
+    assert worked.until(9035.0) == pytest.approx(135)
 
 
 def test_a_course_keeps_reports_and_ends() -> None:
