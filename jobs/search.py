@@ -44,7 +44,7 @@ from jobs.study.extension import checked_space, read_extensions
 from jobs.study.log import StudyLog
 from jobs.study.retention import Holdings, Sweeper
 from jobs.study.samplers import make_sampler
-from jobs.study.schedulers.making import make_scheduler
+from jobs.study.schedulers import make_scheduler
 from jobs.study.slot import (
     Answer,
     Begun,
