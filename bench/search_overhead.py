@@ -55,7 +55,7 @@ from jobs.study.engine import Engine
 from jobs.study.events import Decided, Event, Left, Values
 from jobs.study.log import StudyLog, read_events
 from jobs.study.samplers import make_sampler
-from jobs.study.schedulers.making import make_scheduler
+from jobs.study.schedulers import make_scheduler
 from jobs.study.space import Space, space_of
 from jobs.study.trials import Trials
 from tests.jobs.study.simulated import Simulation

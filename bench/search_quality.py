@@ -43,7 +43,7 @@ from jobs.search_spec import Search
 from jobs.study.engine import Engine, Leg, Report
 from jobs.study.events import Asked, Event, Values
 from jobs.study.samplers import Sampler, make_sampler
-from jobs.study.schedulers.making import make_scheduler
+from jobs.study.schedulers import make_scheduler
 from jobs.study.space import Space, space_of
 
 NEAR = 0.005

@@ -30,7 +30,7 @@ from jobs.study.engine import Engine
 from jobs.study.log import StudyLog
 from jobs.study.retention import Holdings, Sweeper
 from jobs.study.samplers import make_sampler
-from jobs.study.schedulers.making import make_scheduler
+from jobs.study.schedulers import make_scheduler
 from jobs.study.slot import Order, SlotWork
 from jobs.study.space import space_of
 from trainers.assignment import Assignment

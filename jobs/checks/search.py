@@ -18,7 +18,7 @@ from jobs.checks.machine import Machine, trials_at_once
 from jobs.checks.schedule import Totals
 from jobs.search_spec import ASHA, PB2, PBT, GridSearch, Hyperband, MedianStopping, Search
 from jobs.spec import JobSpec, format_bytes
-from jobs.study.schedulers.hyperband import HyperbandSettings, bracket_plans
+from jobs.study.schedulers.hyperband import bracket_plans
 from jobs.study.schedulers.rungs import rung_fractions
 from jobs.study.space import Choices, Range, Space, space_of
 from jobs.study_view import over_text
@@ -133,7 +133,7 @@ def _num_trials(search: Search, space: Space) -> int:
 def _rungs(search: Search) -> tuple[float, ...]:
     match search.scheduler:
         case ASHA() | Hyperband() as halving:
-            return rung_fractions(reduction_factor=halving.reduction_factor, first=_first(halving))
+            return rung_fractions(halving)
         case MedianStopping(first=first):
             return (first, 1.0)
         case PBT(every=every) | PB2(every=every):
@@ -141,10 +141,6 @@ def _rungs(search: Search) -> tuple[float, ...]:
             return (*(every * number for number in range(1, rounds)), 1.0)
         case _:
             return (1.0,)
-
-
-def _first(halving: ASHA | Hyperband) -> float:
-    return 1 / halving.reduction_factor**2 if halving.first is None else halving.first
 
 
 def _num_budgets(search: Search, trials: int, evaluations: int | None) -> float:
@@ -155,9 +151,8 @@ def _num_budgets(search: Search, trials: int, evaluations: int | None) -> float:
             return _halved(trials, _rungs(search), eta, evaluations)
         case Hyperband() as halving:
             eta = halving.reduction_factor
-            settings = HyperbandSettings(reduction_factor=eta, first=_first(halving))
             total, left = 0.0, trials
-            for bracket in cycle(bracket_plans(settings)):
+            for bracket in cycle(bracket_plans(halving)):
                 if left <= 0:
                     break
                 number = min(left, bracket.num_trials)

@@ -7,6 +7,7 @@ from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jobs.search_spec import ASHA
 from jobs.study.events import Asked, Decided, Event, Extended, Failed, Reported
 from jobs.study.schedulers.rungs import rung_fractions
 from jobs.study.schedulers.scheduler import Objective, continued, finished, paused, stopped
@@ -15,30 +16,19 @@ Entry = tuple[float, int]
 """(cost, trial), in the order of a rung: the best first, of equal ones the earlier trial."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AshaSettings:
-    reduction_factor: int = 3
-    """Of the trials of a rung, one in so many is promoted, to a rung that is so many times as far.
-    The paper uses 4; 3 and 4 are alike in theory."""
-    first: float = 1 / 9
-    """Smallest fraction of the budget after which trials may be compared; the rungs are the powers
-    of 1/reduction_factor down to it."""
-
-
 class Asha:
     """A Scheduler: a trial waits at a rung until it is among the best 1/reduction_factor of those
     that have reached it; free slots go to the topmost rung that has such a trial.
 
     A trial that is among them when it reports goes on at once. A failed trial counts as the worst
-    of the rung that it did not reach. Trials that are over keep their places in the rungs.
+    of the rung that it did not reach. Trials that are over keep their places in the rungs. The
+    paper uses a reduction factor of 4; 3 and 4 are alike in theory.
     """
 
-    def __init__(self, settings: AshaSettings, *, objective: Objective, trials: int) -> None:
+    def __init__(self, given: ASHA, *, objective: Objective, trials: int) -> None:
         """`trials`: how many the study is to have, repeats included."""
-        self._fractions = rung_fractions(
-            reduction_factor=settings.reduction_factor, first=settings.first
-        )
-        self._rungs = [_Rung(settings.reduction_factor) for _ in self._fractions]
+        self._fractions = rung_fractions(given)
+        self._rungs = [_Rung(given.reduction_factor) for _ in self._fractions]
         self._objective = objective
         self._trials = trials
         self._num_asked = 0

@@ -6,18 +6,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from jobs import search_spec
 from jobs.study.events import Asked, Decided, Event, Extended, Failed, Reported
 from jobs.study.schedulers.rungs import rung_fractions
 from jobs.study.schedulers.scheduler import Objective, continued, finished, paused, stopped
-
-
-@dataclass(frozen=True, kw_only=True)
-class HyperbandSettings:
-    reduction_factor: int = 3
-    """Of the trials of a rung, one in so many goes on, to a rung that is so many times as far. The
-    paper recommends 3 or 4."""
-    first: float = 1 / 9
-    """Smallest fraction of the budget after which trials may be compared: the paper's 1/R."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +21,14 @@ class BracketPlan:
     """Of its rungs, the last 1.0."""
 
 
-def bracket_plans(settings: HyperbandSettings) -> list[BracketPlan]:
+def bracket_plans(given: search_spec.Hyperband) -> list[BracketPlan]:
     """The paper's brackets s_max..0; after the last, a study begins with the first again.
 
-    n = ceil(B / R * eta**s / (s + 1)) with B = (s_max + 1) * R, and r = R * eta**-s.
+    n = ceil(B / R * eta**s / (s + 1)) with B = (s_max + 1) * R, and r = R * eta**-s. The
+    first rung of the first bracket is the paper's 1/R; it recommends an eta of 3 or 4.
     """
-    eta = settings.reduction_factor
-    fractions = rung_fractions(reduction_factor=eta, first=settings.first)
+    eta = given.reduction_factor
+    fractions = rung_fractions(given)
     num_brackets = len(fractions)
     return [
         BracketPlan(
@@ -55,10 +48,10 @@ class Hyperband:
     least one goes on. It stays as it is if the study is given more trials afterwards.
     """
 
-    def __init__(self, settings: HyperbandSettings, *, objective: Objective, trials: int) -> None:
+    def __init__(self, given: search_spec.Hyperband, *, objective: Objective, trials: int) -> None:
         """`trials`: how many the study is to have, repeats included."""
-        self._reduction_factor = settings.reduction_factor
-        self._plans = bracket_plans(settings)
+        self._reduction_factor = given.reduction_factor
+        self._plans = bracket_plans(given)
         self._objective = objective
         self._trials = trials
         self._num_asked = 0

@@ -8,6 +8,7 @@ from array import array
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
+from jobs.search_spec import MedianStopping
 from jobs.study.events import Asked, Decided, Event, Failed, Reported
 from jobs.study.schedulers.scheduler import Objective, continued, finished, stopped
 
@@ -17,25 +18,17 @@ _MOMENT = 1e-6
 """Fraction of the budget by which an evaluation is surely later than the one before."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MedianSettings:
-    min_trials: int = 5
-    """Other trials that must have come as far before one is stopped; the paper names no number."""
-    grace: float = 0.1
-    """Fraction of the budget before which no trial is stopped; the paper has none."""
-
-
 class Median:
     """A Scheduler: stops a trial whose best value so far is worse than the median of the others'
     running means, at the same hundredth of the budget.
 
     A trial reports every evaluation. The running mean of a trial at a hundredth is that of all its
     evaluations up to the end of it, and exists once the trial has come there. It is infinitely bad
-    from an evaluation on that is no number.
+    from an evaluation on that is no number. The paper has neither `first` nor `startup_trials`.
     """
 
-    def __init__(self, settings: MedianSettings, *, objective: Objective) -> None:
-        self._settings = settings
+    def __init__(self, given: MedianStopping, *, objective: Objective) -> None:
+        self._given = given
         self._objective = objective
         self._living: dict[int, _Curve] = {}
         self._means = [array("d") for _ in range(NUM_BINS + 1)]
@@ -62,11 +55,11 @@ class Median:
         if curve.fraction >= 1.0:
             return finished(trial)
         until = min(1.0, round(curve.fraction + _MOMENT, 6))
-        if curve.fraction < self._settings.grace:
+        if curve.fraction < self._given.first:
             return continued(trial, until=until, reason="in its period of grace")
         means = self._means[curve.bin]
         num_others = len(means) - 1
-        if num_others < self._settings.min_trials:
+        if num_others < self._given.startup_trials:
             return continued(trial, until=until, reason=f"{num_others} others have come as far")
         of_what = f"the median of {num_others} others at {curve.bin / NUM_BINS:.2f} of the budget"
         if curve.cost > _median_without(means, curve.mean):

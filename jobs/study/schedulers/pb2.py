@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jobs.search_spec import PB2, PBT
 from jobs.study.events import Asked, Decided, Event, Failed, Reported, Values
 from jobs.study.keyed import keyed
 from jobs.study.schedulers.gaussian_process import Array, TimeVaryingProcess, upper_confidence
-from jobs.study.schedulers.pbt import Choices, Clone, Pbt, PbtSettings, Range
+from jobs.study.schedulers.pbt import Clone, Pbt
 from jobs.study.schedulers.scheduler import Objective
+from jobs.study.space import Key, Range
 
 _NUM_LEGS = 200
 """The newest, that are learned from. Fitting takes the cube of it."""
@@ -33,26 +35,26 @@ class Pb2:
 
     def __init__(
         self,
-        settings: PbtSettings,
+        given: PB2,
         *,
         objective: Objective,
-        keys: Sequence[Range | Choices],
+        keys: Sequence[Key],
         seed: int,
         trials: int,
     ) -> None:
-        """As Pbt; the `factors` and the `resample_probability` are for the first round, and the
-        latter for choices."""
+        """As Pbt, whose default `factors` and `resample` are for the first round, and the latter
+        for choices."""
         self._pbt = Pbt(
-            settings,
+            PBT(population=given.population, every=given.every, quantile=given.quantile),
             objective=objective,
             keys=keys,
             seed=seed,
             trials=trials,
             explore=self._explored,
         )
-        self._ranges = [key for key in keys if isinstance(key, Range)]
+        self._ranges = {key.path: key.over for key in keys if isinstance(key.over, Range)}
         self._objective = objective
-        self._interval = settings.interval
+        self._every = given.every
         self._seed = seed
         self._living: dict[int, _Living] = {}
         self._legs: deque[_Leg] = deque(maxlen=_NUM_LEGS)
@@ -100,15 +102,16 @@ class Pb2:
             self._legs.append(_Leg(self._point(living.values, living), gain))
 
     def _point(self, values: Values, begin: _Living) -> list[float]:
-        """[x..., t]: the numbers as shares of their ranges, and the round in which it begins."""
-        shares = [
-            key.share(values[key.path]) if key.path in values else 0.5 for key in self._ranges
+        """[x..., t]: the numbers' places in their ranges, and the round in which it begins."""
+        places = [
+            over.unit(values[path]) if path in values else 0.5
+            for path, over in self._ranges.items()
         ]
-        return [*shares, begin.fraction / self._interval]
+        return [*places, begin.fraction / self._every]
 
     def _explored(self, clone: Clone) -> Values:
         values = self._pbt.perturbed(clone)
-        active = [index for index, key in enumerate(self._ranges) if key.path in values]
+        active = [index for index, path in enumerate(self._ranges) if path in values]
         donor = self._living.get(clone.donor.trial)
         gains = _standardised([leg.gain for leg in self._legs])
         if donor is None or not math.isfinite(donor.cost) or not active or gains is None:
@@ -125,8 +128,9 @@ class Pb2:
         process = TimeVaryingProcess.fit(np.array([leg.point for leg in self._legs]), gains)
         bounds = upper_confidence(process, at, pending=np.array(pending))
         chosen = at[int(np.argmax(bounds))]
-        for index in active:
-            values[self._ranges[index].path] = self._ranges[index].at(float(chosen[index]))
+        for place, (path, over) in zip(chosen[:-1], self._ranges.items(), strict=True):
+            if path in values:
+                values[path] = over.at(float(place))
         return values
 
 

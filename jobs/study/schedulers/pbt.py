@@ -8,75 +8,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
+from jobs.search_spec import PBT
 from jobs.study.events import Asked, Decided, Donor, Event, Extended, Failed, Reported, Values
 from jobs.study.keyed import keyed
 from jobs.study.schedulers.scheduler import Objective, continued, finished, paused, stopped
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """A key with a number for a value."""
-
-    path: str
-    low: float
-    high: float
-    log: bool = False
-    """Uniform in the logarithm; `low` is then above 0."""
-    step: float | None = None
-    """Values are a whole number of steps above `low`; None: any value, or any integer."""
-    integer: bool = False
-
-    def at(self, share: float) -> float | int:
-        """The value that lies `share` of the way from `low` to `high`, on the range's scale."""
-        if self.log:
-            low, high = math.log(self.low), math.log(self.high)
-            return self.nearest(math.exp(low + share * (high - low)))
-        return self.nearest(self.low + share * (self.high - self.low))
-
-    def share(self, value: float) -> float:
-        """The inverse of `at`, in [0, 1]."""
-        low, high = self.low, self.high
-        if self.log:
-            low, high, value = math.log(low), math.log(high), math.log(max(value, low))
-        return min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.0
-
-    def nearest(self, value: float) -> float | int:
-        """The value of the range that is nearest to a number."""
-        value = min(max(value, self.low), self.high)
-        if (step := self.stride) is not None:
-            num_steps = round((value - self.low) / step)
-            num_steps = min(num_steps, math.floor((self.high - self.low) / step + 1e-9))
-            value = float(f"{self.low + num_steps * step:.12g}")
-        return round(value) if self.integer else value
-
-    @property
-    def stride(self) -> float | None:
-        """Between neighbouring values."""
-        return self.step if self.step is not None or not self.integer else 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """A key with one of several values, in no order."""
-
-    path: str
-    choices: tuple[Any, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PbtSettings:
-    population: int = 8
-    """Trials that train side by side. The paper has 20 to 80; few of fine-tuning's budgets do."""
-    interval: float = 0.1
-    """Fraction of the budget between rounds."""
-    quantile: float = 0.2
-    """Share of the population that is replaced in each round, by clones of as many of the best."""
-    factors: tuple[float, float] = (0.8, 1.2)
-    """By one of which a number is multiplied in a clone."""
-    resample_probability: float = 0.25
-    """With which a clone's value is drawn anew from all of its key instead."""
+from jobs.study.space import Key, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +30,7 @@ class Clone:
 
 
 class Pbt:
-    """A Scheduler: at each multiple of the interval the worst members of the population stop, and
+    """A Scheduler: at each multiple of `every` the worst members of the population stop, and
     for each a clone of one of the best begins at the donor's step, with other values.
 
     A round is decided when every member has reported. Members are compared by their newest value,
@@ -102,15 +39,16 @@ class Pbt:
     worst, and are replaced. One that ends early, as by early stopping, leaves the population, and
     is neither cloned nor replaced.
 
-    A clone's `bracket` is the round that it begins after.
+    A clone's `bracket` is the round that it begins after. The paper's populations have 20 to 80
+    members; few budgets of fine-tuning do.
     """
 
     def __init__(
         self,
-        settings: PbtSettings,
+        given: PBT,
         *,
         objective: Objective,
-        keys: Sequence[Range | Choices],
+        keys: Sequence[Key],
         seed: int,
         trials: int,
         explore: Callable[[Clone], Values] | None = None,
@@ -118,7 +56,7 @@ class Pbt:
         """`keys` may change in clones; a clone has the donor's values for all others. Keys that
         another's condition depends on are to be left out. `trials` bounds the population. `explore`
         gives a clone's values, from nothing but what has been observed; None: `perturbed`."""
-        self._settings = settings
+        self._given = given
         self._objective = objective
         self._keys = keys
         self._seed = seed
@@ -188,25 +126,22 @@ class Pbt:
         return None
 
     def takes_new(self) -> bool:
-        return self._round == 1 and self._num_asked < min(self._settings.population, self._trials)
+        return self._round == 1 and self._num_asked < min(self._given.population, self._trials)
 
     def perturbed(self, clone: Clone) -> Values:
         """The donor's values, each drawn anew or, if it is a number, multiplied by a factor."""
         rng = keyed(self._seed, "perturb", clone.replaces, clone.round)
         values = dict(clone.values)
         for key in self._keys:
-            is_resampled = rng.random() < self._settings.resample_probability
-            share = rng.random()
-            factor = self._settings.factors[int(rng.integers(2))]
+            is_resampled = rng.random() < self._given.resample
+            place = rng.random()
+            factor = self._given.factors[int(rng.integers(2))]
             if key.path not in values:
                 continue
-            if isinstance(key, Choices):
-                if is_resampled:
-                    values[key.path] = key.choices[int(share * len(key.choices))]
-            elif is_resampled:
-                values[key.path] = key.at(share)
-            else:
-                values[key.path] = _multiplied(key, values[key.path], factor)
+            if is_resampled:
+                values[key.path] = key.over.at(place)
+            elif isinstance(key.over, Range):
+                values[key.path] = _multiplied(key.over, values[key.path], factor)
         return values
 
     def _join(self, event: Asked) -> None:
@@ -242,7 +177,7 @@ class Pbt:
             return
         ranked = sorted(self._members, key=lambda trial: (self._members[trial].cost, trial))
         size = len(ranked) + len(self._failed)
-        num_cut = min(math.ceil(size * self._settings.quantile), size // 2)
+        num_cut = min(math.ceil(size * self._given.quantile), size // 2)
         num_stopped = max(0, num_cut - len(self._failed))
         survivors = ranked[: len(ranked) - num_stopped]
         losers = ranked[len(ranked) - num_stopped :]
@@ -278,12 +213,12 @@ class Pbt:
         return following
 
     def _fraction(self, number: int) -> float:
-        """Of the budget, at a round; the last one takes up a rest shorter than half an interval.
+        """Of the budget, at a round; the last one takes up a rest shorter than half a round.
 
         It is the float nearest to its value, as is a number of steps divided by those planned.
         """
-        interval = Fraction(self._settings.interval).limit_denominator(10_000)
-        return 1.0 if 1 - number * interval < interval / 2 else float(number * interval)
+        every = Fraction(self._given.every).limit_denominator(10_000)
+        return 1.0 if 1 - number * every < every / 2 else float(number * every)
 
 
 @dataclass(slots=True)
@@ -298,9 +233,9 @@ class _Member:
     """In this round."""
 
 
-def _multiplied(key: Range, value: float, factor: float) -> float | int:
-    """The nearest value of the key; where that is the same one, its neighbour."""
-    moved = key.nearest(value * factor)
-    if moved == value and key.stride is not None:
-        return key.nearest(value + math.copysign(key.stride, factor - 1))
+def _multiplied(over: Range, value: float, factor: float) -> float:
+    """The nearest number of the range; where that is the same one, its neighbour."""
+    moved = over.nearest(value * factor)
+    if moved == value and over.step is not None:
+        return over.nearest(value + math.copysign(over.step, factor - 1))
     return moved

@@ -13,7 +13,7 @@ from jobs.search_spec import Search
 from jobs.study.engine import Engine, Leg, Report
 from jobs.study.events import Event, Values
 from jobs.study.samplers import make_sampler
-from jobs.study.schedulers.making import make_scheduler
+from jobs.study.schedulers import make_scheduler
 from jobs.study.space import Space
 
 Objective = Callable[[Values, int, float], float]

@@ -20,13 +20,14 @@ from jobs.study.events import (
     Values,
 )
 from jobs.study.keyed import keyed
-from jobs.study.schedulers import Choices, Range, Scheduler
+from jobs.study.schedulers import Scheduler
+from jobs.study.space import Choices, Key, Range
 
 KEYS = (
-    Range(path="optimizer.learning_rate", low=1e-6, high=1e-2, log=True),
-    Range(path="model.dropout", low=0.0, high=0.5, step=0.05),
-    Range(path="batching.global_batch_size", low=4, high=64, integer=True),
-    Choices(path="optimizer.kind", choices=("adamw", "sgd", "lion")),
+    Key("optimizer.learning_rate", Range(1e-6, 1e-2, log=True)),
+    Key("model.dropout", Range(0.0, 0.5, step=0.05)),
+    Key("batching.global_batch_size", Range(4, 64, step=1)),
+    Key("optimizer.kind", Choices(("adamw", "sgd", "lion"))),
 )
 FAILURE = Failure(state=State.FAILED_USER, problems=(("out of memory", None),))
 
@@ -201,12 +202,7 @@ def answers(scheduler: Scheduler, undecided: set[int]) -> Any:
 
 def drawn(seed: int, trial: int) -> Values:
     rng = keyed(seed, "values", trial)
-    return {
-        key.path: key.choices[int(rng.integers(len(key.choices)))]
-        if isinstance(key, Choices)
-        else key.at(rng.random())
-        for key in KEYS
-    }
+    return {key.path: key.over.at(rng.random()) for key in KEYS}
 
 
 def quality(values: Values, fraction: float) -> float:

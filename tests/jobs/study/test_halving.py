@@ -8,38 +8,39 @@ from collections.abc import Iterable
 import pytest
 from simulated_study import FAILURE, Study
 
+from jobs import search_spec
+from jobs.search_spec import ASHA
 from jobs.study.events import Asked, Decided, Event, Extended, Failed, Reported
-from jobs.study.schedulers import (
-    Asha,
-    AshaSettings,
-    Hyperband,
-    HyperbandSettings,
-    Objective,
-)
+from jobs.study.schedulers import Asha, Hyperband, Objective
 from jobs.study.schedulers.rungs import rung_fractions
 
 BEST = Objective(mode="max", score="best")
 
 
 def asha(trials: int, *, score: Objective = BEST) -> Asha:
-    return Asha(AshaSettings(reduction_factor=3, first=0.11), objective=score, trials=trials)
+    return Asha(ASHA(reduction_factor=3, first=0.11), objective=score, trials=trials)
 
 
 def hyperband(trials: int, *, first: float = 1 / 81) -> Hyperband:
-    settings = HyperbandSettings(reduction_factor=3, first=first)
-    return Hyperband(settings, objective=BEST, trials=trials)
+    given = search_spec.Hyperband(reduction_factor=3, first=first)
+    return Hyperband(given, objective=BEST, trials=trials)
 
 
 def test_rungs_are_the_powers_that_are_not_below_the_first() -> None:
-    assert rung_fractions(reduction_factor=3, first=1 / 9) == (1 / 9, 1 / 3, 1.0)
-    assert rung_fractions(reduction_factor=3, first=0.11) == (1 / 9, 1 / 3, 1.0)
-    assert rung_fractions(reduction_factor=3, first=0.12) == (1 / 3, 1.0)
-    assert rung_fractions(reduction_factor=4, first=1.0) == (1.0,)
+    def rungs(reduction_factor: int, first: float | None) -> tuple[float, ...]:
+        given = ASHA(reduction_factor=reduction_factor, first=first)
+        other = search_spec.Hyperband(reduction_factor=reduction_factor, first=first)
+        assert rung_fractions(given) == rung_fractions(other)
+        return rung_fractions(given)
+
+    assert rungs(3, 1 / 9) == (1 / 9, 1 / 3, 1.0)
+    assert rungs(3, 0.11) == (1 / 9, 1 / 3, 1.0)
+    assert rungs(3, 0.12) == (1 / 3, 1.0)
+    assert rungs(4, 0.99) == (1.0,)
+    for eta in (2, 3, 7, 49):
+        assert rungs(eta, None) == (1 / eta**2, 1 / eta, 1.0)
     for exponent in range(9):
-        assert (
-            3 ** (8 - exponent) / 3**8
-            == rung_fractions(reduction_factor=3, first=1e-9)[-1 - exponent]
-        )
+        assert 3 ** (8 - exponent) / 3**8 == rungs(3, 1e-9)[-1 - exponent]
 
 
 class Algorithm2:

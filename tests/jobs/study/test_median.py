@@ -8,18 +8,19 @@ from statistics import fmean, median
 import pytest
 from simulated_study import Study
 
+from jobs.search_spec import MedianStopping
 from jobs.study.events import Asked, Decided, Reported
-from jobs.study.schedulers import Median, MedianSettings, Objective
+from jobs.study.schedulers import Median, Objective
 
 
 def report(trial: int, fraction: float, value: float | None, best: float | None) -> Reported:
     return Reported(trial=trial, step=1, fraction=fraction, epochs=fraction, value=value, best=best)
 
 
-def is_stopped(reports: list[Reported], trial: int, settings: MedianSettings) -> bool:
+def is_stopped(reports: list[Reported], trial: int, given: MedianStopping) -> bool:
     """Whether the best of a trial is worse than the median of the others' running means."""
     newest = [r for r in reports if r.trial == trial][-1]
-    if newest.fraction >= 1 or newest.fraction < settings.grace:
+    if newest.fraction >= 1 or newest.fraction < given.first:
         return False
     hundredth = math.ceil(newest.fraction * 100 - 1e-9)
     means = []
@@ -29,7 +30,7 @@ def is_stopped(reports: list[Reported], trial: int, settings: MedianSettings) ->
             values = [-math.inf if v is None else v for b, v in bins if b <= hundredth]
             if values:
                 means.append(fmean(values))
-    if len(means) < settings.min_trials:
+    if len(means) < given.startup_trials:
         return False
     return (-math.inf if newest.best is None else newest.best) < median(means)
 
@@ -39,10 +40,10 @@ def is_stopped(reports: list[Reported], trial: int, settings: MedianSettings) ->
 def test_trials_stop_as_a_direct_reading_of_the_rule_says(
     slots: int, evaluations: tuple[int, ...]
 ) -> None:
-    settings = MedianSettings(min_trials=4, grace=0.2)
+    given = MedianStopping(startup_trials=4, first=0.2)
     objective = Objective(mode="max", score="best")
     study = Study(
-        make=lambda: Median(settings, objective=objective),
+        make=lambda: Median(given, objective=objective),
         trials=20,
         slots=slots,
         evaluations=evaluations,
@@ -56,7 +57,7 @@ def test_trials_stop_as_a_direct_reading_of_the_rule_says(
         if isinstance(event, Reported):
             reports.append(event)
         elif isinstance(event, Decided):
-            expected = is_stopped(reports, event.trial, settings)
+            expected = is_stopped(reports, event.trial, given)
             assert (event.decision == "stop") == expected
             stops += expected
     assert stops >= 3
@@ -64,7 +65,7 @@ def test_trials_stop_as_a_direct_reading_of_the_rule_says(
 
 def test_a_trial_reports_every_evaluation() -> None:
     study = Study(
-        make=lambda: Median(MedianSettings(grace=1.0), objective=Objective(mode="max")),
+        make=lambda: Median(MedianStopping(first=0.99), objective=Objective(mode="max")),
         trials=3,
         evaluations=(10, 3, 7),
     ).run()
@@ -76,7 +77,9 @@ def test_a_trial_reports_every_evaluation() -> None:
 
 
 def test_the_trial_itself_is_not_among_the_others() -> None:
-    scheduler = Median(MedianSettings(min_trials=1, grace=0.0), objective=Objective(mode="min"))
+    scheduler = Median(
+        MedianStopping(startup_trials=1, first=0.01), objective=Objective(mode="min")
+    )
     for trial, value in enumerate((0.5, 0.4)):
         scheduler.observe(Asked(trial=trial, values={}))
         scheduler.observe(report(trial, 0.5, value, value))
@@ -88,7 +91,9 @@ def test_the_trial_itself_is_not_among_the_others() -> None:
 
 
 def test_the_means_are_of_the_values_and_a_trial_is_judged_by_its_best() -> None:
-    scheduler = Median(MedianSettings(min_trials=1, grace=0.0), objective=Objective(mode="min"))
+    scheduler = Median(
+        MedianStopping(startup_trials=1, first=0.01), objective=Objective(mode="min")
+    )
     for trial in range(2):
         scheduler.observe(Asked(trial=trial, values={}))
     scheduler.observe(report(0, 0.25, 0.2, 0.2))
@@ -100,7 +105,9 @@ def test_the_means_are_of_the_values_and_a_trial_is_judged_by_its_best() -> None
 
 
 def test_the_median_is_that_of_the_others_alone() -> None:
-    scheduler = Median(MedianSettings(min_trials=4, grace=0.0), objective=Objective(mode="min"))
+    scheduler = Median(
+        MedianStopping(startup_trials=4, first=0.01), objective=Objective(mode="min")
+    )
     for trial, value in enumerate((1.0, 2.0, 3.0, 4.0)):
         scheduler.observe(Asked(trial=trial, values={}))
         scheduler.observe(report(trial, 0.5, value, value))
@@ -114,7 +121,9 @@ def test_the_median_is_that_of_the_others_alone() -> None:
 
 
 def test_a_trial_counts_at_all_fractions_that_it_has_gone_past() -> None:
-    scheduler = Median(MedianSettings(min_trials=1, grace=0.0), objective=Objective(mode="min"))
+    scheduler = Median(
+        MedianStopping(startup_trials=1, first=0.01), objective=Objective(mode="min")
+    )
     scheduler.observe(Asked(trial=0, values={}))
     scheduler.observe(report(0, 0.1, 0.5, 0.5))
     scheduler.observe(report(0, 0.5, 0.1, 0.1))

@@ -46,7 +46,7 @@ def pace_of(
     return Pace(
         found,
         Trials(found, events),
-        seconds=Course(events).seconds,
+        seconds=Course(events).worked.seconds,
         epochs_of_trial=EPOCHS,
         gpus=gpus,
         epochs_now=now or {},

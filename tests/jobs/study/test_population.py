@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from simulated_study import FAILURE, KEYS, Study, replayed
 
+from jobs.search_spec import PB2, PBT, Search
 from jobs.study.events import Asked, Decided, Donor, Extended, Failed, Reported, Values
-from jobs.study.schedulers import Choices, Objective, Pb2, Pbt, PbtSettings, Range, Scheduler
+from jobs.study.schedulers import Objective, Pb2, Pbt, Scheduler, make_scheduler
 from jobs.study.schedulers.gaussian_process import TimeVaryingProcess, upper_confidence
 from jobs.study.schedulers.pbt import Clone
+from jobs.study.space import Choices, Key, Range, space_from
 
 OBJECTIVE = Objective(mode="max")
-SETTINGS = PbtSettings(population=10, interval=0.2)
-RATE = Range(path="rate", low=1e-5, high=1e-1, log=True)
+PBT_OF_10 = PBT(population=10, every=0.2, quantile=0.2)
+PB2_OF_10 = PB2(population=10, every=0.2, quantile=0.2)
+RATE = Range(1e-5, 1e-1, log=True)
 
 
-def pbt(
-    *, settings: PbtSettings = SETTINGS, trials: int = 100, keys: object = KEYS, seed: int = 7
-) -> Pbt:
-    return Pbt(settings, objective=OBJECTIVE, keys=keys, seed=seed, trials=trials)  # type: ignore[arg-type]
+def pbt(given: PBT = PBT_OF_10, *, trials: int = 100, keys: Sequence[Key] = KEYS) -> Pbt:
+    return Pbt(given, objective=OBJECTIVE, keys=keys, seed=7, trials=trials)
 
 
-def pb2(*, settings: PbtSettings = SETTINGS, trials: int = 100, seed: int = 7) -> Pb2:
-    return Pb2(settings, objective=OBJECTIVE, keys=KEYS, seed=seed, trials=trials)
+def pb2() -> Pb2:
+    return Pb2(PB2_OF_10, objective=OBJECTIVE, keys=KEYS, seed=7, trials=100)
 
 
 @pytest.mark.parametrize("make", [pbt, pb2])
@@ -71,7 +73,7 @@ def test_the_population_stays_as_it_is_after_its_first_round() -> None:
 
 
 def test_a_round_goes_on_when_its_last_report_has_been_decided_on() -> None:
-    scheduler = pbt(settings=PbtSettings(population=2, interval=0.5))
+    scheduler = pbt(PBT(population=2, every=0.5))
     for trial in range(2):
         scheduler.observe(Asked(trial=trial, values={}))
     settle(scheduler, trial=0, fraction=0.5, value=0.1)
@@ -84,7 +86,7 @@ def test_a_round_goes_on_when_its_last_report_has_been_decided_on() -> None:
 
 
 def test_failed_members_are_replaced_by_clones_of_living_ones() -> None:
-    scheduler = pbt(settings=PbtSettings(population=4, interval=0.5))
+    scheduler = pbt(PBT(population=4, every=0.5))
     for trial in range(4):
         assert scheduler.takes_new()
         scheduler.observe(Asked(trial=trial, values={}))
@@ -120,7 +122,7 @@ def settle(scheduler: Scheduler, *, trial: int, fraction: float, value: float | 
 
 
 def test_members_are_compared_by_their_newest_value_and_none_is_the_worst() -> None:
-    scheduler = pbt(settings=PbtSettings(population=3, interval=0.5))
+    scheduler = pbt(PBT(population=3, every=0.5))
     for trial in range(3):
         scheduler.observe(Asked(trial=trial, values={}))
     for trial, value in enumerate((None, 0.1, 0.9)):
@@ -135,7 +137,7 @@ def test_members_are_compared_by_their_newest_value_and_none_is_the_worst() -> N
 
 
 def test_a_member_that_ends_early_leaves_the_population() -> None:
-    scheduler = pbt(settings=PbtSettings(population=3, interval=0.5))
+    scheduler = pbt(PBT(population=3, every=0.5))
     for trial in range(3):
         scheduler.observe(Asked(trial=trial, values={}))
     settle(scheduler, trial=0, fraction=0.5, value=0.1)
@@ -156,19 +158,19 @@ def test_a_member_that_ends_early_leaves_the_population() -> None:
 
 
 @pytest.mark.parametrize(
-    ("interval", "fractions"),
+    ("every", "fractions"),
     [
         (0.1, [k / 10 for k in range(1, 11)]),
         (1 / 3, [1 / 3, 2 / 3, 1.0]),
         (0.333, [0.333, 0.666, 1.0]),
         (0.45, [0.45, 1.0]),
-        (1.0, [1.0]),
+        (0.9, [1.0]),
     ],
 )
-def test_rounds_are_multiples_of_the_interval_and_the_last_takes_a_small_rest(
-    interval: float, fractions: list[float]
+def test_rounds_begin_at_multiples_and_the_last_takes_a_small_rest(
+    every: float, fractions: list[float]
 ) -> None:
-    scheduler = pbt(settings=PbtSettings(interval=interval))
+    scheduler = pbt(PBT(every=every))
     assert [scheduler.first(number) for number in range(len(fractions))] == fractions
 
 
@@ -180,59 +182,81 @@ def test_a_round_that_rare_evaluations_went_past_is_left_out() -> None:
     assert [clone.bracket for clone in clones] == [2, 2]
 
 
-def perturbed(key: Range | Choices, value: object, *, count: int, resample: float) -> list[object]:
-    settings = PbtSettings(resample_probability=resample)
-    scheduler = pbt(settings=settings, keys=[key])
+def perturbed(over: Range | Choices, value: object, *, count: int, resample: float) -> list[Any]:
+    scheduler = pbt(PBT(resample=resample), keys=[Key("searched", over)])
     clones = [
-        Clone(replaces=n, donor=Donor(trial=0, step=1), values={key.path: value, "a": 1}, round=1)
+        Clone(replaces=n, donor=Donor(trial=0, step=1), values={"searched": value, "a": 1}, round=1)
         for n in range(count)
     ]
     values = [scheduler.perturbed(clone) for clone in clones]
     assert all(v["a"] == 1 for v in values)
     assert [scheduler.perturbed(clone) for clone in clones] == values
-    return [v[key.path] for v in values]
+    return [v["searched"] for v in values]
 
 
 def test_a_number_is_multiplied_by_either_factor_within_its_bounds() -> None:
     found = perturbed(RATE, 1e-3, count=50, resample=0.0)
-    assert {f"{value:.6g}" for value in found} == {"0.0008", "0.0012"}
+    assert {f"{value:.6g}" for value in found} == {"0.0008", "0.00125"}
     assert set(perturbed(RATE, 0.09, count=50, resample=0.0)) == {0.1, 0.09 * 0.8}
 
 
 def test_a_whole_or_stepped_number_moves_by_at_least_one_step() -> None:
-    whole = Range(path="n", low=1, high=64, integer=True)
+    whole = Range(1, 64, step=1)
     assert set(perturbed(whole, 2, count=50, resample=0.0)) == {1, 3}
-    assert set(perturbed(whole, 50, count=50, resample=0.0)) == {40, 60}
+    assert set(perturbed(whole, 50, count=50, resample=0.0)) == {40, 63}
     assert all(type(value) is int for value in perturbed(whole, 2, count=50, resample=0.5))
-    stepped = Range(path="n", low=0.0, high=0.5, step=0.1)
+    stepped = Range(0.0, 0.5, step=0.1)
     assert set(perturbed(stepped, 0.2, count=50, resample=0.0)) == {0.1, 0.3}
     assert set(perturbed(stepped, 0.2, count=300, resample=1.0)) == {0.0, 0.1, 0.2, 0.3, 0.4, 0.5}
 
 
 def test_values_are_drawn_anew_with_the_given_probability() -> None:
     found = perturbed(RATE, 1e-3, count=400, resample=0.25)
-    anew = [value for value in found if f"{value:.6g}" not in ("0.0008", "0.0012")]
+    anew = [value for value in found if f"{value:.6g}" not in ("0.0008", "0.00125")]
     assert 0.18 < len(anew) / 400 < 0.32
-    assert min(anew) < 1e-4 < 1e-2 < max(anew)  # type: ignore[type-var]
-    choice = Choices(path="kind", choices=("a", "b", "c", "d"))
+    assert min(anew) < 1e-4 < 1e-2 < max(anew)
+    choice = Choices(("a", "b", "c", "d"))
     assert set(perturbed(choice, "a", count=50, resample=0.0)) == {"a"}
     assert set(perturbed(choice, "a", count=50, resample=1.0)) == {"a", "b", "c", "d"}
 
 
-def test_a_range_finds_the_share_of_its_values() -> None:
-    for key in (RATE, Range(path="n", low=-1.0, high=3.0)):
-        for share in (0.0, 0.25, 1.0):
-            assert key.share(key.at(share)) == pytest.approx(share)
-    assert RATE.at(0.5) == pytest.approx(1e-3)
-    assert Range(path="n", low=2.0, high=2.0).share(2.0) == 0.0
+@pytest.mark.parametrize("given", [PBT(population=40, resample=1.0), PB2(population=40)])
+def test_clones_keep_what_decides_which_keys_they_have(given: PBT | PB2) -> None:
+    space = space_from(
+        {
+            "optimizer.kind": {"choice": ["adamw", "sgd"]},
+            "optimizer.momentum": {"uniform": [0.5, 0.9], "when": {"optimizer.kind": "sgd"}},
+        }
+    )
+    scheduler = make_scheduler(Search(metric="validation/accuracy", scheduler=given), space)
+    for trial in range(40):
+        values = {"optimizer.kind": "sgd", "optimizer.momentum": 0.7}
+        scheduler.observe(Asked(trial=trial, values=values))
+        settle(scheduler, trial=trial, fraction=0.1, value=0.1)
+    clones = []
+    while (answer := scheduler.next()) is not None:
+        scheduler.observe(answer)
+        clones += [answer] if isinstance(answer, Asked) else []
+    assert len(clones) == 10
+    assert {clone.values["optimizer.kind"] for clone in clones} == {"sgd"}
+    assert all(clone.values["optimizer.momentum"] != 0.7 for clone in clones)
 
 
-def improvement_study(*, seed: int, make: Callable[..., Scheduler]) -> list[float]:
+def test_the_first_clones_of_pb2_are_those_of_pbt() -> None:
+    def first_clones(make: Callable[[], Scheduler]) -> list[Asked]:
+        log = Study(make=make, trials=10, evaluations=(20,)).run().log
+        return [e for e in log if isinstance(e, Asked) and e.bracket == 1]
+
+    assert len(first_clones(pb2)) == 2
+    assert first_clones(pb2) == first_clones(pbt)
+
+
+def improvement_study(*, seed: int) -> list[float]:
     """Shares of the clones' rates, where 0.7 improves the metric fastest, of a study by hand."""
-    scheduler = make(
-        PbtSettings(population=8, interval=0.1),
+    scheduler = Pb2(
+        PB2(population=8),
         objective=OBJECTIVE,
-        keys=[RATE],
+        keys=[Key("rate", RATE)],
         seed=seed,
         trials=8,
     )
@@ -246,7 +270,7 @@ def improvement_study(*, seed: int, make: Callable[..., Scheduler]) -> list[floa
     underway = [*range(8)]
     for number in range(1, 10):
         for trial in underway:
-            skill[trial] += 0.1 - 0.3 * (RATE.share(values[trial]["rate"]) - 0.7) ** 2
+            skill[trial] += 0.1 - 0.3 * (RATE.unit(values[trial]["rate"]) - 0.7) ** 2
             settle(scheduler, trial=trial, fraction=number / 10, value=skill[trial])
         underway = []
         while (answer := scheduler.next()) is not None:
@@ -255,7 +279,7 @@ def improvement_study(*, seed: int, make: Callable[..., Scheduler]) -> list[floa
                 assert answer.donor is not None
                 values[answer.trial] = answer.values
                 skill[answer.trial] = skill[answer.donor.trial]
-                shares.append(RATE.share(answer.values["rate"]))
+                shares.append(RATE.unit(answer.values["rate"]))
                 underway.append(answer.trial)
             elif answer.decision == "continue":
                 underway.append(answer.trial)
@@ -263,11 +287,7 @@ def improvement_study(*, seed: int, make: Callable[..., Scheduler]) -> list[floa
 
 
 def test_pb2_finds_the_values_that_improve_the_metric_fastest() -> None:
-    errors = [
-        abs(share - 0.7)
-        for seed in range(2)
-        for share in improvement_study(seed=seed, make=Pb2)[8:]
-    ]
+    errors = [abs(share - 0.7) for seed in range(2) for share in improvement_study(seed=seed)[8:]]
     # Values drawn at random are 0.25 away in the middle.
     assert np.median(errors) < 0.03
 
@@ -275,9 +295,9 @@ def test_pb2_finds_the_values_that_improve_the_metric_fastest() -> None:
 def test_pb2_takes_a_stretch_that_failed_or_ended_without_a_value_for_the_worst() -> None:
     """Rates above the middle break; the others improve all alike."""
     scheduler = Pb2(
-        PbtSettings(population=8, interval=0.1, quantile=0.5),
+        PB2(population=8, quantile=0.5),
         objective=OBJECTIVE,
-        keys=[RATE],
+        keys=[Key("rate", RATE)],
         seed=1,
         trials=8,
     )
@@ -293,11 +313,11 @@ def test_pb2_takes_a_stretch_that_failed_or_ended_without_a_value_for_the_worst(
             scheduler.observe(answer)
             if isinstance(answer, Asked):
                 values[answer.trial] = answer.values
-                shares.append(RATE.share(answer.values["rate"]))
+                shares.append(RATE.unit(answer.values["rate"]))
             if isinstance(answer, Asked) or answer.decision == "continue":
                 underway.append(answer.trial)
         for trial in underway:
-            share = RATE.share(values[trial]["rate"])
+            share = RATE.unit(values[trial]["rate"])
             if share > 0.75:
                 scheduler.observe(Failed(trial=trial, failure=FAILURE))
             else:

@@ -7,32 +7,33 @@ from collections.abc import Callable
 import pytest
 from simulated_study import KEYS, Study, answers, replayed
 
+from jobs import search_spec
+from jobs.search_spec import ASHA, PB2, PBT, MedianStopping
 from jobs.study.events import Asked, Decided, Extended, Failed, Reported, Started
 from jobs.study.schedulers import (
     Asha,
-    AshaSettings,
     Hyperband,
-    HyperbandSettings,
     Median,
-    MedianSettings,
     Objective,
     Pb2,
     Pbt,
-    PbtSettings,
     Plain,
     Scheduler,
 )
 
 OBJECTIVE = Objective(mode="max", score="best")
-POPULATION = PbtSettings(population=6, interval=0.25)
+PBT_OF_6 = PBT(population=6, every=0.25)
+PB2_OF_6 = PB2(population=6, every=0.25)
 Make = Callable[[int], Scheduler]
 KINDS: dict[str, Make] = {
     "none": lambda trials: Plain(),
-    "asha": lambda trials: Asha(AshaSettings(), objective=OBJECTIVE, trials=trials),
-    "hyperband": lambda trials: Hyperband(HyperbandSettings(), objective=OBJECTIVE, trials=trials),
-    "median": lambda trials: Median(MedianSettings(min_trials=3), objective=OBJECTIVE),
-    "pbt": lambda trials: Pbt(POPULATION, objective=OBJECTIVE, keys=KEYS, seed=7, trials=trials),
-    "pb2": lambda trials: Pb2(POPULATION, objective=OBJECTIVE, keys=KEYS, seed=7, trials=trials),
+    "asha": lambda trials: Asha(ASHA(), objective=OBJECTIVE, trials=trials),
+    "hyperband": lambda trials: Hyperband(
+        search_spec.Hyperband(), objective=OBJECTIVE, trials=trials
+    ),
+    "median": lambda trials: Median(MedianStopping(startup_trials=3), objective=OBJECTIVE),
+    "pbt": lambda trials: Pbt(PBT_OF_6, objective=OBJECTIVE, keys=KEYS, seed=7, trials=trials),
+    "pb2": lambda trials: Pb2(PB2_OF_6, objective=OBJECTIVE, keys=KEYS, seed=7, trials=trials),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

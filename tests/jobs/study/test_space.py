@@ -68,6 +68,8 @@ def test_every_place_has_a_value_that_has_this_place(given: dict[str, Any]) -> N
         value = over.at(float(place))
         assert over.holds(value)
         assert json.loads(json.dumps(value)) == value
+        if isinstance(over, Range) and over.step is None:
+            assert over.unit(value) == pytest.approx(place)
         again = over.at(over.unit(value))
         assert again == pytest.approx(value, rel=1e-12)
         assert again == value or not (isinstance(over, Choices) or over.step)
