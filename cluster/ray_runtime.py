@@ -30,6 +30,8 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Repeated lines of workers are wanted: they go to the run's log, not to a terminal.
     "RAY_DEDUP_LOGS": "0",
+    # Files of every saying of a study's slots, which nobody reads, without bound.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 _OWN_SETTINGS = {
     # Of a Ray that is started here: no processes ahead of time, as workers are not made of them.
@@ -188,8 +190,22 @@ def own_node_watched(when_taken: Callable[[], None]) -> Iterator[None]:
 def _own_node_is_draining() -> bool:
     import ray
 
-    node = ray.get_runtime_context().get_node_id()
-    return node in ray._private.state.state.get_draining_nodes()
+    return own_node() in ray._private.state.state.get_draining_nodes()
+
+
+def own_node() -> str:
+    """The id of the node of this process."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def is_alive(node: str) -> bool:
+    """Whether the cluster still has the node of that id."""
+    import ray
+
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return any(known["NodeID"] == node and known["Alive"] for known in nodes)
 
 
 # -------------------------------------------------------------------------- room on the nodes

@@ -13,7 +13,9 @@ decides from the study's log alone.
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from ray import tune
@@ -21,11 +23,18 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.stopper import NoopStopper, Stopper
 
-from cluster.ray_runtime import is_attached, resources_of, use_settings
+from cluster.ray_runtime import (
+    is_alive,
+    is_attached,
+    own_node,
+    own_node_watched,
+    resources_of,
+    use_settings,
+)
 from cluster.storage import open_store
 from jobs.record import Failure, Outcome, RunPaths, State
 from jobs.spec import JobSpec
-from jobs.study.desk import Desk, most_slots
+from jobs.study.desk import Desk
 from jobs.study.engine import Engine
 from jobs.study.log import StudyLog
 from jobs.study.retention import Holdings, Sweeper
@@ -84,9 +93,7 @@ def search(
         tune.Tuner(
             tune.with_resources(Slot, slot_resources(spec)),
             param_space={"python": python, "is_own_cluster": not is_attached()},
-            tune_config=tune.TuneConfig(
-                scheduler=_Slots(desk), num_samples=most_slots(spec, engine.trials)
-            ),
+            tune_config=tune.TuneConfig(scheduler=_Slots(desk), num_samples=desk.count_slots()),
             run_config=tune.RunConfig(
                 name="slots",
                 storage_path=notes,
@@ -135,12 +142,14 @@ class _Slots(FIFOScheduler):
     def __init__(self, desk: Desk) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._desk = desk
+        self._nodes: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In Tune's notes of itself, from which nobody restores: the study's log is what counts."""
         return FIFOScheduler, ()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        self._nodes[trial.trial_id] = result["node"]
         order = self._desk.hear(trial.trial_id, result["said"])
         if order is None:
             return str(TrialScheduler.STOP)
@@ -148,7 +157,10 @@ class _Slots(FIFOScheduler):
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self._desk.died(trial.trial_id, _last_line(trial.get_error()))
+        node = self._nodes.pop(trial.trial_id, None)
+        has_node = node is None or is_alive(node)
+        cause = _last_line(trial.get_error()) if has_node else "its node ended"
+        self._desk.died(trial.trial_id, cause, counts=has_node)
         super().on_trial_error(tune_controller, trial)
 
 
@@ -179,11 +191,18 @@ class Slot(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         use_settings()
-        self._work = SlotWork(**config)
+        taken = threading.Event()
+        self._stack = ExitStack()
+        self._stack.enter_context(own_node_watched(taken.set))
+        self._node = own_node()
+        self._work = SlotWork(**config, is_taken=taken.is_set)
 
     def hear(self, order: Order) -> None:
         """Called by the desk, before the next step."""
         self._work.hear(order)
 
     def step(self) -> dict[str, Any]:
-        return {"said": self._work.say()}
+        return {"said": self._work.say(), "node": self._node}
+
+    def cleanup(self) -> None:
+        self._stack.close()

@@ -118,6 +118,12 @@ def claim_attempt(
     )
 
 
+def _is_for_good(ended: Outcome, assignment: Assignment) -> bool:
+    """Whether an attempt of this driver with that outcome is the last one. A study runs a trial
+    again that its environment has ended."""
+    return ended.state.is_final and (assignment.trial is None or ended.state.ends_retries)
+
+
 @tenacity.retry(
     # A driver that does not know yet that this one has taken the run from it was faster.
     retry=tenacity.retry_if_exception_type(ObjectExists),
@@ -141,7 +147,7 @@ def _claim(
     own = [a for a in before if a.generation == assignment.generation]
     if own:
         ended = outcome_of(store, paths, own[-1].attempt)
-        if ended is not None and ended.state.is_final:
+        if ended is not None and _is_for_good(ended, assignment):
             return ended
     number = last_attempt(store, paths) + 1
     crash = read_crash(store, paths, number - 1) if number > 1 else None

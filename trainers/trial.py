@@ -32,8 +32,11 @@ def kept_store(at: StoreAt) -> Store:
     return _kept.store(at.uri, at.access)
 
 
-def run_trial(assignment: Assignment, exchange: Exchange) -> Outcome:
-    """Trains a trial to its end, or until its study has it pause or end.
+def run_trial(
+    assignment: Assignment, exchange: Exchange, *, is_taken: Callable[[], bool] = lambda: False
+) -> Outcome:
+    """Trains a trial to its end, until its study has it pause or end, or until `is_taken`: this
+    process's node is to go, and the state is saved.
 
     The outcome says which: SUCCEEDED, RECOVERING (it may be run again and goes on), PRUNED, or a
     failure. `assignment.trial` is set, and the job's worker count is 1. What a rank raises where it
@@ -42,7 +45,7 @@ def run_trial(assignment: Assignment, exchange: Exchange) -> Outcome:
     assert assignment.trial is not None
     share = assignment.trial.gpu_share
     use_gpu = bool(assignment.spec.workers.gpus)
-    session = TrialSession(exchange, use_gpu=use_gpu, gpu_share=share)
+    session = TrialSession(exchange, use_gpu=use_gpu, gpu_share=share, is_taken=is_taken)
     return train_worker(session, assignment, kept=_kept)
 
 
@@ -55,7 +58,12 @@ class TrialSession:
     local_world_size = 1
 
     def __init__(
-        self, exchange: Exchange, *, use_gpu: bool, gpu_share: float | None = None
+        self,
+        exchange: Exchange,
+        *,
+        use_gpu: bool,
+        gpu_share: float | None = None,
+        is_taken: Callable[[], bool] = lambda: False,
     ) -> None:
         """Of the GPU that Ray has made visible here, no more than a share of the memory is taken:
         the rest is for other trials."""
@@ -65,6 +73,7 @@ class TrialSession:
             if gpu_share is not None:
                 torch.cuda.set_per_process_memory_fraction(gpu_share, self.device)
         self._exchange = exchange
+        self._is_taken = is_taken
 
     def stop_requested(self) -> bool:
         """Signals are for the slot; what it makes of them comes with the next verdict, or as a
@@ -72,7 +81,7 @@ class TrialSession:
         return False
 
     def yield_requested(self) -> str | None:
-        return None
+        return "the trial's node is to go" if self._is_taken() else None
 
     def evaluated(self, report: EvaluationReport) -> Verdict:
         return self._exchange(report)

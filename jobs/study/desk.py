@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from cluster.storage import StorageError, Store
-from jobs.errors import ClusterError, SpecError
+from cluster.storage import Store
+from jobs.errors import ClusterError, EnvironmentFault, Problem, SpecError
 from jobs.record import Failure, Outcome, RunPaths, State
 from jobs.spec import JobSpec
 from jobs.study.engine import Engine, Leg
 from jobs.study.events import Measured
 from jobs.study.extension import checked_space, read_extensions
-from jobs.study.room import Room
+from jobs.study.log import StudySuperseded
+from jobs.study.room import Room, most_slots
+from jobs.study.setbacks import Setbacks
 from jobs.study.slot import (
     Answer,
     Begun,
+    Free,
     Gone,
     Note,
     Order,
@@ -33,13 +37,14 @@ from jobs.study.space import job_with, trial_seed
 from jobs.study.trials import Trial, Trials
 from jobs.submit import request_stop
 from trainers.assignment import Assignment, DonorCheckpoint, TrialPlan
-from trainers.controls import POLL_SECONDS, Requests, last_request, requests_to
+from trainers.controls import POLL_SECONDS, last_request, requests_to
 from trainers.records import read_attempts
 from trainers.telemetry import Telemetry
 from trainers.tracking.tracker import Point
 
-_MAX_SLOTS = 1024
 _TELL_SECONDS = 30.0
+_MOST_STILLBORN = 8
+"""Processes of slots that may die one after the other before they begin."""
 
 _log = logging.getLogger("shoal.search")
 
@@ -59,7 +64,7 @@ class Desk:
         self._trial_of: dict[str, int] = {}
         self._told_at = 0.0
         self._stops: State | None = None
-        """STOPPED or RECOVERING, once the study is asked to end."""
+        """Once the study is to end before it is done: the state in which it does."""
         self._tests: dict[int, Tested] = {}
         """Of the winner, and of the job's own values."""
         self._tester: tuple[str, int] | None = None
@@ -67,7 +72,13 @@ class Desk:
         self._slots: set[str] = set()
         """Those that live."""
         self._told_to_stop: set[int] = set()
+        self._setbacks = Setbacks()
+        self._stillborn = 0
+        """Processes of slots that died one after the other before they had said anything."""
+        self._test_deaths = Counter[int]()
+        """Of slots that were to measure a trial's model."""
         self._summary = ""
+        self._num_slots = most_slots(assignment.spec, engine.trials)
         self._useful = 0
         """Slots that it could use."""
         self._room = Room(assignment.spec, telemetry)
@@ -78,6 +89,12 @@ class Desk:
         """Held by whoever asks the engine, or changes its trials."""
         self.is_over = False
 
+    def count_slots(self) -> int:
+        """Slots that the study may have with this driver, as it stands now. Trials that are asked
+        for later, and finalists, share them."""
+        self._num_slots = most_slots(self._spec, self._engine.trials)
+        return self._num_slots
+
     # ---- called for each slot
 
     def hear(self, slot: str, said: Saying) -> Order | None:
@@ -86,6 +103,7 @@ class Desk:
         What goes wrong here ends the study: `ended` raises it.
         """
         self._slots.add(slot)
+        self._stillborn = 0
         try:
             with self.deciding:
                 return self._order(slot, said)
@@ -93,20 +111,40 @@ class Desk:
             self._break(error)
             return None
 
-    def died(self, slot: str, cause: str) -> None:
-        """The slot's process has died; another one comes instead of it."""
-        self._slots.discard(slot)
+    def died(self, slot: str, cause: str, *, counts: bool = True) -> None:
+        """The slot's process has died; another one comes instead of it. Its trial pays for that
+        with a retry if it `counts`."""
         try:
             with self.deciding:
-                if self._tester is not None and self._tester[0] == slot:
-                    self._tester = None
-                number = self._trial_of.pop(slot, None)
-                if number is not None:
-                    self._warn(f"trial {number} broke off: {cause}")
-                    self._engine.lost(number, cause)
-                    self._give_up_if_hopeless()
+                self._miss(slot, cause, counts=counts)
         except Exception as error:
             self._break(error)
+
+    def _miss(self, slot: str, cause: str, *, counts: bool) -> None:
+        has_spoken = slot in self._slots
+        self._slots.discard(slot)
+        self._setbacks.forget(slot)
+        number = self._trial_of.pop(slot, None)
+        if number is not None:
+            self._warn(f"trial {number} broke off: {cause}")
+            self._engine.lost(number, cause, counts=counts)
+            self._give_up_if_hopeless()
+        elif self._tester is not None and self._tester[0] == slot:
+            tested, self._tester = self._tester[1], None
+            self._test_deaths[tested] += counts
+            deaths = self._test_deaths[tested]
+            self._warn(f"the test of trial {tested} broke off: {cause}")
+            assert self._spec.search is not None
+            if deaths > self._spec.search.retries:
+                told = f"the test of trial {tested} broke off {deaths} times, the last time as "
+                self._tests[tested] = Tested(None, _infra(told + cause, "raise search.retries"))
+        elif not has_spoken:
+            self._stillborn += 1
+            if self._stillborn & (self._stillborn - 1) == 0:  # 1, 2, 4, 8
+                self._warn(f"the process of a slot died before it had a trial: {cause}")
+            if self._stillborn >= _MOST_STILLBORN and not self._slots:
+                told = f"{self._stillborn} processes of slots one after the other died: {cause}"
+                raise EnvironmentFault(Problem(told, "see the driver's log for more"))
 
     def _break(self, error: Exception) -> None:
         self._broke, self.is_over = error, True
@@ -128,29 +166,33 @@ class Desk:
             thread.join()
 
     def _listen(self, ended: threading.Event, is_taken: Callable[[], bool]) -> None:
-        asked = Requests()
         while not ended.wait(POLL_SECONDS):
             try:
-                asked = requests_to(
-                    self._store,
-                    self._paths,
-                    after=self._assignment.controls_seen,
-                    attempt=1,
-                    generation=self._assignment.generation,
-                )
-                self.hear_extensions()
-            except StorageError as error:
-                _log.warning("requests to the study cannot be read: %s", error)
-            except Exception as error:
+                self._look(is_taken)
+            except (ClusterError, StudySuperseded) as error:
                 self._break(error)
-            if asked.stop:
-                self._stop(State.STOPPED)
-            elif asked.yields or is_taken():
-                self._stop(State.FAILED_INFRA)
-            try:
-                self._say_room()
-            except ClusterError as error:
-                self._break(error)
+            except Exception as error:  # the store, or what keeps the cluster's state, is away
+                _log.warning("requests to the study cannot be heard: %s", error)
+
+    def _look(self, is_taken: Callable[[], bool]) -> None:
+        """Hears what is asked of the study, and says what it waits for."""
+        if is_taken():
+            self._stop(State.FAILED_INFRA)
+        asked = requests_to(
+            self._store,
+            self._paths,
+            after=self._assignment.controls_seen,
+            attempt=1,
+            generation=self._assignment.generation,
+        )
+        if asked.stop:
+            self._stop(State.STOPPED)
+        elif asked.yields:
+            self._stop(State.FAILED_INFRA)
+        elif self._stops is not None:
+            self._stop(self._stops)
+        self.hear_extensions()
+        self._say_room()
 
     def _say_room(self) -> None:
         """Says what slots wait for."""
@@ -186,14 +228,16 @@ class Desk:
 
     def _stop(self, state: State) -> None:
         """Trials save their states, and the study ends, to be resumed."""
-        if self._stops is None:
-            self._stops = state
-            self._telemetry.state(State.STOPPING, "the trials save their states")
-        for number in set(self._trial_of.values()) - self._told_to_stop:
+        with self.deciding:
+            if self._stops is None:
+                self._stops = state
+                self._telemetry.state(State.STOPPING, "the trials save their states")
+            untold = set(self._trial_of.values()) - self._told_to_stop
+            if not self._slots:
+                self.is_over = True
+        for number in untold:
             request_stop(self._store, self._paths.trial(number).run_id, by="the study")
             self._told_to_stop.add(number)
-        if not self._slots:
-            self.is_over = True
 
     # ---- what is next
 
@@ -204,6 +248,7 @@ class Desk:
                 self._engine.cloned(self._trial_of[slot])
                 return Answer("continue", None)
             case Told(report):
+                self._setbacks.clear()
                 self._take_measures(self._trial_of[slot])
                 decided = self._engine.reported(self._trial_of[slot], report)
                 self._track()
@@ -212,7 +257,7 @@ class Desk:
                     return Answer("pause", None)
                 return Answer(decided.decision, decided.until)
             case Gone():
-                self._take_leave(self._trial_of.pop(slot), said)
+                self._take_leave(slot, self._trial_of.pop(slot), said)
             case Note(message):
                 self._warn(f"trial {self._trial_of[slot]}: {message}")
                 return Wait()
@@ -222,6 +267,8 @@ class Desk:
                 if self._tester is not None and self._tester[0] == slot:
                     self._tests[self._tester[1]], self._tester = said, None
         self._tell()
+        if isinstance(said, Free | Gone) and said.is_taken and not self._stops:
+            return Wait()  # when the node has gone, another process comes instead of it
         return self._next(slot)
 
     def _take_measures(self, number: int) -> None:
@@ -250,29 +297,48 @@ class Desk:
             values["study/best"] = score
         self._telemetry.track(Point(trials.reports, time.time(), values))
 
-    def _take_leave(self, number: int, gone: Gone) -> None:
-        outcome, failure = gone.outcome, gone.crash
-        if failure is not None:
-            self._warn(f"trial {number} broke off: {failure.problems[0][0]}")
-            self._engine.lost(number, failure.problems[0][0])
-        elif outcome is not None and outcome.failure is not None:
-            self._warn(f"trial {number} failed: {outcome.failure.problems[0][0]}")
-            self._engine.failed(number, outcome.failure)
+    def _take_leave(self, slot: str, number: int, gone: Gone) -> None:
+        outcome = gone.outcome
+        failure = gone.crash if outcome is None else outcome.failure
+        if failure is not None and (outcome is None or not failure.state.ends_retries):
+            self._take_setback(slot, number, failure, is_own=outcome is None)
+        elif failure is not None:
+            self._warn(f"trial {number} failed: {failure.problems[0][0]}")
+            self._engine.failed(number, failure)
         elif self._engine.trials[number].status == "leaving":
             self._engine.left(number)
         elif not self._stops and outcome is not None:
-            # Nobody had asked it to: it begins again from its last checkpoint.
-            self._engine.lost(number, f"it ended as {outcome.state} before it was told to")
+            # Its node is taken: it begins again from its last checkpoint.
+            counts = outcome.state is not State.RECOVERING
+            self._engine.lost(number, f"it ended as {outcome.state} meanwhile", counts=counts)
         # Else it was stopped on the way: it goes on when the study is resumed.
         self._give_up_if_hopeless()
 
+    def _take_setback(self, slot: str, number: int, failure: Failure, *, is_own: bool) -> None:
+        """A trial broke off by a failure that another time may not meet. One that is not its own
+        but its environment's, and that all slots have met since any trial has reported, ends the
+        study for now, and no trial pays for it."""
+        cause = failure.problems[0][0]
+        self._warn(f"trial {number} broke off: {cause}")
+        if is_own:
+            self._engine.lost(number, cause)
+            return
+        self._setbacks.note(slot)
+        is_general = self._setbacks.are_general(self._slots)
+        self._engine.lost(number, cause, counts=not is_general)
+        if is_general and self._engine.hopeless is None:
+            told = f"no trial can go on, neither on this nor on another slot: {cause}"
+            self._engine.give_up(_infra(told, failure.problems[0][1], where=failure.where))
+
     def _next(self, slot: str) -> Order | None:
+        if not self._stops and self._setbacks.holds(slot):
+            return Wait()
         while not self._stops and (leg := self._engine.work(slot)) is not None:
             try:
                 order = Train(self._assigned(leg), leg.until)
             except SpecError as error:
                 # Three keys or more that a rule of the job file binds to each other.
-                self._take_leave(leg.trial, Gone(_unfit(error)))
+                self._take_leave(slot, leg.trial, Gone(_unfit(error)))
                 continue
             self._trial_of[slot] = leg.trial
             return order
@@ -362,8 +428,8 @@ class Desk:
         if self._stops is State.STOPPED:
             return None
         if self._stops is not None:
-            problem = ("the driver's machine is taken; the states of all trials are saved", None)
-            return Failure(state=self._stops, problems=(problem,), where="driver", exit_code=3)
+            told = "the driver's machine is taken; the states of all trials are saved"
+            return _infra(told, None, where="driver")
         if self._engine.trials.winner() is None:
             return _without_winner(self._spec, self._engine.trials)
         failures = (tested.failure for tested in self._tests.values())
@@ -379,15 +445,8 @@ class Desk:
             self._told_at = now
             trials = self._engine.trials
             self._summary = trials.summary()
-            self._useful = min(most_slots(self._spec, self._engine.trials), trials.unended)
+            self._useful = min(self._num_slots, trials.unended)
             self._telemetry.state(State.RUNNING, self._summary + self._room.fewer)
-
-
-def most_slots(spec: JobSpec, trials: Trials) -> int:
-    """As many as could ever be at work at once; Tune starts those that there is room for."""
-    assert spec.search is not None
-    grown = spec.search.model_copy(update={"trials": trials.wanted})
-    return min(grown.most_at_once, _MAX_SLOTS)
 
 
 def _without_winner(spec: JobSpec, trials: Trials) -> Failure:
@@ -407,6 +466,10 @@ def _without_winner(spec: JobSpec, trials: Trials) -> Failure:
         "or raise search.budget",
     )
     return Failure(state=State.FAILED_USER, problems=(problem,), where="driver")
+
+
+def _infra(message: str, hint: str | None, *, where: str = "driver") -> Failure:
+    return Failure(state=State.FAILED_INFRA, problems=((message, hint),), where=where, exit_code=3)
 
 
 def _unfit(error: SpecError) -> Outcome:

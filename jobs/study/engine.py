@@ -33,6 +33,7 @@ from jobs.study.events import (
     Left,
     Lost,
     Measured,
+    Recalled,
     Reported,
     Resumed,
     Started,
@@ -135,8 +136,12 @@ class Engine:
         nothing is running either, at all."""
         if self.hopeless is not None:
             return None
+        before = None
         while (number := self._first_ready()) is None and (event := self._next()) is not None:
+            if event == before:  # it would be for ever
+                raise RuntimeError(f"the study decides the same thing again: {event!r}")
             self._note(event)
+            before = event
         if number is None:
             self._commit()
             return None
@@ -164,9 +169,12 @@ class Engine:
             if self.trials.closed is None and (reason := self._exhausted()) is not None:
                 self._note(Closed(reason=reason))
             self._note(self._decide(trial))
-            self._commit()
-        if trial.decision == "continue" and number in self.trials.uncloned:
-            # It broke off before this was saved, with which its clones begin.
+        # It may have broken off before that was saved with which its clones begin.
+        has_clones = trial.decision == "continue" and number in self.trials.uncloned
+        if trial.status == "running" and (has_clones or trial.decision != "continue"):
+            self._note(Recalled(trial=number))
+        self._commit()
+        if has_clones:
             return Decided(trial=number, decision="pause", reason="its clones begin")
         until = trial.until if trial.decision == "continue" else None
         return Decided(trial=number, decision=trial.decision, until=until, reason=trial.reason)
@@ -181,12 +189,12 @@ class Engine:
         self._note(Left(trial=number))
         self._commit()
 
-    def lost(self, number: int, cause: str) -> None:
+    def lost(self, number: int, cause: str, *, counts: bool = True) -> None:
         """The leg of the trial broke off. It begins again from its last checkpoint, unless its
-        retries are used up."""
+        retries are used up, which pay for it if it `counts`."""
         trial = self.trials[number]
-        self._lose(trial, cause, counts=True)
-        if trial.losses > self._search.retries:
+        self._lose(trial, cause, counts=counts)
+        if trial.losses > self._search.retries and not trial.is_over:
             problem = (
                 f"it broke off {trial.losses} times, the last time as {cause}",
                 "raise search.retries, which are counted for each trial",
@@ -194,6 +202,10 @@ class Engine:
             failure = Failure(state=State.FAILED_INFRA, problems=(problem,), exit_code=3)
             self._fail(number, failure)
         self._commit()
+
+    def give_up(self, failure: Failure) -> None:
+        """Begins no trial any more, with this driver; the study may be resumed."""
+        self.hopeless = failure
 
     def failed(self, number: int, failure: Failure) -> None:
         """The trial failed as it would again; the study goes on without it, unless it is hopeless:
@@ -322,6 +334,12 @@ class Engine:
 
     def _fail(self, number: int, failure: Failure) -> None:
         self._note(Failed(trial=number, failure=failure))
+        for clone in sorted(self.trials.uncloned.get(number, ())):
+            donor = self.trials[clone].donor
+            if donor is not None and self.trials[number].saved_step < donor.step:
+                problem = (f"trial {number}, its donor, failed before it was saved", None)
+                gone = Failure(state=State.FAILED_INFRA, problems=(problem,), exit_code=3)
+                self._note(Failed(trial=clone, failure=gone))
         message, hint = failure.problems[0]
         alike = _NUMBER.sub("0", message)
         self._failures[alike] += 1

@@ -111,6 +111,14 @@ class Decided(StudyEvent):
     """For people."""
 
 
+class Recalled(StudyEvent):
+    """The trial has come once more to where it was told to pause or to finish, or its clones begin
+    there: its slot is to leave it."""
+
+    kind: Literal["recalled"] = "recalled"
+    trial: int
+
+
 class Left(StudyEvent):
     """The slot has left the trial as it was decided; what was to be saved of it is durable."""
 
@@ -125,7 +133,7 @@ class Lost(StudyEvent):
     trial: int
     cause: str
     counts: bool
-    """Whether the trial's retries pay for it; not where the driver was killed."""
+    """Whether the trial's retries pay for it; not where the driver was killed, or a node ended."""
 
 
 class Failed(StudyEvent):
@@ -174,6 +182,7 @@ Event = Annotated[
     | Cloned
     | Reported
     | Decided
+    | Recalled
     | Left
     | Lost
     | Failed

@@ -8,8 +8,10 @@ from cluster.ray_runtime import describe_shortage, free_on_nodes, room_for_trial
 from jobs.errors import ClusterError, Problem
 from jobs.record import State
 from jobs.spec import JobSpec
+from jobs.study.trials import Trials
 from trainers.telemetry import Telemetry
 
+_MAX_SLOTS = 1024
 _SLOT_SECONDS = 20.0
 """How long slots may take to start before it is said what they wait for."""
 
@@ -78,3 +80,10 @@ def fewer_slots(living: int, useful: int, *, room: int, room_now: int) -> str:
     `room_now` that which slots have or could have."""
     held = ", of which something else holds part" if room_now < min(room, useful) else ""
     return f"; {living} of {useful} slots: room for {room}{held}"
+
+
+def most_slots(spec: JobSpec, trials: Trials) -> int:
+    """As many as could ever be at work at once; Tune starts those that there is room for."""
+    assert spec.search is not None
+    grown = spec.search.model_copy(update={"trials": trials.wanted})
+    return min(grown.most_at_once, _MAX_SLOTS)

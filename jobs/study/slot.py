@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -73,6 +73,9 @@ Order = Train | Answer | Test | Wait
 class Free:
     """From a slot: it has nothing to do."""
 
+    is_taken: bool = False
+    """As of `Gone`."""
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -99,6 +102,8 @@ class Gone:
 
     outcome: Outcome | None
     crash: Failure | None = None
+    is_taken: bool = False
+    """Whether the slot's node is to go: the slot is given no other trial."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,16 @@ class SlotWork:
     """What the process of a slot does; in a thread, so that the loop of a trial can stay where it
     is while it waits for an answer."""
 
-    def __init__(self, *, python: str | None = None, is_own_cluster: bool = True) -> None:
-        """How workers are started, where a trial has several: as for `trainers.fit.fit`."""
+    def __init__(
+        self,
+        *,
+        python: str | None = None,
+        is_own_cluster: bool = True,
+        is_taken: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`is_taken`: whether the process's node is to go. The others are how workers are started,
+        where a trial has several: as for `trainers.fit.fit`."""
+        self._is_taken = is_taken
         self._python = python
         self._is_own_cluster = is_own_cluster
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
@@ -142,11 +155,13 @@ class SlotWork:
         """What there is to be said, once there is something."""
         if self._work is None:
             time.sleep(_IDLE_SECONDS)
-            return Free()
+            return Free(is_taken=self._is_taken())
         said = self._sayings.get()
         if isinstance(said, Gone | Tested):
             self._work.join()
             self._work = None
+        if isinstance(said, Gone):
+            said = replace(said, is_taken=self._is_taken())
         return said
 
     def _stretch(self, order: Train) -> Stretch:
@@ -156,6 +171,7 @@ class SlotWork:
             note=lambda message: self._sayings.put(Note(message)),
             python=self._python,
             is_own_cluster=self._is_own_cluster,
+            is_taken=self._is_taken,
         )
 
     def _ask(self, said: Begun | Told) -> Answer:
@@ -174,7 +190,9 @@ class Stretch:
         note: Callable[[str], None],
         python: str | None,
         is_own_cluster: bool,
+        is_taken: Callable[[], bool],
     ) -> None:
+        self._is_taken = is_taken
         self._note = note
         self._python = python
         self._is_own_cluster = is_own_cluster
@@ -216,7 +234,7 @@ class Stretch:
         if assignment.spec.workers.count == 1:
             from trainers.trial import run_trial
 
-            return run_trial(assignment, self._decide)
+            return run_trial(assignment, self._decide, is_taken=self._is_taken)
         from trainers.ray_trial import fit_trial
 
         return fit_trial(

@@ -23,6 +23,7 @@ from jobs.study.events import (
     Left,
     Lost,
     Measured,
+    Recalled,
     Reported,
     Started,
     Values,
@@ -225,6 +226,8 @@ class Trials:
                 self.has_reported = True
             case Decided():
                 self._heed(self.by_number[event.trial], event)
+            case Recalled():
+                self._become(self.by_number[event.trial], "leaving")
             case Left():
                 trial = self.by_number[event.trial]
                 self.running.pop(trial.number, None)

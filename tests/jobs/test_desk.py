@@ -12,17 +12,19 @@ pytest.importorskip("ray")
 from synthetic import START, SyntheticRun, make_spec
 
 from cluster.storage import Store
-from jobs.errors import SpecError
+from jobs.errors import EnvironmentFault, SpecError
 from jobs.record import Attempt, Failure, Outcome, RunPaths, State
 from jobs.search import make_engine
 from jobs.spec import JobSpec
 from jobs.study import desk as desks
+from jobs.study import setbacks
+from jobs.study import slot as slots
 from jobs.study.desk import Desk
 from jobs.study.engine import Report
 from jobs.study.events import Asked, Extended, Failed
 from jobs.study.extension import request_extension
 from jobs.study.log import StudyLog, StudySuperseded, read_events
-from jobs.study.slot import Answer, Free, Gone, Told, Train
+from jobs.study.slot import Answer, Free, Gone, Told, Train, Wait
 from trainers.assignment import Assignment
 from trainers.finish import build_result
 
@@ -46,7 +48,7 @@ class Ear:
         self.tracked.append(happening)
 
 
-def study_spec(**search: Any) -> JobSpec:
+def study_spec(*, test: bool = False, **search: Any) -> JobSpec:
     return make_spec(
         search={
             "metric": "validation/f1",
@@ -63,7 +65,8 @@ def study_spec(**search: Any) -> JobSpec:
             "train": "s3://lake/reviews/train",
             "validation": "s3://lake/reviews/validation",
             "seed": 7,
-        },
+        }
+        | ({"test": "s3://lake/reviews/test"} if test else {}),
     )
 
 
@@ -256,16 +259,108 @@ def test_a_study_without_any_score_says_why(
     assert message in ended.failure.problems[0][0]
 
 
-def test_a_trial_that_ends_without_being_told_to_begins_again(
+def test_a_trial_whose_node_is_taken_goes_on_in_another_slot_and_pays_nothing(
     opened: Callable[..., Desk],
 ) -> None:
-    desk = opened()
+    desk = opened(retries=0)
     first = desk.hear("a", Free())
     assert isinstance(first, Train)
-    again = desk.hear("a", Gone(Outcome(attempt=1, state=State.STOPPED, step=40)))
+    saved = Outcome(attempt=1, state=State.RECOVERING, step=40)
+    assert desk.hear("a", Gone(saved, is_taken=True)) == Wait()
+    assert desk.hear("a", Free(is_taken=True)) == Wait()
+    again = desk.hear("b", Free())
     assert isinstance(again, Train)
     assert again.assignment.run_id == first.assignment.run_id
-    assert not desk.is_over
+    desk.died("b", "its node ended", counts=False)
+    assert desk._engine.trials[0].losses == 0
+    desk.died("a", "its node ended", counts=False)
+    assert len(warnings(desk)) == 1  # of the trial: the other slot had none
+
+
+def full_disk() -> Gone:
+    problem = ("no space left on device", "remove something")
+    failure = Failure(state=State.FAILED_INFRA, problems=(problem,), exit_code=3)
+    return Gone(Outcome(attempt=1, state=State.FAILED_INFRA, step=0, failure=failure))
+
+
+def test_a_slot_on_which_trials_cannot_go_on_waits_while_others_go_on(
+    opened: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(setbacks.time, "monotonic", lambda: now[0])
+    desk = opened()
+    first, second = desk.hear("a", Free()), desk.hear("b", Free())
+    assert isinstance(first, Train)
+    assert isinstance(second, Train)
+    assert desk.hear("a", full_disk()) == Wait()
+    third = trained(desk, "b", 0.5)
+    assert isinstance(third, Train)
+    assert third.assignment.run_id == first.assignment.run_id
+    now[0] += 1.0
+    assert desk.hear("a", Free()) == Wait()
+    now[0] += 1.1
+    fourth = desk.hear("a", Free())
+    assert isinstance(fourth, Train)
+    assert fourth.assignment.run_id == "study/trials/0002"
+    assert [t.status for t in desk._engine.trials.by_number.values()] == [
+        "running",
+        "finished",
+        "running",
+    ]
+
+
+def test_what_keeps_all_slots_from_going_on_ends_the_study_for_now_and_costs_no_trial(
+    opened: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(setbacks.time, "monotonic", lambda: now[0])
+    desk = opened(retries=2)
+    for _ in range(3):
+        now[0] += 60.0
+        assert isinstance(desk.hear("a", Free()), Train)
+        order = desk.hear("a", full_disk())
+    assert order is None
+    ended = desk.ended()
+    assert ended.state is State.FAILED_INFRA
+    assert ended.failure is not None
+    assert ended.failure.exit_code == 3
+    assert "no space left on device" in ended.failure.problems[0][0]
+    assert not desk._engine.trials.counts["failed"]
+    again = opened(retries=2).hear("a", Free())
+    assert isinstance(again, Train)
+    assert again.assignment.run_id == "study/trials/0000"
+
+
+def test_slots_that_die_before_they_begin_end_the_study(opened: Callable[..., Desk]) -> None:
+    desk = opened()
+    for number in range(7):
+        desk.died(f"slot-{number}", "No module named 'torch'")
+    desk.hear("slot-7", Free())
+    for number in range(8):
+        assert not desk.is_over
+        desk.died("slot-7" if number == 0 else f"late-{number}", "No module named 'torch'")
+    assert not desk.is_over  # the first had had its say
+    desk.died("late-8", "No module named 'torch'")
+    assert desk.is_over
+    with pytest.raises(EnvironmentFault, match="No module named 'torch'"):
+        desk.ended()
+    assert 5 <= len(warnings(desk)) <= 9
+
+
+def test_a_test_that_kills_its_slot_is_not_tried_for_ever(opened: Callable[..., Desk]) -> None:
+    desk = opened(test=True, trials=1, retries=1)
+    desk.hear("a", Free())
+    assert isinstance(trained(desk, "a", 0.5), slots.Test)
+    desk.died("a", "killed")
+    assert isinstance(desk.hear("b", Free()), slots.Test)
+    desk.died("b", "its node ended", counts=False)
+    assert isinstance(desk.hear("c", Free()), slots.Test)
+    desk.died("c", "killed")
+    assert desk.hear("d", Free()) is None
+    ended = desk.ended()
+    assert ended.state is State.FAILED_INFRA
+    assert ended.failure is not None
+    assert "the test of trial 0 broke off 2 times" in ended.failure.problems[0][0]
 
 
 def test_a_driver_whose_study_another_one_has_taken_over_ends_with_that(

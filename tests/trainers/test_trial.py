@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from cluster.storage import open_store
-from jobs.record import Lease, RunPaths, State
+from jobs.record import Failure, Lease, RunPaths, State
 from jobs.runs import RunReader
 from jobs.spec import JobSpec
 from tests.evidence import final_weights, global_batches
@@ -192,6 +192,31 @@ def test_a_verdict_that_comes_with_the_last_evaluation_changes_nothing(scene: Sc
         assert (outcome.state, outcome.step) == (State.SUCCEEDED, 10)
         assert [report.is_last for report in study.reports] == [False] * 4 + [True]
         assert read_manifests(scene.runs, RunPaths(run_id))[-1].is_last_step
+
+
+def test_a_trial_whose_node_is_taken_saves_its_state_and_goes_on_elsewhere(scene: Scene) -> None:
+    spec = job(scene)
+    study = Study()
+    outcome = run_trial(trial_of(spec, "taken"), study, is_taken=lambda: bool(study.reports))
+    assert outcome.state is State.RECOVERING
+    assert outcome.step in (2, 3)
+    outcome = run_trial(trial_of(spec, "taken"), study)
+    assert outcome.state is State.SUCCEEDED
+    assert [report.step for report in study.reports] == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("state", [State.FAILED_INFRA, State.FAILED_USER])
+def test_what_its_environment_has_ended_is_run_again_by_the_same_driver(
+    scene: Scene, state: State
+) -> None:
+    spec, study = job(scene), Study({4: Verdict.PAUSE})
+    paused = run_trial(trial_of(spec, "again"), study)
+    failure = Failure(state=state, problems=(("no space left on device", None),))
+    ended = paused.model_copy(update={"state": state, "failure": failure})
+    scene.runs.write(RunPaths("again").outcome(paused.attempt), ended.to_bytes())
+    again = run_trial(trial_of(spec, "again"), study)
+    expected = State.SUCCEEDED if state is State.FAILED_INFRA else state
+    assert again.state is expected
 
 
 def test_early_stopping_makes_a_report_the_last(scene: Scene) -> None:

@@ -74,6 +74,9 @@ class Simulation:
     """Seconds between two evaluations of a trial."""
     saved: dict[int, int] = field(default_factory=dict)
     """Evaluations of each trial in its last checkpoint."""
+    dies: Callable[[str], bool] = lambda moment: False
+    """Whether the slot's process dies now: "before it reports", "before it saves", "after it has
+    saved"."""
     computed: int = 0
     """Evaluations made, those that were made again included."""
     _best: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -114,13 +117,30 @@ class Simulation:
         while coming:
             clock, _, slot = heapq.heappop(coming)
             leg, done, _ = busy[slot]
+
+            def is_dead(moment: str, leg: Leg = leg, slot: str = slot) -> bool:
+                if not self.dies(moment):
+                    return False
+                engine.lost(leg.trial, f"it died {moment}", counts=False)
+                del busy[slot]
+                begin_idle()
+                return True
+
+            if is_dead("before it reports"):
+                continue
             decided = engine.reported(leg.trial, self._report(leg, done, sign))
             if decided.decision == "continue":
                 assert decided.until is not None
                 schedule(slot, leg, done, decided.until)
                 continue
+            if is_dead("before it saves"):
+                continue
             if decided.decision != "stop":
                 self.saved[leg.trial] = done
+            if is_dead("after it has saved"):
+                continue
+            # Else the desk takes it for a trial that has ended by itself.
+            assert engine.trials[leg.trial].status == "leaving"
             engine.left(leg.trial)
             del busy[slot]
             begin_idle()

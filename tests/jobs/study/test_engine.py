@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -212,6 +214,59 @@ def test_a_budget_ends_the_search(keys: dict[str, Any], reason: str) -> None:
     assert reason in (engine.trials.closed or "")
     assert len(engine.trials) < 50
     assert {t.status for t in engine.trials.by_number.values()} <= {"stopped", "finished"}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_slots_that_die_at_any_moment_change_nothing(scheduler: str) -> None:
+    search, space = study(scheduler)
+    calm, moments = MemoryLog(), Counter[str]()
+    Simulation(accuracy).run(engine_of(search, space, calm))
+    dice = random.Random(0)
+
+    def dies(moment: str) -> bool:
+        is_dead = dice.random() < (0.2 if moment == "before it reports" else 0.5)
+        moments[moment] += is_dead
+        return is_dead
+
+    for _ in range(5):
+        log, simulation = MemoryLog(), Simulation(accuracy, dies=dies)
+        engine = engine_of(search, space, log, simulation)
+        simulation.run(engine)
+        assert triples(log) == triples(calm)
+        assert {t.status for t in engine.trials.by_number.values()} <= {"stopped", "finished"}
+        told = [(e.trial, e.step) for e in log.events if isinstance(e, Reported)]
+        assert len(told) == len(set(told))
+    assert len(+moments) == 3
+
+
+@pytest.mark.parametrize("scheduler", ["pbt", "pb2"])
+def test_clones_of_a_donor_that_fails_before_it_is_saved_fail_with_it(scheduler: str) -> None:
+    search, space = study(scheduler)
+    simulation = Simulation(accuracy)
+    engine = engine_of(search, space, MemoryLog(), simulation)
+    legs = [engine.work(f"slot-{number}") for number in range(search.trials)]
+    for number, leg in enumerate(legs):
+        assert leg is not None
+        value = number / search.trials
+        engine.reported(leg.trial, Report(3, leg.until, 3.0, value, value, 1.0))
+    assert engine.work("another") is None  # the clones wait until their donors are saved
+    clones = [t for t in engine.trials.by_number.values() if t.donor is not None]
+    donors = {t.donor.trial for t in clones if t.donor is not None}
+    fails = min(donors)
+    failure = Failure(state=State.FAILED_USER, problems=(("it cannot be saved", None),))
+    engine.failed(fails, failure)
+    for clone in clones:
+        assert clone.donor is not None
+        assert clone.status == ("failed" if clone.donor.trial == fails else "ready")
+    for leg in legs:
+        assert leg is not None
+        if leg.trial != fails:
+            simulation.saved[leg.trial] = 3
+            engine.left(leg.trial)
+    simulation.run(engine)
+    assert engine.trials.closed is not None
+    ended = {t.status for t in engine.trials.by_number.values()}
+    assert ended <= {"stopped", "finished", "failed"}
 
 
 def test_hours_are_those_in_which_a_driver_works() -> None:
