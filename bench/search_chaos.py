@@ -78,6 +78,7 @@ ASHA = Plan(
         "scheduler": {"kind": "asha", "reduction_factor": 2, "first": 0.25},
         "trials": 30,
         "finalists": None,
+        "baseline": False,
         "max_concurrent": 1,
     },
 )

@@ -14,7 +14,8 @@ driver   The study's engine, sampler, scheduler (ASHA) and log, with 100, 1,000 
          the engine's methods in the second half of the study, divided by the events of that half:
          of the processor (all threads), and by the clock. To propose values is told apart of the
          one, to append to the log of the other.
-real     `shoal run` of 200 trials of a tiny model with TPE and ASHA, from the command to its end.
+real     `shoal run` of 200 trials of a tiny model with TPE and ASHA, from the command to its end;
+         and how long a trial takes from its claim to its first step, in a new process and later.
 
 Exit code 1 where a trial of Shoal costs more than a twentieth of the nested pattern's; where a
 driver has more than 1.5 times the memory with 10,000 trials than with 100; where an event takes
@@ -52,7 +53,7 @@ from jobs.parse import parse_spec
 from jobs.record import RunPaths
 from jobs.search_spec import Search
 from jobs.study.engine import Engine
-from jobs.study.events import Decided, Event, Left, Values
+from jobs.study.events import Asked, Decided, Event, Left, Started, Values
 from jobs.study.log import StudyLog, read_events
 from jobs.study.samplers import make_sampler
 from jobs.study.schedulers import make_scheduler
@@ -60,6 +61,7 @@ from jobs.study.space import Space, space_of
 from jobs.study.trials import Trials
 from tests.jobs.study.simulated import Simulation
 from tests.tiny import LABELS, MAX_TOKENS, tiny_model, tiny_reviews, tiny_tree
+from trainers.records import read_attempts
 
 HERE = Path(__file__).parent
 PARTS = ("trials", "driver", "real")
@@ -190,6 +192,22 @@ class Arena:
             "seconds": ended - began,
             "seconds_of_search": moments[-1] - moments[0],
             "seconds_per_trial": (ended - began) / trials,
+            **self._starts(run_id, events),
+        }
+
+    def _starts(self, run_id: str, events: Sequence[Event]) -> dict[str, float]:
+        """Median seconds from the claim of a trial's first attempt to its first step: of the first
+        trial of each process, which loads modules, model and data, and of the others."""
+        store, paths = open_store(join_uri(self._bucket, "runs")), RunPaths(run_id)
+        first, later, known = [], [], set[str]()
+        for event in events:
+            if isinstance(event, Started) and event.leg == 1:
+                seconds = read_attempts(store, paths.trial(event.trial))[0].start_seconds
+                (later if event.slot in known else first).append(seconds or 0.0)
+                known.add(event.slot)
+        return {
+            "first_start_seconds": statistics.median(first),
+            "later_start_seconds": statistics.median(later),
         }
 
     def nested(self, trials: int) -> dict[str, Any]:
@@ -226,6 +244,7 @@ class Arena:
                 "space": SPACE,
                 "trials": trials,
                 "finalists": None,
+                "baseline": False,
                 **search,
             },
         )
@@ -373,7 +392,7 @@ class Driver:
         importlib.import_module("jobs.search")
         self._trials = trials
         self.calls, self.asks, self.appends = Watch(), Watch(), Watch()
-        self.events = 0
+        self.events = self._asked = 0
         self.halfway: list[float] = []
         """The clocks when half of the trials were there."""
         search, space = search_of(trials, algorithm)
@@ -391,7 +410,8 @@ class Driver:
     def append(self, events: Sequence[Event]) -> None:
         self.events += len(events)
         self._log.append(events)
-        if not self.halfway and len(self.engine.trials) >= self._trials // 2:
+        self._asked += sum(isinstance(event, Asked) for event in events)
+        if not self.halfway and self._asked >= self._trials // 2:
             self.halfway = self.clocks()
 
     def clocks(self) -> list[float]:
@@ -447,7 +467,7 @@ def search_of(trials: int, algorithm: str) -> tuple[Search, Space]:
         "data": {"train": "simulated", "validation": "simulated"},
         "store": "simulated",
         "search": {
-            "metric": "validation/loss", "space": SPACE, "trials": trials, "finalists": None,
+            "metric": "validation/loss", "space": SPACE, "trials": trials, "finalists": None, "baseline": False,
             "algorithm": algorithm, "scheduler": "asha",
         },
     }  # fmt: skip
@@ -530,13 +550,15 @@ def _driver_table(drivers: dict[str, Any]) -> Table:
 def _real_table(real: dict[str, Any]) -> Table:
     table = Table(title="A study of real small trials", title_justify="left")
     for column in ("trials", "finished", "stopped", "reports", "seconds", "of it searching",
-                   "seconds a trial"):  # fmt: skip
+                   "seconds a trial", "start of a process's first", "of the others"):  # fmt: skip
         table.add_column(column, justify="right")
     table.add_row(
         *(str(real[key]) for key in ("trials", "finished", "stopped", "evaluations")),
         f"{real['seconds']:.1f}",
         f"{real['seconds_of_search']:.1f}",
         f"{real['seconds_per_trial']:.2f}",
+        f"{real['first_start_seconds']:.2f}",
+        f"{real['later_start_seconds']:.2f}",
     )
     return table
 

@@ -168,6 +168,7 @@ def replayed(
             "trials": len(table.configurations),
             "seed": seed,
             "finalists": None,
+            "baseline": False,
             "budget": {"epochs": most_epochs},
         },
     }

@@ -21,6 +21,8 @@ def test_trials_of_both_sides_come_to_their_ends(tmp_path: Path) -> None:
     real = found["real"]
     assert real["finished"] > 0
     assert real["finished"] + real["stopped"] == real["trials"] == 6
+    assert real["first_start_seconds"] > 0
+    assert real["later_start_seconds"] > 0
     assert set(found["driver"]) == {"random, folder", "tpe, folder", "random, S3"}
     for driver in found["driver"].values():
         for trials, one in driver["curve"].items():
