@@ -467,7 +467,8 @@ def search_of(trials: int, algorithm: str) -> tuple[Search, Space]:
         "data": {"train": "simulated", "validation": "simulated"},
         "store": "simulated",
         "search": {
-            "metric": "validation/loss", "space": SPACE, "trials": trials, "finalists": None, "baseline": False,
+            "metric": "validation/loss", "space": SPACE, "trials": trials, "finalists": None,
+            "baseline": False,
             "algorithm": algorithm, "scheduler": "asha",
         },
     }  # fmt: skip

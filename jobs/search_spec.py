@@ -43,6 +43,7 @@ CLONE_KEYS = (
     "optimizer.momentum",
     "optimizer.max_grad_norm",
     "model.dropout",
+    "task.label_smoothing",
 )
 """Keys that may change in the middle of a run, as a clone's do: neither the shape of what a
 checkpoint holds nor the order of rows nor the number of steps depends on them."""

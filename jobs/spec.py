@@ -106,6 +106,9 @@ class Task(SpecPart):
     """The column that holds the label: one of `labels`, or its position in them."""
     max_tokens: Annotated[int, Field(ge=8)] = 128
     """Tokens of a text that are used; what is longer is cut off."""
+    label_smoothing: Fraction = 0.0
+    """Part of a row's target that is spread over all labels alike (Szegedy et al., 2016), for the
+    loss that is trained on and told as train/loss; losses of evaluations stay without it."""
 
     @field_validator("labels")
     @classmethod
@@ -654,6 +657,7 @@ class JobSpec(SpecPart):
         Everything else (workers, store, cluster, retries, tracking) is free.
         """
         whole = self.model_dump(mode="json")
+        smoothing = whole["task"].pop("label_smoothing")
         groups: dict[str, object] = {
             "architecture": [whole["task"], whole["model"]["source"], whole["model"]["revision"]],
             "data_order": [
@@ -661,7 +665,7 @@ class JobSpec(SpecPart):
                 whole["data"]["seed"],
                 whole["batching"]["global_batch_size"],
             ],
-            "hyper_parameters": [whole["optimizer"], whole["train"], whole["model"]],
+            "hyper_parameters": [whole["optimizer"], whole["train"], whole["model"], smoothing],
         }
         return {
             group: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]

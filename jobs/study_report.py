@@ -16,10 +16,17 @@ import yaml
 
 from cluster.storage import join_uri
 from jobs.runs import RunReader
-from jobs.search_spec import Distribution
 from jobs.spec import JobSpec
 from jobs.study.course import Course
-from jobs.study.space import Choices, Key, Space, job_with, space_of, trial_seed
+from jobs.study.space import (
+    Choices,
+    Range,
+    Space,
+    distributions_from,
+    job_with,
+    space_from,
+    trial_seed,
+)
 from jobs.study.trials import Trial, Trials
 from jobs.study_status import StudyStatus, trial_json
 from jobs.study_view import over_text, short_names
@@ -35,17 +42,17 @@ def study_report(reader: RunReader, study: StudyStatus) -> dict[str, Any]:
     """The study with stable keys, for JSON and for the page."""
     spec = reader.spec()
     search, trials = study.search, study.trials
-    space = space_of(spec)
+    job = spec.model_dump(mode="json")
+    spaces = [job["search"]["space"], *study.course.spaces]
     ranked = trials.ranked()
     fraction, comparable = _comparable(study)
-    names = short_names([key.path for key in space.keys])
     return study.to_json() | {
         "score": search.score,
         "algorithm": search.algorithm.kind,
         "scheduler": search.scheduler.kind,
         "seed": search.seed,
         "repeats": search.repeats,
-        "keys": [_key(key, search.space[key.path], names[key.path]) for key in space.keys],
+        "keys": _keys(spaces),
         "ranking": [_ranked(place, runs, trials) for place, runs in enumerate(ranked[:RANKED], 1)],
         "finalists": [
             _ranked(place, runs, trials) for place, runs in enumerate(trials.ranked("finalist"), 1)
@@ -60,19 +67,45 @@ def study_report(reader: RunReader, study: StudyStatus) -> dict[str, Any]:
         ],
         "history": _history(study),
         "curves": _curves(reader, study, ranked),
-        "importance": _importance(space, trials, fraction, comparable),
+        "importance": _importance(space_from(spaces[-1]), job, trials, fraction, comparable),
         "epochs_by_status": _epochs_by_status(trials),
         "winner": _winner(reader, spec, study),
     }
 
 
-def _key(key: Key, over: Distribution, name: str) -> dict[str, Any]:
-    """A searched key; `places` says where on its axis the values of a choice stand."""
-    told: dict[str, Any] = {"path": key.path, "name": name, "over": over_text(over)}
-    if isinstance(key.over, Choices):
-        return told | {"choices": list(key.over.values)}
-    low, high = key.over.ends
-    return told | {"low": low, "high": high, "log": key.over.log}
+def _keys(spaces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every key that a trial may have a value for; those of the newest space come first."""
+    overs: dict[str, list[Range | Choices]] = {}
+    texts: dict[str, str] = {}
+    for space in reversed(spaces):
+        given = distributions_from(space)
+        for key in space_from(space).keys:
+            overs.setdefault(key.path, []).append(key.over)
+            earlier = "" if space is spaces[-1] else ", in earlier trials"
+            texts.setdefault(key.path, over_text(given[key.path]) + earlier)
+    names = short_names(list(overs))
+    return [
+        {"path": path, "name": names[path], "over": texts[path]} | _axis(own)
+        for path, own in overs.items()
+    ]
+
+
+def _axis(overs: Sequence[Range | Choices]) -> dict[str, Any]:
+    """An axis for the values of a key that was searched over one thing after the other: `choices`,
+    which stand side by side, or numbers from `low` to `high`."""
+    ranges = [over for over in overs if isinstance(over, Range)]
+    choices: list[Any] = []
+    for over in overs:
+        if isinstance(over, Choices):
+            choices += [value for value in over.values if not Choices(tuple(choices)).holds(value)]
+    is_of_numbers = all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in choices
+    )
+    if not ranges or not is_of_numbers:
+        return {"choices": choices}
+    numbers = [end for over in ranges for end in over.ends] + choices
+    low, high = min(numbers), max(numbers)
+    return {"low": low, "high": high, "log": low > 0 and all(over.log for over in ranges)}
 
 
 def _ranked(place: int, runs: Sequence[Trial], trials: Trials) -> dict[str, Any]:
@@ -162,10 +195,24 @@ def _comparable(study: StudyStatus) -> tuple[float | None, dict[int, float]]:
 
 
 def _importance(
-    space: Space, trials: Trials, fraction: float | None, comparable: Mapping[int, float]
+    space: Space,
+    job: Mapping[str, Any],
+    trials: Trials,
+    fraction: float | None,
+    comparable: Mapping[int, float],
 ) -> dict[str, Any]:
-    """The keys' shares of the variance of comparable scores, or why they are not known."""
-    told: dict[str, Any] = {"fraction": fraction, "trials": len(comparable), "shares": {}}
+    """The keys' shares of the variance of comparable scores, or why they are not known.
+
+    Of trials whose values the newest space has, whichever they were drawn from: `trials` is how
+    many were looked at, `outside` how many others there are.
+    """
+    fitting = {
+        number: own
+        for number in comparable
+        if (own := space.own_values(trials[number].values, job)) is not None
+    }
+    outside = len(comparable) - len(fitting)
+    told: dict[str, Any] = {"fraction": fraction, "trials": 0, "outside": outside, "shares": {}}
     lacking = [name for name in ("optuna", "sklearn") if importlib.util.find_spec(name) is None]
     if lacking:
         names = " and ".join({"sklearn": "scikit-learn"}.get(name, name) for name in lacking)
@@ -176,11 +223,13 @@ def _importance(
         return told | {"missing": missing}
     from jobs.study.importance import Scored, importances
 
-    shares = importances(
-        space, [Scored(trials[number].values, score) for number, score in comparable.items()]
+    shares, count = importances(
+        space, [Scored(own, comparable[number]) for number, own in fitting.items()]
     )
     few = None if shares else "it takes at least two trials whose scores differ"
-    return told | {"shares": shares, "missing": few}
+    if few is not None and outside:
+        few += f", and {outside} lie outside of the newest space"
+    return told | {"trials": count, "shares": shares, "missing": few}
 
 
 def score_at(course: Course, number: int, fraction: float, *, best: bool) -> float | None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.local import start_driver
 from cluster.rayjob import Manifest, build_rayjob
@@ -33,7 +33,9 @@ from jobs.record import NOTHING_PAST, Amendment, Control, Lease, Past, RunPaths,
 from jobs.runs import RunReader, driver_has_ended
 from jobs.situation import LOST_AFTER_TTLS, read_situation
 from jobs.spec import RUN_ID_SUFFIX_CHARACTERS, JobSpec, KubeRayCluster
-from jobs.study.extension import checked_space, is_waiting, request_extension, trials_of
+from jobs.study.extension import checked_space, is_waiting, request_extension, used_up_of
+from jobs.study.log import read_events
+from jobs.study.trials import Trials
 from trainers.controls import last_request
 
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
@@ -198,7 +200,7 @@ def resume_run(
         kept = [o for o in overrides if o.partition("=")[0].strip() != "search.trials"]
         if spec.search is not None and len(kept) < len(overrides):
             trials, overrides = spec.search.trials, kept
-            checked_space(before, trials_of(reader, before), wanted=trials, space=None)
+            _check_extension(reader, before, budgeted=spec, wanted=trials, space=None)
     # On Kubernetes a run is started again, never attended.
     on_kubernetes = isinstance(spec.cluster, KubeRayCluster)
     require_place(spec, foreground=foreground and not on_kubernetes)
@@ -218,7 +220,7 @@ def extend_study(reader: RunReader, *, trials: int, space: object | None, by: st
     """Asks a study for so many trials in all, drawn from another space where one is given, as in
     the job file; the request's number.
 
-    Its driver meets it, or the next one that a resume starts. Raises SpecError where the study
+    Its driver answers, or the next one that a resume starts. Raises SpecError where the study
     cannot have them.
     """
     spec = reader.spec()
@@ -229,8 +231,20 @@ def extend_study(reader: RunReader, *, trials: int, space: object | None, by: st
                 f"train it longer with: shoal resume {reader.uri} --set train.epochs=N",
             )
         )
-    checked = checked_space(spec, trials_of(reader, spec), wanted=trials, space=space)
+    checked = _check_extension(reader, spec, budgeted=spec, wanted=trials, space=space)
     return request_extension(reader.store, reader.paths, trials=trials, space=checked, by=by)
+
+
+def _check_extension(
+    reader: RunReader, spec: JobSpec, *, budgeted: JobSpec, wanted: int, space: object | None
+) -> dict[str, Any] | None:
+    """As `checked_space`, from the study's log; `budgeted` is the job with the budget from now
+    on."""
+    assert spec.search is not None
+    events = read_events(reader.store, reader.paths)
+    used_up = used_up_of(budgeted, events)
+    trials = Trials(spec.search, events)
+    return checked_space(spec, trials, used_up=used_up, wanted=wanted, space=space)
 
 
 def _refuse_done(reader: RunReader, spec: JobSpec) -> None:
@@ -244,7 +258,7 @@ def _refuse_done(reader: RunReader, spec: JobSpec) -> None:
                 f"new run with model.source: {reader.uri}",
             )
         )
-    known = trials_of(reader, spec)
+    known = Trials(spec.search, read_events(reader.store, reader.paths))
     if not is_waiting(reader, known):
         raise SpecError(
             Problem(

@@ -43,6 +43,14 @@ def with_value(tree: Mapping[str, Any], path: str, value: object) -> dict[str, A
     return {**tree, first: inner}
 
 
+def value_at(tree: Mapping[str, Any], path: str) -> Any:
+    """The value of the key with that dotted path; None where it or a group on the way is absent."""
+    held: Any = tree
+    for part in path.split("."):
+        held = held.get(part) if isinstance(held, Mapping) else None
+    return held
+
+
 def _lists_as_tuples(value: Any) -> Any:
     """YAML and JSON know lists only; the spec holds tuples, because it is frozen."""
     if isinstance(value, Mapping):

@@ -106,8 +106,8 @@ def _refuse_other_job(
             Problem(
                 f"{paths.run_id} cannot go on from {donor.run_id}: {' and '.join(differing)} of "
                 "its job are others",
-                "search no key of task, model.source, model.revision, data.train, data.seed or "
-                "batching.global_batch_size where trials are cloned",
+                "search no key of task but task.label_smoothing, nor model.source, model.revision, "
+                "data.train, data.seed or batching.global_batch_size where trials are cloned",
             )
         )
 

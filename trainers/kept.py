@@ -60,11 +60,13 @@ class Kept:
         return found if found.is_dir() else pretrained_folder(spec, cache_folder=cache_folder)
 
     def task(self, spec: JobSpec, *, model_folder: Path, index: Index) -> Task:
-        """As `build_task`."""
-        key = spec.task, spec.batching.packing, index.digest, _tokenizer_of(model_folder)
-        return self._tasks.get(
+        """As `build_task`; a loss that is another one needs no other tokenizer."""
+        plain = spec.task.model_copy(update={"label_smoothing": 0.0})
+        key = plain, spec.batching.packing, index.digest, _tokenizer_of(model_folder)
+        task = self._tasks.get(
             key, lambda: build_task(spec, model_folder=model_folder, index=index)
         )
+        return task.with_loss_of(spec)
 
 
 class _Newest(Generic[Made]):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobs.commands.start import no_progress_option, tell_start
 from jobs.commands.target import job_file_of_store, open_run, run_argument
+
+if TYPE_CHECKING:
+    from jobs.study.log import LogReader
 
 _HEAR_SECONDS = 30.0
 _LOOK_SECONDS = 0.5
@@ -49,7 +52,7 @@ def extend(
     """
     from jobs.foreground import attend, requester
     from jobs.situation import read_situation
-    from jobs.study.extension import is_met
+    from jobs.study.log import LogReader
     from jobs.submit import extend_study, is_driven_soon, resume_run
 
     reader = open_run(run, store)
@@ -59,15 +62,18 @@ def extend(
         space=None if space is None else _space_of(space),
         by=requester(),
     )
-    deadline = time.monotonic() + _HEAR_SECONDS
-    while is_driven_soon(reader, now=time.time()):
-        if is_met(reader, request):
+    log, deadline = LogReader(reader.store, reader.paths), time.monotonic() + _HEAR_SECONDS
+    while True:
+        # Looked at before the log, in which the driver's last word is then not missed.
+        is_driven = is_driven_soon(reader, now=time.time())
+        if _is_extended(log, request, reader.uri):
             click.echo(f"the study has {trials} trials in all from now on", err=True)
             return
+        if not is_driven:
+            break
         if time.monotonic() > deadline:
             click.echo(
-                f"asked for {trials} trials in all; the study's driver has not heard of it yet, "
-                "and will",
+                f"asked for {trials} trials in all; the study's driver has not answered yet",
                 err=True,
             )
             return
@@ -78,6 +84,24 @@ def extend(
         tell_start(submitted, store=job_file_of_store(store), as_json=False)
         return
     ctx.exit(attend(submitted, reader, show_progress=not no_progress, after_generation=before))
+
+
+def _is_extended(log: LogReader, request: int, study: str) -> bool:
+    """Whether the study has the trials that the request asks for; SpecError where it has been
+    refused."""
+    from jobs.errors import Problem, SpecError
+    from jobs.study.events import Refused
+    from jobs.study.extension import answer_to
+
+    answer = answer_to(log, request)
+    if isinstance(answer, Refused):
+        raise SpecError(
+            Problem(
+                f"the study is not extended: {answer.reason}",
+                f"look where it stands: shoal status {study}",
+            )
+        )
+    return answer is not None
 
 
 def _space_of(text: str) -> Any:

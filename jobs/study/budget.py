@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from jobs.search_spec import Search
 from jobs.study.events import Asked, Closed, Decided, Event, Extended, Failed, Reported
 from jobs.study.score import WORST, score_of
 from jobs.study.working_time import WorkingTime
+
+
+@dataclass(frozen=True)
+class UsedUp:
+    """A limit of `search.budget` that is reached."""
+
+    path: str
+    """Of its key in the job file."""
+    limit: float
+
+    @property
+    def message(self) -> str:
+        return f"{self.path} ({self.limit:g}) is used up"
 
 
 class Budget:
@@ -50,7 +65,17 @@ class Budget:
 
     def exhausted(self, *, now: float) -> str | None:
         """Why the search is to end, as a sentence; `now` in Unix seconds."""
-        budget, patience = self._search.budget, self._search.patience
+        patience = self._search.patience
+        if (used_up := self.used_up(now=now)) is not None:
+            return used_up.message
+        if patience is not None and self._without_gain >= patience:
+            return f"{self._without_gain} trials in a row have not improved the best"
+        return None
+
+    def used_up(self, *, now: float) -> UsedUp | None:
+        """Which limit of `search.budget` is reached, if any; of hours, at least by the last event.
+        An extension does not lift it, as it does that of patience."""
+        budget = self._search.budget
         hours = self._worked.until(now) / 3600
         gpu_hours = self.seconds * self._gpus / 3600
         for key, limit, spent in (
@@ -59,9 +84,7 @@ class Budget:
             ("hours", budget.hours, hours),
         ):
             if limit is not None and spent >= limit:
-                return f"search.budget.{key} ({limit:g}) is used up"
-        if patience is not None and self._without_gain >= patience:
-            return f"{self._without_gain} trials in a row have not improved the best"
+                return UsedUp(f"search.budget.{key}", limit)
         return None
 
     def _judge(self, newest: Reported | None) -> None:

@@ -202,7 +202,7 @@ class Desk:
         )
 
     def hear_extensions(self) -> None:
-        """Gives the study the trials that were asked for and that it has not got yet."""
+        """Answers requests for more trials: gives them to the study, or says why it cannot."""
         for extension in read_extensions(self._store, self._paths, after=self._heard):
             with self.deciding:
                 if self.is_over:
@@ -212,9 +212,17 @@ class Desk:
                 self._heard = extension.request
                 trials, wanted = self._engine.trials, extension.trials
                 try:
-                    space = checked_space(self._spec, trials, wanted=wanted, space=extension.space)
+                    space = checked_space(
+                        self._spec,
+                        trials,
+                        used_up=self._engine.used_up,
+                        wanted=wanted,
+                        space=extension.space,
+                    )
                 except SpecError as error:
-                    self._warn(f"the study is not extended: {error.problems[0].message}")
+                    reason = error.problems[0].message
+                    self._engine.refuse(extension.request, reason)
+                    self._warn(f"the study is not extended: {reason}")
                     continue
                 self._engine.extend(wanted, space, request=extension.request)
                 self._tests, self._tester = {}, None  # another trial may win

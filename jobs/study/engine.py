@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from jobs.record import Failure, State
 from jobs.search_spec import Search
-from jobs.study.budget import Budget
+from jobs.study.budget import Budget, UsedUp
 from jobs.study.events import (
     Asked,
     Cloned,
@@ -34,6 +34,7 @@ from jobs.study.events import (
     Lost,
     Measured,
     Recalled,
+    Refused,
     Reported,
     Resumed,
     Started,
@@ -236,6 +237,16 @@ class Engine:
             for event in self._log.read():
                 self._tell_sampler(event)
 
+    def refuse(self, request: int, reason: str) -> None:
+        """The search cannot have the trials that the request with that number asks for."""
+        self._note(Refused(request=request, reason=reason))
+        self._commit()
+
+    @property
+    def used_up(self) -> UsedUp | None:
+        """The limit of the job's budget that keeps the search from more trials, if any."""
+        return self._budget.used_up(now=self._clock())
+
     # --------------------------------------------------------------------------------- decisions
 
     def _first_ready(self) -> int | None:
@@ -380,17 +391,12 @@ class Engine:
     def _observe(self, event: Event) -> None:
         self.trials.observe(event)
         self._tell_sampler(event)
-        if self._is_of_search(event):
+        if self.trials.is_of_search(event):
             self._budget.observe(event)
             if isinstance(event, Extended):  # schedulers count repetitions, too
                 event = event.model_copy(update={"trials": event.trials * self._search.repeats})
             self._scheduler.observe(event)
 
     def _tell_sampler(self, event: Event) -> None:
-        if self._is_of_search(event):
+        if self.trials.is_of_search(event):
             self._sampler.observe(event)
-
-    def _is_of_search(self, event: Event) -> bool:
-        """Whether it is none of a finalist."""
-        trial = getattr(event, "trial", None)
-        return trial is None or self.trials[trial].purpose == "search"

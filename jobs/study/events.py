@@ -164,6 +164,15 @@ class Extended(StudyEvent):
     """Number of the request to the study that is met with this; None: nobody has asked for it."""
 
 
+class Refused(StudyEvent):
+    """The study cannot have the trials that a request asks for."""
+
+    kind: Literal["refused"] = "refused"
+    request: int
+    """Its number among the requests to the study."""
+    reason: str
+
+
 class Measured(StudyEvent):
     """What the first trial has measured where the job leaves it open: trials that begin from now on
     are given it, so that all of them cut their micro-batches alike."""
@@ -188,6 +197,7 @@ Event = Annotated[
     | Failed
     | Closed
     | Extended
+    | Refused
     | Measured,
     Field(discriminator="kind"),
 ]

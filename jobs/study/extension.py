@@ -1,18 +1,19 @@
 """More trials for a study, asked for by requests in its folder and heard by its driver.
 
-    checked_space         whether a study can have them
-    request_extension     asks for them
-    read_extensions       what was asked for, for the driver
-    is_waiting, is_met    whether the study has got it
+    checked_space            whether a study can have them
+    request_extension        asks for them
+    read_extensions          what was asked for, for the driver
+    is_waiting, answer_to    whether the study has answered, and what
 
-A request is met once: the event that meets it holds its number. It waits in the folder until then,
-so that one that came too late for a driver is met by the next.
+A request is answered once, by an event that holds its number: `Extended`, or `Refused` where
+another request or a budget came before it. It waits in the folder until then, so that one that came
+too late for a driver is answered by the next.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,9 @@ from jobs.parse import parse_spec
 from jobs.record import Control, RunPaths
 from jobs.runs import RunReader
 from jobs.spec import JobSpec
-from jobs.study.events import Extended
-from jobs.study.log import read_events
+from jobs.study.budget import Budget, UsedUp
+from jobs.study.events import Event, Extended, Refused
+from jobs.study.log import LogReader
 from jobs.study.trials import Trials
 from trainers.controls import last_request
 
@@ -44,11 +46,12 @@ class Extension:
 
 
 def checked_space(
-    spec: JobSpec, trials: Trials, *, wanted: int, space: object | None
+    spec: JobSpec, trials: Trials, *, used_up: UsedUp | None, wanted: int, space: object | None
 ) -> dict[str, Any] | None:
     """The new space with nothing left to be filled in; None where it is to stay.
 
     Raises SpecError where the study cannot have `wanted` trials in all, or not of that space.
+    `used_up` is the limit of its budget that it has reached.
     """
     search = spec.search
     assert search is not None
@@ -70,6 +73,17 @@ def checked_space(
                 f"ask for more, as in: shoal extend STUDY --trials {2 * has}",
             )
         )
+    if used_up is not None:
+        more = f"--set {used_up.path}={2 * used_up.limit:g}"
+        raise SpecError(
+            Problem(
+                f"{used_up.message}, so the study would make none of the trials that are asked for",
+                f"give it more of that as well: shoal resume STUDY {more} "
+                f"--set search.trials={wanted}"
+                if space is None
+                else f"give it more of that first: shoal resume STUDY {more} --background",
+            )
+        )
     if space is None:
         return None
     tree = spec.model_dump(mode="json")
@@ -80,21 +94,26 @@ def checked_space(
     return checked
 
 
-def trials_of(reader: RunReader, spec: JobSpec) -> Trials:
-    """The study's trials by now."""
+def used_up_of(spec: JobSpec, events: Iterable[Event]) -> UsedUp | None:
+    """The limit of the job's budget that its search has reached by the last event, if any."""
     assert spec.search is not None
-    return Trials(spec.search, read_events(reader.store, reader.paths))
+    trials, budget = Trials(spec.search), Budget(spec.search, gpus=spec.gpus_held)
+    for event in events:
+        trials.observe(event)
+        if trials.is_of_search(event):
+            budget.observe(event)
+    return budget.used_up(now=0.0)
 
 
 def is_waiting(reader: RunReader, trials: Trials) -> bool:
-    """Whether trials were asked for that the study has not got yet."""
+    """Whether trials were asked for, and the study has not answered yet."""
     return bool(read_extensions(reader.store, reader.paths, after=trials.last_request))
 
 
-def is_met(reader: RunReader, request: int) -> bool:
-    """Whether the study has got what was asked for with that number."""
-    events = read_events(reader.store, reader.paths)
-    return any(isinstance(e, Extended) and (e.request or 0) >= request for e in events)
+def answer_to(log: LogReader, request: int) -> Extended | Refused | None:
+    """What the study has made of the request with that number; None: nothing yet."""
+    answers = (event for event in log.events() if isinstance(event, Extended | Refused))
+    return next((answer for answer in answers if answer.request == request), None)
 
 
 def request_extension(

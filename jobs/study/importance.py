@@ -32,16 +32,16 @@ class Scored:
     score: float
 
 
-def importances(space: Space, scored: Sequence[Scored]) -> dict[str, float]:
-    """The share of the scores' variance that each key explains by itself, the largest first.
+def importances(space: Space, scored: Sequence[Scored]) -> tuple[dict[str, float], int]:
+    """(the share of the scores' variance that each key explains by itself, the largest first; of
+    how many trials). Values are such as the space holds.
 
     Of keys that all trials have: conditional ones are left out. Of more than `MOST_TRIALS`, so many
-    that lie evenly among them. Without scores that differ, nothing.
+    that lie evenly among them. Without scores that differ, no shares.
     """
-    held = [one for one in scored if space.holds(one.values)]
-    held = held[:: math.ceil(len(held) / MOST_TRIALS) or 1]
+    held = scored[:: math.ceil(len(scored) / MOST_TRIALS) or 1]
     if len({one.score for one in held}) < 2:
-        return {}
+        return {}, len(held)
     keys = [key for key in space.keys if not key.when]
     distributions = {key.path: _distribution(key) for key in keys}
     verbosity = optuna.logging.get_verbosity()
@@ -63,7 +63,7 @@ def importances(space: Space, scored: Sequence[Scored]) -> dict[str, float]:
     )
     # The same page each time that it is built.
     shares = FanovaImportanceEvaluator(seed=0).evaluate(study)
-    return {path: float(share) for path, share in shares.items()}
+    return {path: float(share) for path, share in shares.items()}, len(held)
 
 
 def _distribution(key: Key) -> BaseDistribution:

@@ -4,7 +4,8 @@
     study/00000001-00000512.jsonl      many of them in one, so that a long log is read quickly
 
 A driver that has taken the run over begins with an object of its own. One that was superseded then
-finds its next number taken, and ends.
+finds its next number taken, and ends. What a driver that was killed has put into one object and not
+removed any more is removed by the next.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class StudyLog:
                 self._write(())
             except ObjectExists:
                 continue  # the driver before was still writing
+            self._remove_merged()
             return
 
     def append(self, events: Sequence[Event]) -> None:
@@ -102,6 +104,12 @@ class StudyLog:
         self._store.write(self._paths.study_object(first, last), _payload(events, self._generation))
         self._store.delete(keys)
         self._merged = last
+
+    def _remove_merged(self) -> None:
+        """Removes single objects that one which was read holds too."""
+        found = (_parsed(head.key, self._paths) for head in self._store.list(self._paths.study))
+        singles = (one for one in found if one is not None and one.first == one.last)
+        self._store.delete([one.key for one in singles if one.last <= self._merged])
 
 
 def read_events(store: Store, paths: RunPaths) -> list[Event]:

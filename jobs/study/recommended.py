@@ -2,7 +2,7 @@
 
 For adamw's learning rates they hold what Devlin et al. (2019), Liu et al. (2019) and Clark et al.
 (2020) fine-tune encoders with, from large to small ones. The decay of adamw is decoupled; sgd's is
-not, and smaller.
+not, and smaller. Labels are smoothed by up to twice the 0.1 of Szegedy et al. (2016).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jobs.tree import job_of
 _LEARNING_RATES = {"adamw": (5e-6, 5e-4), "sgd": (1e-3, 0.3)}
 _WEIGHT_DECAYS = {"adamw": (1e-3, 0.3), "sgd": (1e-6, 1e-2)}
 _DROPOUTS = (0.0, 0.3)
+_LABEL_SMOOTHINGS = (0.0, 0.2)
 _WARMUP_STEPS = (0, 50, 200)
 _FREEZE = ("embeddings",)
 
@@ -38,6 +39,7 @@ def recommended_space(spec: JobSpec) -> dict[str, Any]:
             "loguniform": _around(optimizer.weight_decay, _WEIGHT_DECAYS[optimizer.kind])
         },
         "model.dropout": {"uniform": _around(spec.model.dropout, _DROPOUTS)},
+        "task.label_smoothing": {"uniform": _around(spec.task.label_smoothing, _LABEL_SMOOTHINGS)},
         "optimizer.warmup_steps": {"choice": sorted({*_WARMUP_STEPS, optimizer.warmup_steps})},
         "batching.global_batch_size": {"choice": sorted(batches)},
         "model.freeze": {"choice": [[], freeze]},

@@ -23,7 +23,7 @@ from jobs.problems import Sources
 from jobs.search_spec import LISTS, Distribution
 from jobs.spec import JobSpec
 from jobs.study.events import Values
-from jobs.tree import job_of, with_value
+from jobs.tree import job_of, value_at, with_value
 
 _ABSENT = object()
 _GIVEN: TypeAdapter[dict[str, Distribution]] = TypeAdapter(dict[str, Distribution])
@@ -166,6 +166,18 @@ class Space:
             key.over.holds(values[key.path]) for key in active
         )
 
+    def own_values(self, values: Values, job: Mapping[str, Any]) -> Values | None:
+        """Values with which a trial of this space would be the trial that has `values`, which may
+        be of another space; None where none would.
+
+        `job` is the study's job as a tree: what one of the spaces leaves to it is the same there.
+        """
+        own = self.fill(lambda key: values.get(key.path, value_at(job, key.path)))
+        rest = ((path, value) for path, value in values.items() if path not in own)
+        if all(_same(value_at(job, path), value) for path, value in rest) and self.holds(own):
+            return own
+        return None
+
 
 def space_of(spec: JobSpec) -> Space:
     """The space of a job that has a search."""
@@ -175,7 +187,12 @@ def space_of(spec: JobSpec) -> Space:
 
 def space_from(tree: Mapping[str, Any]) -> Space:
     """The space of plain values, as `search.space` of a job that was accepted holds it."""
-    return _space(_GIVEN.validate_json(json.dumps(tree)))
+    return _space(distributions_from(tree))
+
+
+def distributions_from(tree: Mapping[str, Any]) -> dict[str, Distribution]:
+    """`search.space` from plain values, as `space_from` takes them."""
+    return _GIVEN.validate_json(json.dumps(tree))
 
 
 def _space(given: Mapping[str, Distribution]) -> Space:

@@ -24,6 +24,7 @@ from jobs.study.events import (
     Lost,
     Measured,
     Recalled,
+    Refused,
     Reported,
     Started,
     Values,
@@ -108,7 +109,7 @@ class Trials:
         """Whether any trial has."""
         self.last_failed: Trial | None = None
         self.last_request = 0
-        """Number of the newest request that the study has met."""
+        """Number of the newest request that the study has answered."""
         self.reports = 0
         """Evaluations that trials have reported."""
         self.ready: set[int] = set()
@@ -152,6 +153,11 @@ class Trials:
     def is_uncloned(self, trial: Trial) -> bool:
         """Whether it is a clone that does not have its donor's checkpoint yet."""
         return trial.donor is not None and trial.number in self.uncloned.get(trial.donor.trial, ())
+
+    def is_of_search(self, event: Event) -> bool:
+        """Whether an event that was observed is none of a finalist."""
+        number = getattr(event, "trial", None)
+        return number is None or self.by_number[number].purpose == "search"
 
     def winner(self) -> Trial | None:
         """The trial whose best checkpoint is the study's model; None where none has a score.
@@ -255,6 +261,8 @@ class Trials:
             case Extended():
                 self.wanted, self.closed = event.trials, None
                 self.last_request = max(self.last_request, event.request or 0)
+            case Refused():
+                self.last_request = max(self.last_request, event.request)
             case Measured():
                 self.measured = event
 

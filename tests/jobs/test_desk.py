@@ -21,7 +21,7 @@ from jobs.study import setbacks
 from jobs.study import slot as slots
 from jobs.study.desk import Desk
 from jobs.study.engine import Report
-from jobs.study.events import Asked, Extended, Failed
+from jobs.study.events import Asked, Extended, Failed, Refused
 from jobs.study.extension import request_extension
 from jobs.study.log import StudyLog, StudySuperseded, read_events
 from jobs.study.slot import Answer, Free, Gone, Told, Train, Wait
@@ -130,7 +130,7 @@ def test_a_request_for_more_trials_is_met_once(
         ({"scheduler": "pbt", "trials": 8}, 16, "whose population cannot grow"),
     ],
 )
-def test_a_request_that_the_study_cannot_meet_is_told(
+def test_a_request_that_the_study_cannot_meet_is_refused_once(
     opened: Callable[..., Desk], local_store: Store, keys: dict[str, Any], trials: int, why: str
 ) -> None:
     request_extension(local_store, PATHS, trials=trials, space=None, by="me")
@@ -139,7 +139,33 @@ def test_a_request_that_the_study_cannot_meet_is_told(
     desk.hear_extensions()
     (warning,) = warnings(desk)
     assert why in warning
-    assert read_events(local_store, PATHS) == []
+    (refused,) = [e for e in read_events(local_store, PATHS) if isinstance(e, Refused)]
+    assert refused.request == 1
+    assert why in refused.reason
+    following = opened(**keys)
+    following.hear_extensions()
+    assert warnings(following) == []
+
+
+def test_a_request_that_its_budget_does_not_allow_is_refused(
+    opened: Callable[..., Desk], local_store: Store
+) -> None:
+    budget = {"epochs": 5.5}
+    desk = opened(budget=budget)
+    desk.hear("a", Free())
+    trained(desk, "a", 0.5)
+    request_extension(local_store, PATHS, trials=9, space=None, by="me")
+    desk.hear_extensions()  # nearly half of the budget is left
+    assert trained(desk, "a", 0.7) is None
+    for later in (budget, {"epochs": 20}):
+        request_extension(local_store, PATHS, trials=11, space=None, by="me")
+        opened(budget=later).hear_extensions()
+    answers = [e for e in read_events(local_store, PATHS) if isinstance(e, Extended | Refused)]
+    assert [(type(e), e.request) for e in answers if e.request] == [
+        (Extended, 1), (Refused, 2), (Extended, 3),
+    ]  # fmt: skip
+    assert isinstance(answers[1], Refused)
+    assert answers[1].reason.startswith("search.budget.epochs (5.5) is used up, so the study")
 
 
 def test_a_request_at_the_last_moment_is_met_or_waits_for_the_next_driver(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,19 @@ from jobs import submit
 from jobs.commands import extend
 from jobs.record import Control, Outcome, Result, State
 from jobs.runs import RunReader
-from jobs.study.events import Asked, Closed, Decided, Event, Extended, Left, Reported, Started
+from jobs.study import log as study_log
+from jobs.study.events import (
+    Asked,
+    Closed,
+    Decided,
+    Event,
+    Extended,
+    Left,
+    Refused,
+    Reported,
+    Started,
+)
+from jobs.study.extension import request_extension
 from jobs.study.log import StudyLog
 
 STUDY = "study-a1b2c3"
@@ -160,29 +173,118 @@ def test_a_run_is_no_study(shell: Shell, started: list[str]) -> None:
     assert "is no study: its job has no search" in shell.error
 
 
-def test_the_driver_of_a_study_that_goes_on_hears_of_it(
-    shell: Shell, started: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(extend, "_LOOK_SECONDS", 0.05)
-    made = made_study(shell.store, is_over=False)
-    log = StudyLog(shell.store, made.paths, generation=2)
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """What happens while the command waits: one of these after each look at the log, in turn."""
+    happens: list[Callable[[], None]] = []
+
+    def sleep(seconds: float) -> None:
+        happens.pop(0)()
+
+    slept = SimpleNamespace(sleep=sleep, time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr(extend, "time", slept)
+    return happens
+
+
+def driver_log(made: SyntheticRun) -> StudyLog:
+    log = StudyLog(made.store, made.paths, generation=2)
     list(log.open())
+    return log
 
-    def hear() -> None:
-        while not requests(shell.store):
-            time.sleep(0.02)
-        log.append([Extended(trials=7, request=1)])
 
-    driver = threading.Thread(target=hear)
-    driver.start()
+def test_the_driver_of_a_study_that_goes_on_hears_of_it(
+    shell: Shell,
+    started: list[str],
+    looks: list[Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = driver_log(made_study(shell.store, is_over=False))
+    read, fetched = study_log._events, Counter[str]()
+
+    def counted(store: Store, key: str) -> list[Event]:
+        fetched[key] += 1
+        return read(store, key)
+
+    monkeypatch.setattr(study_log, "_events", counted)
+    looks += [lambda: None] * 5 + [lambda: log.append([Extended(trials=7, request=1)])]
     shell.run("extend", STUDY, "--trials", "7")
-    driver.join()
+    assert looks == []
     assert shell.error == "the study has 7 trials in all from now on\n"
-    monkeypatch.setattr(extend, "_HEAR_SECONDS", 0.1)
+    assert max(fetched.values()) == 2, "to check the request, and to wait for the answer"
+    monkeypatch.setattr(extend, "_HEAR_SECONDS", 0.0)
     shell.run("extend", STUDY, "--trials", "9")
-    assert "has not heard of it yet" in shell.error
+    assert "the study's driver has not answered yet" in shell.error
     assert started == []
     assert [control.trials for control in requests(shell.store)] == [7, 9]
+
+
+def test_what_the_driver_refuses_is_told_and_asked_of_no_other(
+    shell: Shell, started: list[str], looks: list[Callable[[], None]]
+) -> None:
+    made = made_study(shell.store, is_over=False)
+    log = driver_log(made)
+    # Somebody else asks for more at the same moment.
+    looks.append(lambda: log.append([Extended(trials=20, request=1)]))
+    reason = "7 trials in all are asked for, but the study has 20"
+    looks.append(lambda: log.append([Refused(request=2, reason=reason)]))
+    request_extension(shell.store, made.paths, trials=20, space=None, by="another")
+    shell.run("extend", STUDY, "--trials", "7", code=2)
+    assert f"error: the study is not extended: {reason}" in shell.error
+    assert f"shoal status {shell.store.uri}/{STUDY}" in shell.error
+    assert started == []
+
+
+def test_the_last_word_of_a_driver_is_heard(
+    shell: Shell, started: list[str], looks: list[Callable[[], None]]
+) -> None:
+    made = made_study(shell.store, is_over=False)
+    log = driver_log(made)
+
+    def answers_and_ends() -> None:
+        log.append([Extended(trials=7, request=1)])
+        made.lease(renewed_at=time.time(), released=True)
+
+    looks.append(answers_and_ends)
+    shell.run("extend", STUDY, "--trials", "7")
+    assert shell.error == "the study has 7 trials in all from now on\n"
+    assert started == []
+
+
+def test_a_finished_study_that_has_refused_a_request_is_not_driven_for_it(
+    shell: Shell, started: list[str]
+) -> None:
+    made = made_study(shell.store)
+    request_extension(shell.store, made.paths, trials=3, space=None, by="another")
+    driver_log(made).append([Refused(request=1, reason="the study has 3")])
+    shell.run("resume", STUDY, "--background", code=2)
+    assert "its 3 trials are done" in shell.error
+    assert started == []
+
+
+def test_a_budget_that_is_used_up_allows_no_more_trials_unless_it_grows_too(
+    shell: Shell, started: list[str]
+) -> None:
+    made = made_study(shell.store, trials=5, budget={"epochs": 9})
+    shell.run("extend", STUDY, "--trials", "6", code=2)
+    assert "search.budget.epochs (9) is used up, so the study would make none" in shell.error
+    hint = "shoal resume STUDY --set search.budget.epochs=18 --set search.trials=6"
+    assert hint in shell.error
+    changed = "{optimizer.learning_rate: {loguniform: [1e-4, 1]}}"
+    shell.run("extend", STUDY, "--trials", "6", "--space", changed, code=2)
+    assert "first: shoal resume STUDY --set search.budget.epochs=18 --background" in shell.error
+    shell.run("resume", STUDY, "--set", "search.trials=6", "--background", code=2)
+    assert "search.budget.epochs (9) is used up" in shell.error
+    assert (requests(shell.store), started) == ([], [])
+    options = hint.removeprefix("shoal resume STUDY ").split()
+    shell.run("resume", STUDY, *options, "--background")
+    assert [control.trials for control in requests(shell.store)] == [6]
+    spec = RunReader(shell.store, STUDY).spec()
+    assert spec.search is not None
+    assert spec.search.budget.epochs == 18
+    assert len(started) == 1
+    made.lease(renewed_at=time.time(), released=True)
+    shell.run("extend", STUDY, "--trials", "7", "--background")
+    assert [control.trials for control in requests(shell.store)] == [6, 7]
 
 
 # ------------------------------------------------------------------------------------------ resume

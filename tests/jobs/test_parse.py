@@ -797,8 +797,8 @@ class TestSearch:
                 "goes on in the middle of another trial, where batching.global_batch_size cannot "
                 "change",
                 "search optimizer.learning_rate, optimizer.weight_decay, optimizer.betas, "
-                "optimizer.epsilon, optimizer.momentum, optimizer.max_grad_norm, model.dropout "
-                "alone, or choose scheduler asha",
+                "optimizer.epsilon, optimizer.momentum, optimizer.max_grad_norm, model.dropout, "
+                "task.label_smoothing alone, or choose scheduler asha",
             ),
             (
                 "{scheduler: pbt, trials: 3}",

@@ -117,6 +117,7 @@ def test_every_key_can_be_found_and_said_in_words() -> None:
         ("optimizer.learning_rate", "a number above 0"),
         ("model.dropout", "a number of at least 0 and below 1"),
         ("task.max_tokens", "a whole number of at least 8"),
+        ("task.label_smoothing", "a number of at least 0 and below 1"),
         ("data.lanes", "a whole number above 0 or auto"),
         ("model.precision", "float32, tf32, bfloat16 or auto"),
         ("train.log_rows", "true or false"),

@@ -77,6 +77,7 @@ def test_the_best_is_the_lowest_loss_or_what_early_stopping_watches() -> None:
         ({"data": TREE["data"] | {"train": "s3://other"}}, {"data_order"}),
         ({"model": TREE["model"] | {"compile": True}}, {"hyper_parameters"}),
         ({"task": {"labels": ["positive", "negative"]}}, {"architecture"}),
+        ({"task": TREE["task"] | {"label_smoothing": 0.1}}, {"hyper_parameters"}),
         ({"model": {"source": "other"}}, {"architecture", "hyper_parameters"}),
     ],
 )

@@ -26,7 +26,7 @@ from jobs.parse import load_spec
 from jobs.record import Failure, State
 from jobs.report import build_report, render_html, to_json, write_report
 from jobs.runs import RunReader
-from jobs.study.events import Asked, Donor
+from jobs.study.events import Asked, Donor, Extended
 from jobs.study.importance import Scored, importances
 from jobs.study.space import job_with, space_of, trial_seed
 from jobs.study_charts import draw_all
@@ -130,19 +130,117 @@ def test_importance_finds_the_key_that_the_score_depends_on() -> None:
     for number in range(80):
         values = draws(study, number)
         scored.append(Scored(values, score=abs(values["model.dropout"] - 0.2)))
-    shares = importances(space, scored)
+    shares, count = importances(space, scored)
     assert shares["model.dropout"] > 0.8
-    assert importances(space, scored) == shares
-    assert importances(space, [*scored, *scored, *scored])  # not all of them are looked at
-    assert importances(space, scored[:1]) == {}
-    assert importances(space, [Scored({"other": 1}, 0.1), Scored({"other": 2}, 0.2)]) == {}
+    assert count == 80
+    assert importances(space, scored) == (shares, 80)
+    shares, count = importances(space, [*scored, *scored, *scored])
+    assert shares
+    assert count == 120  # not all of them are looked at
+    assert importances(space, scored[:1]) == ({}, 1)
+
+
+NARROW: dict[str, Any] = {
+    "optimizer.learning_rate": {"loguniform": [1e-5, 1e-4]},
+    "optimizer.warmup_steps": {"choice": [0, 30]},
+}
+DROPPED = ("optimizer.weight_decay", "model.dropout", "batching.global_batch_size")
+
+
+def extended_study(store: Store) -> SyntheticStudy:
+    """12 trials of SPACE, the first with the job's own values, then 8 of another space, whose score
+    depends on a key that the first space has not."""
+    made = SyntheticStudy(store)
+    for number in range(12):
+        made.fractions[number] = 0.0
+        made.begun[number] = Asked(trial=number, values=made.drawn(number) if number else {})
+        made.append(made.begun[number])
+        made.start(number, 1.0)
+        made.report(number, 1.0, 0.5 + 0.01 * number)
+        made.decide(number, "finish")
+    made.append(Extended(trials=20, space=NARROW))
+    for number in range(12, 20):
+        steps = 30 * (number % 2)
+        made.ask({"optimizer.learning_rate": 1.5e-6 * number, "optimizer.warmup_steps": steps})
+        made.start(number, 1.0)
+        made.report(number, 1.0, 0.9 - 0.01 * steps)
+        made.decide(number, "finish")
+    return made
+
+
+def test_an_extended_study_has_the_keys_of_all_its_spaces(local_store: Store) -> None:
+    made = extended_study(local_store)
+    study = report_of(made)["study"]
+    keys = {key["path"]: key for key in study["keys"]}
+    assert list(keys) == [*NARROW, *DROPPED]
+    assert keys["optimizer.warmup_steps"]["choices"] == [0, 30]
+    # Trials of both spaces lie between the ends of the axis.
+    rate = keys["optimizer.learning_rate"]
+    assert (rate["low"], rate["high"], rate["log"]) == (1e-6, 1e-3, True)
+    assert rate["over"] == "loguniform 1e-05 to 0.0001"
+    assert keys["model.dropout"]["over"] == "uniform 0 to 0.4, in earlier trials"
+    charts = draw_all(study)
+    assert {f"scatter {path}" for path in keys} <= charts.keys()
+    page = render_html(report_of(made))
+    for path in keys:
+        assert f'title="{path}"' in page
+
+
+def test_importance_is_of_the_newest_space_and_tells_of_how_many_trials(local_store: Store) -> None:
+    made = extended_study(local_store)
+    built = report_of(made)
+    importance = built["study"]["importance"]
+    assert set(importance["shares"]) == set(NARROW)
+    assert importance["shares"]["optimizer.warmup_steps"] > 0.8
+    # The new ones and the job's own values; those of the old space have other dropouts.
+    assert (importance["trials"], importance["outside"]) == (9, 11)
+    page = render_html(built)
+    assert "Of 9 trials, by their scores at 100% of the budget" in page
+    assert "11 more lie outside of the newest space." in page
+
+
+def test_old_trials_count_in_a_wider_space_with_more_keys(local_store: Store) -> None:
+    made = SyntheticStudy(local_store)
+    for _ in range(6):
+        made.train(made.ask(), 1.0, "finish")
+    wider = SPACE | {
+        "model.dropout": {"choice": [0.1, 0.2]},
+        "optimizer.warmup_steps": {"integer": [0, 200]},
+    }
+    made.append(Extended(trials=20, space=wider))
+    assert report_of(made)["study"]["importance"]["outside"] == 6  # their dropouts
+    wider["model.dropout"] = {"uniform": [0.0, 0.9]}
+    made.append(Extended(trials=21, space=wider))
+    importance = report_of(made)["study"]["importance"]
+    assert (importance["trials"], importance["outside"]) == (6, 0)
+    assert set(importance["shares"]) == set(wider)
+    wider["optimizer.warmup_steps"] = {"integer": [31, 200]}  # none of which is the job's
+    made.append(Extended(trials=22, space=wider))
+    built = report_of(made)
+    assert built["study"]["importance"]["shares"] == {}
+    few = "It takes at least two trials whose scores differ, and 6 lie outside of the newest space."
+    assert few in render_html(built)
+
+
+def test_a_range_that_was_logarithmic_and_now_holds_zero_has_a_plain_axis(
+    local_store: Store,
+) -> None:
+    made = SyntheticStudy(local_store)
+    made.train(made.ask(), 1.0, "finish")
+    space = SPACE | {"optimizer.weight_decay": {"uniform": [0, 0.1]}}
+    made.append(Extended(trials=20, space=space))
+    made.train(made.ask(made.drawn(1) | {"optimizer.weight_decay": 0.0}), 1.0, "finish")
+    study = report_of(made)["study"]
+    decay = next(key for key in study["keys"] if key["path"] == "optimizer.weight_decay")
+    assert (decay["low"], decay["high"], decay["log"]) == (0.0, 0.3, False)
+    assert "parallel" in draw_all(study)
 
 
 def test_clones_do_not_count_for_what_their_donors_have_learned(local_store: Store) -> None:
     spec = make_study_spec(
         scheduler={"kind": "pbt", "population": 2},
         trials=2,
-        space={"model.dropout": {"uniform": [0.0, 0.4]}},
+        space={key: SPACE[key] for key in ("model.dropout", "optimizer.learning_rate")},
         finalists=None,
     )
     made = SyntheticStudy(local_store, spec=spec)

@@ -47,6 +47,7 @@ def own_values(scene: Scene) -> JobSpec:
             "learning_rate": 1e-4, "weight_decay": 0.3, "betas": [0.5, 0.6], "epsilon": 1e-3,
         },
         model={"dropout": 0.4},
+        task={"label_smoothing": 0.2},
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 
 from cluster.storage import open_store
 from jobs.errors import DataError, SpecError
@@ -39,6 +41,21 @@ def test_a_task_is_another_where_labels_data_or_tokenizer_are(scene: Scene) -> N
     assert kept.task(spec, model_folder=changed, index=index) is first, "only its place is another"
     tiny_tokenizer(changed, words=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"))
     assert kept.task(spec, model_folder=changed, index=index) is not first
+
+
+def test_a_task_with_another_loss_has_the_same_tokenizer(scene: Scene) -> None:
+    kept = Kept()
+    index = kept.index(open_store(scene.data["train"]))
+    logits = torch.tensor([[2.0, -1.0], [0.5, 0.0]])
+    batch = {"label": torch.tensor([0, 1]), "weight": torch.ones(2)}
+    tasks = []
+    for smoothing in (0.0, 0.1, 0.2, 0.3, 0.1):  # more than are kept
+        spec = scene.job(task={"label_smoothing": smoothing})
+        task = kept.task(spec, model_folder=scene.model, index=index)
+        loss = cross_entropy(logits, batch["label"], reduction="sum", label_smoothing=smoothing)
+        torch.testing.assert_close(task.loss(logits, batch), loss)
+        tasks.append(task)
+    assert len({id(task._tokenizer) for task in tasks}) == 1  # type: ignore[attr-defined]
 
 
 def test_the_tokenizers_of_all_checkpoints_are_one(scene: Scene) -> None:

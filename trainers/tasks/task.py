@@ -73,6 +73,11 @@ class Task(Protocol):
     columns: tuple[str, ...]
     """Columns of the data set that are read."""
 
+    def with_loss_of(self, spec: JobSpec) -> Task:
+        """This task for a job whose `task` may differ in keys that the training loss alone depends
+        on."""
+        ...
+
     def check_data(self, index: Index) -> None:
         """Raises DataError where a further data set of the job is not stored as the first is."""
         ...
@@ -111,7 +116,7 @@ class Task(Protocol):
         ...
 
     def loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Sum over the batch's items of weight times loss; a scalar."""
+        """Sum over the batch's items of weight times the loss that is trained on; a scalar."""
         ...
 
     def metrics(self) -> Metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ _DROPOUT_KEYS = (
 
 
 class TextClassification:
-    """Cross-entropy over `labels`; texts are cut at `max_tokens`. With `packing` the model's layers
-    compute no padding."""
+    """Cross-entropy over `labels`, in training with `label_smoothing`; texts are cut at
+    `max_tokens`. With `packing` the model's layers compute no padding."""
 
     def __init__(
         self, spec: job.Task, *, model_folder: Path, index: Index, packing: bool = False
@@ -67,6 +68,13 @@ class TextClassification:
             "input_ids" if self._pretokenized else spec.text,
             spec.label,
         )
+
+    def with_loss_of(self, spec: job.JobSpec) -> TextClassification:
+        if spec.task == self._spec:
+            return self
+        other = copy.copy(self)
+        other._spec = spec.task
+        return other
 
     def check_data(self, index: Index) -> None:
         if self._check_tokenizer(index) != self._pretokenized:
@@ -276,11 +284,10 @@ class TextClassification:
         return logits
 
     def loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        losses = nn.functional.cross_entropy(output, batch["label"], reduction="none")
-        return (losses * batch["weight"]).sum()
+        return cross_entropy(output, batch, label_smoothing=self._spec.label_smoothing)
 
     def metrics(self) -> TextClassificationMetrics:
-        return TextClassificationMetrics(self)
+        return TextClassificationMetrics(self.labels)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -298,17 +305,16 @@ class TextClassification:
 
 
 class TextClassificationMetrics:
-    """The confusion matrix of a text classification."""
+    """The confusion matrix of a text classification, and its cross-entropy without smoothing."""
 
-    def __init__(self, task: TextClassification) -> None:
-        self._task = task
-        self._confusion = ConfusionMetrics(task.labels)
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._confusion = ConfusionMetrics(labels)
 
     def update(self, output: torch.Tensor, batch: Batch) -> None:
         self._confusion.update(
             true=batch["label"],
             predicted=output.argmax(dim=-1),
-            loss_sum=self._task.loss(output, batch),
+            loss_sum=cross_entropy(output, batch),
             weight_sum=float(batch["weight"].sum()),
         )
 
@@ -317,6 +323,20 @@ class TextClassificationMetrics:
 
     def compute(self, state: torch.Tensor) -> Evaluation:
         return self._confusion.compute(state)
+
+
+def cross_entropy(
+    output: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """The sum over rows of weight times cross-entropy, a scalar, of logits of shape [n, labels].
+
+    The target of a row is 1 - label_smoothing for its label, and label_smoothing for all labels
+    alike (Szegedy et al., 2016, "Rethinking the Inception Architecture for Computer Vision").
+    """
+    losses = nn.functional.cross_entropy(
+        output, batch["label"], reduction="none", label_smoothing=label_smoothing
+    )
+    return (losses * batch["weight"]).sum()
 
 
 def padded(items: Items, *, pad_id: int) -> Batch:

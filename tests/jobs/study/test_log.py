@@ -90,6 +90,12 @@ def test_objects_that_are_in_a_merged_one_count_once(store: Store) -> None:
     log.append([asked(2)])
     assert read_events(store, PATHS) == [asked(0), asked(1), asked(2)]
     assert list(StudyLog(store, PATHS, generation=2).open()) == [asked(0), asked(1), asked(2)]
+    # The next driver has removed them, and nothing else.
+    names = [head.key.removeprefix(PATHS.study) for head in store.list(PATHS.study)]
+    assert names == [
+        "00000001-00000002.json", "00000003.json", "00000004.json", "00000005.json",
+    ]  # fmt: skip
+    assert read_events(store, PATHS) == [asked(0), asked(1), asked(2)]
 
 
 def test_a_reader_that_meets_the_merge_reads_again(

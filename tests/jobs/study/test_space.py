@@ -222,6 +222,7 @@ def test_seeds_differ_by_repeat_and_the_first_is_the_job_s_own() -> None:
         {"model": {"source": "m", "dropout": 0.5, "freeze": ["layer.0", "layer.1"]}},
         {"batching": {"global_batch_size": 1}},
         {"batching": {"global_batch_size": 6}, "workers": {"count": 4}},
+        {"task": TREE["task"] | {"label_smoothing": 0.4}},
     ],
 )
 def test_the_recommended_space_holds_the_job_s_own_values(more: dict[str, Any]) -> None:
@@ -248,7 +249,7 @@ def test_the_recommended_space_is_written_out_where_the_job_is_read() -> None:
 def test_the_recommended_space_for_clones_has_what_clones_may_change(scheduler: str) -> None:
     space = space_of(job(search={"scheduler": scheduler}))
     assert {key.path for key in space.keys} < set(CLONE_KEYS)
-    assert len(space.keys) == 3
+    assert len(space.keys) == 4
 
 
 # ----------------------------------------------------------------------------------- refused

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -321,6 +321,56 @@ def test_predictions_have_one_entry_a_row(subject: Subject) -> None:
 @pytest.fixture
 def texts(scene: Scene) -> Subject:
     return subject_of(CASES[0], scene)
+
+
+@pytest.fixture
+def smoothed(scene: Scene) -> Subject:
+    case = replace(CASES[0], task=CASES[0].task | {"label_smoothing": 0.3})
+    return subject_of(case, scene, optimizer={"max_grad_norm": None})
+
+
+def test_labels_are_smoothed_in_the_loss_that_is_trained_on(smoothed: Subject) -> None:
+    [batch] = smoothed.batches(smoothed.items)
+    logits = smoothed.task.forward(smoothed.model(), batch)
+    target = 0.7 * nn.functional.one_hot(batch["label"], len(LABELS)) + 0.3 / len(LABELS)
+    loss = smoothed.task.loss(logits, batch)
+    torch.testing.assert_close(loss, -(target * logits.log_softmax(dim=-1)).sum())
+    torch.testing.assert_close(
+        loss,
+        nn.functional.cross_entropy(logits, batch["label"], reduction="sum", label_smoothing=0.3),
+    )
+    # What is measured is comparable with jobs that smooth otherwise.
+    metrics = smoothed.task.metrics()
+    metrics.update(logits, batch)
+    plain = nn.functional.cross_entropy(logits, batch["label"]).item()
+    assert metrics.compute(metrics.state()).metrics["loss"] == pytest.approx(plain, rel=1e-6)
+
+
+def test_without_smoothing_the_loss_has_the_bits_of_the_plain_one(texts: Subject) -> None:
+    [batch] = texts.batches(texts.items)
+    batch["weight"][3] = 0.0
+    logits = texts.task.forward(texts.model(), batch)
+    losses = nn.functional.cross_entropy(logits, batch["label"], reduction="none")
+    assert torch.equal(texts.task.loss(logits, batch), (losses * batch["weight"]).sum())
+
+
+def test_smoothed_labels_have_one_gradient_however_rows_are_cut_or_packed(
+    smoothed: Subject,
+) -> None:
+    model = smoothed.model()
+    loss, gradient = gradients(smoothed, model, ranks=1, max_tokens=10_000)
+    for ranks, max_tokens in ((1, 40), (1, 1), (3, 40), (ROWS + 2, 48)):
+        other_loss, other = gradients(smoothed, model, ranks=ranks, max_tokens=max_tokens)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
+    index = open_index(open_store(smoothed.spec.data.train))
+    batching = smoothed.spec.batching.model_copy(update={"packing": True})
+    spec = smoothed.spec.model_copy(update={"batching": batching})
+    task = build_task(spec, model_folder=smoothed.scene.model, index=index)
+    packed = replace(smoothed, spec=spec, task=task)
+    packed_loss, other = gradients(packed, packed.model(), ranks=1, max_tokens=10_000)
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
 
 
 def classes(subject: Subject, labels: Sequence[str], column: pa.Array) -> list[int]:
