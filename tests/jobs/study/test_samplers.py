@@ -393,15 +393,16 @@ def test_repeats_count_as_one_with_their_mean() -> None:
     history.observe(reported(0, 1.0))
     history.observe(Decided(trial=0, decision="finish"))
     assert (tried.score, tried.fraction, tried.is_finished) == (-1.5, 0.5, False)
-    history.observe(failed(1, State.FAILED_RESOURCES))
+    history.observe(failed(1, State.FAILED_USER))
     assert tried.score == WORST
 
 
-def test_a_trial_that_the_platform_has_taken_is_forgotten() -> None:
+@pytest.mark.parametrize("state", [State.FAILED_INFRA, State.FAILED_RESOURCES])
+def test_a_trial_that_the_platform_has_taken_is_forgotten(state: State) -> None:
     history = history_of()
     history.observe(Asked(trial=0, values=VALUES))
     history.observe(reported(0, 1.0))
-    history.observe(failed(0, State.FAILED_INFRA))
+    history.observe(failed(0, state))
     history.observe(reported(0, 1.0))
     assert not history.tried
 
