@@ -332,7 +332,8 @@ class Search(SpecPart):
     seed: NonNegativeInt = 0
     """Seed of everything that the search draws at random."""
     repeats: PositiveInt = 1
-    """Seeds with which each trial's values are trained; their score is the mean."""
+    """Seeds with which each trial's values are trained; their score is the mean. More than 1 is for
+    scheduler none: seeds of which some were stopped would be compared by how far they came."""
     finalists: Finalists | None = Field(default_factory=_finalists_of)
     """The best values trained again at the end, with other seeds; not given: the best 3, with 3
     seeds each, but none for pbt and pb2. null: none."""
@@ -390,6 +391,17 @@ class Search(SpecPart):
         return self
 
     @model_validator(mode="after")
+    def _repeats_come_equally_far(self) -> Search:
+        if self.repeats > 1 and isinstance(self.scheduler, ASHA | Hyperband | MedianStopping):
+            raise UnfitError(
+                f"has repeats {self.repeats}, but scheduler {self.scheduler.kind} would stop each "
+                "seed by itself, so that the mean over seeds would tell how far they came",
+                "remove search.repeats: search.finalists trains the best values with several "
+                "seeds; or choose scheduler none",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _clones_can_go_on(self) -> Search:
         if not isinstance(self.scheduler, PBT | PB2):
             return self
@@ -418,15 +430,15 @@ class Search(SpecPart):
                 "other trials are its clones",
                 f"remove search.trials, or set search.scheduler.population to {self.trials}",
             )
-        for key, given in (
-            ("repeats", self.repeats > 1),
-            ("finalists", bool(self.finalists)),
-            ("baseline", self.baseline),
+        for key, given, other in (
+            ("repeats", self.repeats > 1, "none"),
+            ("finalists", bool(self.finalists), "asha"),
+            ("baseline", self.baseline, "asha"),
         ):
             if given:
                 raise UnfitError(
                     f"has scheduler {kind} and {key}, but a clone's values are only the last part "
                     "of how it was trained, which no other trial repeats",
-                    f"remove search.{key}, or choose scheduler asha",
+                    f"remove search.{key}, or choose scheduler {other}",
                 )
         return self

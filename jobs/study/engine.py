@@ -364,8 +364,6 @@ class Engine:
         self._tell_sampler(event)
         if self._is_of_search(event):
             self._budget.observe(event)
-            if isinstance(event, Extended):  # schedulers count repetitions, too
-                event = event.model_copy(update={"trials": event.trials * self._search.repeats})
             self._scheduler.observe(event)
 
     def _tell_sampler(self, event: Event) -> None:

@@ -810,7 +810,17 @@ class TestSearch:
                 "{scheduler: pb2, repeats: 2}",
                 "search has scheduler pb2 and repeats, but a clone's values are only the last part "
                 "of how it was trained, which no other trial repeats",
-                "remove search.repeats, or choose scheduler asha",
+                "remove search.repeats, or choose scheduler none",
+            ),
+            *(
+                (
+                    f"{{scheduler: {kind}, repeats: 2}}",
+                    f"search has repeats 2, but scheduler {kind} would stop each seed by itself, "
+                    "so that the mean over seeds would tell how far they came",
+                    "remove search.repeats: search.finalists trains the best values with several "
+                    "seeds; or choose scheduler none",
+                )
+                for kind in ("asha", "hyperband", "median")
             ),
             (
                 "{scheduler: pb2, space: {model.dropout: {choice: [0, 0.1]}}}",

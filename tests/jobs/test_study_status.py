@@ -244,7 +244,7 @@ def test_clones_and_seeds_are_counted_apart(local_store: Store) -> None:
     made.train(made.ask(), 0.5, "pause")
     made.ask(donor=Donor(trial=0, step=150))
     assert trials_text(study_of(made)).startswith("1 of 2 begun, 1 clones of them: ")
-    spec = make_study_spec(repeats=3, **search)
+    spec = make_study_spec(repeats=3, scheduler=None, **search)
     seeds = SyntheticStudy(local_store, run_id="sentiment-seeds0", spec=spec)
     seeds.ask()
     assert trials_text(study_of(seeds)).startswith("1 of 2 begun, each with 3 seeds: ")

@@ -26,7 +26,7 @@ class Asha:
     """
 
     def __init__(self, given: ASHA, *, objective: Objective, trials: int) -> None:
-        """`trials`: how many the study is to have, repeats included."""
+        """`trials`: how many the study is to have."""
         self._fractions = rung_fractions(given)
         self._rungs = [_Rung(given.reduction_factor) for _ in self._fractions]
         self._objective = objective

@@ -71,7 +71,7 @@ def study(space: dict[str, Any], algorithm: Any, **search: Any) -> tuple[JobSpec
         "model": {"source": "m"},
         "data": {"train": "t", "validation": "v"},
         "store": "runs",
-        "search": {"space": space, "algorithm": algorithm, **search},
+        "search": {"space": space, "algorithm": algorithm, "scheduler": None, **search},
     }
     spec = parse_spec(tree, where="test")
     return spec, space_of(spec)

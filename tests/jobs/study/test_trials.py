@@ -31,7 +31,7 @@ TAKEN = Failure(state=State.FAILED_INFRA, problems=(("its node is gone", None),)
 
 
 def test_trials_that_are_yet_to_end_are_those_that_slots_are_wanted_for() -> None:
-    search = Search(trials=3, repeats=2, finalists=None)
+    search = Search(trials=3, repeats=2, scheduler=None, finalists=None)  # type: ignore[arg-type]
     trials = Trials(search)
     assert trials.unended == 6
     trials.observe(Asked(trial=0, values={}))
@@ -134,7 +134,9 @@ def slow_ranking(trials: Trials, search: Search, purpose: str) -> list[list[int]
 def test_counts_and_the_best_equal_a_look_at_all_trials(
     mode: str, score: str, repeats: int
 ) -> None:
-    search = Search(metric="validation/f1", mode=mode, score=score, repeats=repeats)  # type: ignore[arg-type]
+    search = Search(
+        metric="validation/f1", mode=mode, score=score, scheduler=None, repeats=repeats
+    )  # type: ignore[arg-type]
     for seed in range(4):
         trials = Trials(search)
         for event in random_events(seed, repeats=repeats):
