@@ -343,8 +343,9 @@ class Search(SpecPart):
     budget: Budget = Budget()
     """Limits besides the number of trials."""
     patience: PositiveInt | None = None
-    """Trials in a row that do not improve the best, after which no new one begins; null: no
-    limit."""
+    """Trials in a row that do not improve the best, after which no new one begins; null: no limit.
+    A trial improves it where none had as good a score with as much of its budget, or with less; it
+    counts once, however often it is promoted, and so does each repeat."""
     max_concurrent: PositiveInt | Literal["auto"] = "auto"
     """Trials at a time, at most; `auto`: as many as the cluster has room for."""
     gpu_share: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -214,6 +214,47 @@ def test_a_budget_ends_the_search(keys: dict[str, Any], reason: str) -> None:
     assert {t.status for t in engine.trials.by_number.values()} <= {"stopped", "finished"}
 
 
+STALLING = ["none", "asha", "hyperband", "median"]
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("scheduler", STALLING)
+def test_patience_does_not_hold_a_small_part_of_the_budget_against_a_trial(
+    scheduler: str, slots: int
+) -> None:
+    """Up to the 30th every fifth trial is the best that there was with as much of its budget; with
+    a part of it none comes near those that had it all, which are alike where trials are halved."""
+    search, space = study(scheduler, trials=81, patience=10)
+    log = MemoryLog()
+    engine = engine_of(search, space, log)
+
+    def found(values: Values, repeat: int, fraction: float) -> float:
+        number = next(n for n, t in engine.trials.by_number.items() if t.values == values)
+        if number % 5:
+            return fraction * (0.3 - 0.003 * number)
+        is_top = scheduler in ("asha", "hyperband") and fraction == 1
+        return 0.9 if is_top else fraction * (0.5 + 0.01 * min(number, 30))
+
+    Simulation(found, slots=slots).run(engine)
+    assert "10 trials in a row" in (engine.trials.closed or "")
+    assert 30 + 10 <= len(engine.trials) < 60
+    if scheduler in ("asha", "hyperband"):
+        assert sum(t.status == "finished" for t in engine.trials.by_number.values()) < 20
+
+
+@pytest.mark.parametrize("scheduler", STALLING)
+def test_a_trial_without_gain_counts_once_however_often_it_is_promoted(scheduler: str) -> None:
+    search, space = study(scheduler, trials=81, patience=10)
+    log = MemoryLog()
+    engine = engine_of(search, space, log)
+    Simulation(lambda values, repeat, fraction: 0.5).run(engine)
+    assert "10 trials in a row" in (engine.trials.closed or "")
+    assert len(engine.trials) == 11
+    again = engine_of(search, space, log)  # as the log tells it
+    assert len(again.trials) == 11
+    assert again.work("a") is None
+
+
 def test_hours_are_those_in_which_a_driver_works() -> None:
     search, space = study("none", trials=100, budget={"hours": 2.0})
     log, now = MemoryLog(), [1000.0]
