@@ -187,10 +187,17 @@ class ASHA(SpecPart):
 
     kind: Literal["asha"] = "asha"
     """Rungs are decided as results come in; nothing waits for a rung to fill."""
-    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    reduction_factor: Annotated[int, Field(ge=2)] = 4
     """One of so many trials goes on from a rung, for so many times the budget."""
     first: InsideFraction | None = None
-    """Fraction of a trial's budget at the first rung; null: 1 / reduction_factor²."""
+    """Smallest fraction of a trial's budget at which it may wait: the rungs are at 1,
+    1 / reduction_factor, 1 / reduction_factor² and so on, down to this. null:
+    1 / reduction_factor²."""
+
+    @model_validator(mode="after")
+    def _has_rungs(self) -> ASHA:
+        _refuse_a_single_rung(self)
+        return self
 
 
 class Hyperband(SpecPart):
@@ -202,12 +209,28 @@ class Hyperband(SpecPart):
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """One of so many trials goes on from a rung, for so many times the budget."""
     first: InsideFraction | None = None
-    """Fraction of a trial's budget at the first rung of the first bracket; null:
+    """Smallest fraction of a trial's budget at which it may wait: the rungs of the first bracket
+    are at 1, 1 / reduction_factor, 1 / reduction_factor² and so on, down to this. null:
     1 / reduction_factor²."""
 
 
 class MedianStopping(SpecPart):
     """A trial stops where its best is worse than the median of what the others had averaged by then
+    @model_validator(mode="after")
+    def _has_rungs(self) -> Hyperband:
+        _refuse_a_single_rung(self)
+        return self
+
+
+def _refuse_a_single_rung(given: ASHA | Hyperband) -> None:
+    eta = given.reduction_factor
+    if given.first is not None and given.first > 1 / eta:
+        raise UnfitError(
+            f"has first {given.first:g}, but the last rung before the end of a trial's budget is "
+            f"at 1 / reduction_factor ({1 / eta:.3g}), so that no trial would be stopped",
+            "remove first, lower reduction_factor, or choose scheduler none",
+        )
+
     (Golovin et al., 2017)."""
 
     kind: Literal["median"] = "median"
@@ -241,7 +264,8 @@ class PB2(SpecPart):
     chosen by a Gaussian process of how scores have changed."""
 
     kind: Literal["pb2"] = "pb2"
-    """Choices of a clone are drawn anew."""
+    """A clone's choices are drawn anew with a probability of 0.25, as with pbt, and kept
+    otherwise."""
     population: Annotated[int, Field(ge=2)] = 4
     """Trials of a round."""
     every: InsideFraction = 0.1
@@ -285,7 +309,8 @@ class Budget(SpecPart):
     epochs: PositiveFloat | None = None
     """Epochs of training; null: not limited."""
     gpu_hours: PositiveFloat | None = None
-    """Hours of GPUs that trials hold; null: not limited."""
+    """Hours of GPUs that trials hold up to what they report: what is lost with a process is not
+    counted. null: not limited."""
     hours: PositiveFloat | None = None
     """Hours of wall clock while a driver works on the study; null: not limited."""
 

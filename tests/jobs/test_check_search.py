@@ -65,7 +65,10 @@ def test_the_recommended_space_is_written_out() -> None:
 
 
 def test_asha_is_told_with_its_rungs_in_evaluations_and_its_epochs() -> None:
-    plan, findings = planned(job(train={"evaluate_every_steps": 10}), machine_of())
+    scheduler = {"kind": "asha", "reduction_factor": 3}
+    plan, findings = planned(
+        job(train={"evaluate_every_steps": 10}, scheduler=scheduler), machine_of()
+    )
     assert plan.rungs == (1 / 9, 1 / 3, 1.0)
     assert plan.evaluations == 30
     # The first rung is met at the fourth evaluation of thirty.
@@ -81,13 +84,15 @@ def test_asha_is_told_with_its_rungs_in_evaluations_and_its_epochs() -> None:
 
 
 def test_fewer_evaluations_than_rungs_are_warned_of_with_what_to_set() -> None:
-    _, findings = planned(job(train={"epochs": 2}), machine_of(), Totals(3200, 100, 200))
+    scheduler = {"kind": "asha", "reduction_factor": 3}
+    short = job(train={"epochs": 2}, scheduler=scheduler)
+    _, findings = planned(short, machine_of(), Totals(3200, 100, 200))
     (warning,) = [f for f in findings if f.verdict is Verdict.WARNING]
     assert warning.part == "search.scheduler"
     assert "but a trial is evaluated 2 times only" in warning.message
     assert "at 2 evaluations instead of 3" in warning.message
     assert warning.hint == "set train.evaluate_every_steps to 22 or less"
-    mended = job(train={"epochs": 2, "evaluate_every_steps": 22})
+    mended = job(train={"epochs": 2, "evaluate_every_steps": 22}, scheduler=scheduler)
     assert not texts(planned(mended, machine_of())[1], Verdict.WARNING)
 
 

@@ -794,6 +794,15 @@ class TestSearch:
             (
                 "{scheduler: pbt, space: {batching.global_batch_size: {choice: [8, 16]}}}",
                 "search has scheduler pbt and searches batching.global_batch_size, but a clone "
+            *(
+                (
+                    f"{{scheduler: {{kind: {kind}, first: 0.4, reduction_factor: 3}}}}",
+                    "search.scheduler has first 0.4, but the last rung before the end of a trial's "
+                    "budget is at 1 / reduction_factor (0.333), so that no trial would be stopped",
+                    "remove first, lower reduction_factor, or choose scheduler none",
+                )
+                for kind in ("asha", "hyperband")
+            ),
                 "goes on in the middle of another trial, where batching.global_batch_size cannot "
                 "change",
                 "search optimizer.learning_rate, optimizer.weight_decay, optimizer.betas, "
@@ -862,6 +871,12 @@ class TestSearch:
             ),
         ],
     )
+            (
+                "search: {budget: {gpu_hours: 8}}",
+                "search.budget.gpu_hours is 8, but workers.gpus is 0, so that it would never be "
+                "used up",
+                "set workers.gpus to 1, or bound the search by search.budget.hours or .epochs",
+            ),
     def test_with_workers_that_do_not_suit_it_says_so(
         self, text: str, message: str, hint: str
     ) -> None:
