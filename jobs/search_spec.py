@@ -6,6 +6,7 @@ What a space means for its job is in `jobs.study.space`; `space: recommended` is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -27,6 +28,8 @@ Choice = Scalar | tuple[Scalar, ...]
 """A value as the job file may hold it for one key."""
 Number = int | float
 InsideFraction = Annotated[float, Field(gt=0, lt=1)]
+
+_ABSENT = object()
 
 RECOMMENDED = "recommended"
 DEFAULT_TRIALS = 64
@@ -141,7 +144,7 @@ class GridSearch(SpecPart):
     """Every combination of the values listed, once."""
 
     kind: Literal["grid"] = "grid"
-    """The combinations in order, the last key changing fastest."""
+    """The combinations in order, the last key changing fastest; as many as `search.trials` says."""
 
 
 class TPESearch(SpecPart):
@@ -213,9 +216,6 @@ class Hyperband(SpecPart):
     are at 1, 1 / reduction_factor, 1 / reduction_factor² and so on, down to this. null:
     1 / reduction_factor²."""
 
-
-class MedianStopping(SpecPart):
-    """A trial stops where its best is worse than the median of what the others had averaged by then
     @model_validator(mode="after")
     def _has_rungs(self) -> Hyperband:
         _refuse_a_single_rung(self)
@@ -231,6 +231,9 @@ def _refuse_a_single_rung(given: ASHA | Hyperband) -> None:
             "remove first, lower reduction_factor, or choose scheduler none",
         )
 
+
+class MedianStopping(SpecPart):
+    """A trial stops where its best is worse than the median of what the others had averaged by then
     (Golovin et al., 2017)."""
 
     kind: Literal["median"] = "median"
@@ -295,7 +298,8 @@ Scheduler = Annotated[
 
 
 class Finalists(SpecPart):
-    """The best trials' values, trained again on the full budget."""
+    """The best trials' values, trained again on the full budget, beyond what `search.budget` says;
+    and the job's own, where they were the baseline and are not among the best."""
 
     count: PositiveInt = 3
     """Trials whose values are trained again; all of them where there are fewer."""
@@ -304,7 +308,8 @@ class Finalists(SpecPart):
 
 
 class Budget(SpecPart):
-    """What the trials may use together; when one is used up, no new trial begins."""
+    """What the search's trials may use together; when one is used up, no new trial begins, and
+    those under way end at their next report. Finalists come on top: see `search.finalists`."""
 
     epochs: PositiveFloat | None = None
     """Epochs of training; null: not limited."""
@@ -319,9 +324,48 @@ def _mode_of(given: dict[str, Any]) -> Mode:
     return "min" if given.get("metric") == "validation/loss" else "max"
 
 
+def num_combinations(space: Mapping[str, Distribution]) -> int:
+    """Of the values that a grid lists; a key that is not searched beside others multiplies
+    nothing."""
+    return _num_combinations(space, {})
+
+
+def _num_combinations(space: Mapping[str, Distribution], known: Mapping[str, Any]) -> int:
+    """Of the keys that are not known yet. Keys on which no other depends are counted as a whole."""
+    left = [path for path in space if path not in known]
+    if not left:
+        return 1
+    path = next((p for p in left if not any(q in left for q in space[p].when or ())), left[0])
+    if not _is_searched(space[path], known):
+        return _num_combinations(space, {**known, path: _ABSENT})
+    values = space[path].values
+    if not any(path in (other.when or ()) for other in space.values()):
+        return len(values) * _num_combinations(space, {**known, path: values[0]})
+    return sum(_num_combinations(space, {**known, path: value}) for value in values)
+
+
+def _is_searched(over: Distribution, known: Mapping[str, Any]) -> bool:
+    return all(
+        any(
+            is_same(known.get(path, _ABSENT), value)
+            for value in (wanted if isinstance(wanted, tuple) else (wanted,))
+        )
+        for path, wanted in (over.when or {}).items()
+    )
+
+
+def is_same(one: object, other: object) -> bool:
+    """Equality as JSON has it: true is not 1."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
 def _trials_of(given: dict[str, Any]) -> int:
-    scheduler = given.get("scheduler")
-    return scheduler.population if isinstance(scheduler, PBT | PB2) else DEFAULT_TRIALS
+    scheduler, algorithm = given.get("scheduler"), given.get("algorithm")
+    if isinstance(scheduler, PBT | PB2):
+        return scheduler.population
+    if isinstance(algorithm, GridSearch) and given.get("space"):
+        return num_combinations(given["space"])
+    return DEFAULT_TRIALS
 
 
 def _baseline_of(given: dict[str, Any]) -> bool:
@@ -352,8 +396,9 @@ class Search(SpecPart):
     trials: PositiveInt = Field(
         default_factory=_trials_of, json_schema_extra={"default": DEFAULT_TRIALS}
     )
-    """Trials at most, repeats, clones and finalists not counted; not given: 64, and for pbt and pb2
-    their population, which it is."""
+    """Trials at most, repeats, clones and finalists not counted, and for a grid not that of the
+    baseline either; not given: 64, for pbt and pb2 their population, which it is, and for a grid
+    all combinations."""
     seed: NonNegativeInt = 0
     """Seed of everything that the search draws at random."""
     repeats: PositiveInt = 1
@@ -381,10 +426,23 @@ class Search(SpecPart):
     with several are started again `retries.worker_failures` times before that counts as one."""
 
     @property
+    def configurations(self) -> int:
+        """Values that the search is to try: as many as `trials`, but all of a grid and the job's
+        own."""
+        return self.trials + (self.baseline and self.algorithm.kind == "grid")
+
+    @property
     def most_at_once(self) -> int:
         """Trials that are under way at a time at most, however much room there is."""
-        most = self.trials * self.repeats
+        most = self.configurations * self.repeats
         return most if self.max_concurrent == "auto" else min(most, self.max_concurrent)
+
+    def most_finalists(self, configurations: int) -> int:
+        """Configurations, of so many, that are trained again at most: the best, and the job's own
+        values where they are not among these."""
+        if self.finalists is None:
+            return 0
+        return min(self.finalists.count + self.baseline, configurations)
 
     @property
     def clones(self) -> bool:

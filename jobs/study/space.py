@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 from jobs.errors import SpecError
 from jobs.problems import Sources
 from jobs.search_spec import LISTS, Distribution
+from jobs.search_spec import is_same as _same
 from jobs.spec import JobSpec
 from jobs.study.events import Values
 from jobs.tree import job_of, with_value
@@ -250,8 +251,3 @@ def _over(given: Distribution) -> Range | Choices:
 def _plain(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Lists of the job file, which the spec holds as tuples, as JSON holds them."""
     return tuple(list(value) if isinstance(value, tuple) else value for value in values)
-
-
-def _same(one: object, other: object) -> bool:
-    """Equality as JSON has it: true is not 1."""
-    return one == other and isinstance(one, bool) == isinstance(other, bool)

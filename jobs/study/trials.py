@@ -90,7 +90,7 @@ class Trials:
     def __init__(self, search: Search, events: Iterable[Event] = ()) -> None:
         self._search = search
         self.by_number: dict[int, Trial] = {}
-        self.wanted = search.trials
+        self.wanted = search.configurations
         """Configurations that the search is to try."""
         self.configurations = 0
         """Those that were asked for, without repetitions and clones."""
@@ -153,6 +153,16 @@ class Trials:
         nothing of its values.
         """
         return self._rankings[purpose].ranked()
+
+    def for_finalists(self) -> list[Trial]:
+        """The first trial of each configuration that is trained again once the search has ended:
+        the best, and the job's own values."""
+        finalists = self._search.finalists
+        if finalists is None:
+            return []
+        chosen = [self.by_number[runs[0].of] for runs in self.ranked()[: finalists.count]]
+        own = self.baseline()
+        return chosen if own is None or own in chosen else [*chosen, own]
 
     def is_uncloned(self, trial: Trial) -> bool:
         """Whether it is a clone that does not have its donor's checkpoint yet."""

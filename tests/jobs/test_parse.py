@@ -644,6 +644,14 @@ class TestSearch:
         assert search.finalists == Finalists(count=3, seeds=3)
         assert "optimizer.learning_rate" in search.space
 
+    def test_of_a_grid_has_as_many_trials_as_combinations(self) -> None:
+        space = "{model.dropout: {grid: [0, 0.1, 0.2]}, optimizer.weight_decay: {grid: [0, 0.1]}}"
+        text = f"search: {{algorithm: grid, space: {space}}}\n"
+        assert search_of(text).trials == 6
+        assert search_of(text).configurations == 7  # with the job's own values
+        assert search_of(text, "search.baseline=false").configurations == 6
+        assert search_of(text, "search.trials=4").trials == 4
+
     def test_takes_kinds_as_texts_or_as_groups(self) -> None:
         text = "search: {algorithm: random, scheduler: {kind: median, startup_trials: 2}}\n"
         assert search_of(text).algorithm.kind == "random"
@@ -786,14 +794,6 @@ class TestSearch:
                 "search.scheduler.reduction_factor is 1, but must be a whole number of at least 2",
                 None,
             ),
-            (
-                "{trials: 0}",
-                "search.trials is 0, but must be a whole number above 0",
-                "write for example trials: 64",
-            ),
-            (
-                "{scheduler: pbt, space: {batching.global_batch_size: {choice: [8, 16]}}}",
-                "search has scheduler pbt and searches batching.global_batch_size, but a clone "
             *(
                 (
                     f"{{scheduler: {{kind: {kind}, first: 0.4, reduction_factor: 3}}}}",
@@ -803,6 +803,14 @@ class TestSearch:
                 )
                 for kind in ("asha", "hyperband")
             ),
+            (
+                "{trials: 0}",
+                "search.trials is 0, but must be a whole number above 0",
+                "write for example trials: 64",
+            ),
+            (
+                "{scheduler: pbt, space: {batching.global_batch_size: {choice: [8, 16]}}}",
+                "search has scheduler pbt and searches batching.global_batch_size, but a clone "
                 "goes on in the middle of another trial, where batching.global_batch_size cannot "
                 "change",
                 "search optimizer.learning_rate, optimizer.weight_decay, optimizer.betas, "
@@ -864,6 +872,12 @@ class TestSearch:
                 "set workers.count to 1, or remove search.gpu_share",
             ),
             (
+                "search: {budget: {gpu_hours: 8}}",
+                "search.budget.gpu_hours is 8, but workers.gpus is 0, so that it would never be "
+                "used up",
+                "set workers.gpus to 1, or bound the search by search.budget.hours or .epochs",
+            ),
+            (
                 "search: {trials: 3}\nworkers: {count: 4, min: 2}",
                 "search gives each trial room for workers.count (4) workers, but workers.min is 2: "
                 "trials are not elastic",
@@ -871,12 +885,6 @@ class TestSearch:
             ),
         ],
     )
-            (
-                "search: {budget: {gpu_hours: 8}}",
-                "search.budget.gpu_hours is 8, but workers.gpus is 0, so that it would never be "
-                "used up",
-                "set workers.gpus to 1, or bound the search by search.budget.hours or .epochs",
-            ),
     def test_with_workers_that_do_not_suit_it_says_so(
         self, text: str, message: str, hint: str
     ) -> None:

@@ -48,6 +48,8 @@ def study(scheduler: str = "asha", **keys: Any) -> tuple[Search, Space]:
             **keys,
         },
     }
+    if tree["search"]["trials"] is None:  # as many as the job file has without it
+        del tree["search"]["trials"]
     spec = parse_spec(tree, where="job")
     assert spec.search is not None
     return spec.search, space_of(spec)
@@ -333,6 +335,33 @@ def test_a_grid_is_tried_whole_and_ends_the_search() -> None:
     assert len(engine.trials) == 4
     assert not engine.trials.paused
     assert any(isinstance(event, Closed) for event in log.events)
+
+
+@pytest.mark.parametrize("given", [{}, {"trials": 6}])
+def test_the_jobs_own_values_take_the_place_of_no_combination(given: dict[str, Any]) -> None:
+    grid = {
+        "optimizer.learning_rate": {"grid": [1e-4, 1e-3, 1e-2]},
+        "model.dropout": {"grid": [0.0, 0.1]},
+    }
+    keys = {"algorithm": "grid", "space": grid, "baseline": True, "trials": None} | given
+    search, space = study("none", **keys)
+    engine = engine_of(search, space, MemoryLog())
+    Simulation(lambda values, repeat, fraction: fraction).run(engine)
+    tried = [trial.values for trial in engine.trials.by_number.values()]
+    assert tried[0] == {}
+    assert len(tried) == 7
+    assert {tuple(values.values()) for values in tried[1:]} == {
+        (rate, dropout) for rate in (1e-4, 1e-3, 1e-2) for dropout in (0.0, 0.1)
+    }
+    assert engine.trials.closed == "all 7 trials have been made"
+
+
+def test_a_grid_of_more_than_the_usual_number_of_trials_is_tried_whole() -> None:
+    grid = {"model.dropout": {"grid": [n / 200 for n in range(100)]}}
+    search, space = study("none", algorithm="grid", space=grid, trials=None)
+    engine = engine_of(search, space, MemoryLog())
+    Simulation(lambda values, repeat, fraction: fraction).run(engine)
+    assert len({trial.values["model.dropout"] for trial in engine.trials.by_number.values()}) == 100
 
 
 def test_a_study_is_extended_by_more_trials() -> None:

@@ -134,9 +134,7 @@ def slow_ranking(trials: Trials, search: Search, purpose: str) -> list[list[int]
 def test_counts_and_the_best_equal_a_look_at_all_trials(
     mode: str, score: str, repeats: int
 ) -> None:
-    search = Search(
-        metric="validation/f1", mode=mode, score=score, scheduler=None, repeats=repeats
-    )  # type: ignore[arg-type]
+    search = Search(metric="validation/f1", mode=mode, score=score, scheduler=None, repeats=repeats)  # type: ignore[arg-type]
     for seed in range(4):
         trials = Trials(search)
         for event in random_events(seed, repeats=repeats):
@@ -157,36 +155,30 @@ def test_counts_and_the_best_equal_a_look_at_all_trials(
                 assert sign * (trials.score(winner) or 0.0) == min(losses)
 
 
-def finalists(*scores: Sequence[float | Failure | None]) -> list[Event]:
-    """Configurations that were trained again with several seeds: each run with its score, lost
-    before it had one, or failed after a score of 0.99."""
+def finalists(*scores: Sequence[float | Failure]) -> list[Event]:
+    """Configurations that were trained again with several seeds: each run with its score, or with
+    its failure after a tenth of its budget and a score of 0.99."""
     events: list[Event] = [Asked(trial=of, values={}) for of in range(len(scores))]
     number = len(scores)
     for of, runs in enumerate(scores):
         for seed, score in enumerate(runs):
-            events.append(
-                Asked(trial=number, values={}, repeat=1 + seed, repeats=of, purpose="finalist")
-            )
+            failure = score if isinstance(score, Failure) else None
             value = 0.99 if isinstance(score, Failure) else score
-            if value is not None:
-                part = 0.1 if isinstance(score, Failure) else 1.0
-                events.append(
-                    Reported(
-                        trial=number, step=int(part * 100), fraction=part, epochs=part, value=value,
-                        best=value,
-                    )  # fmt: skip
-                )
-            if value is None or isinstance(score, Failure):
-                cause = score if isinstance(score, Failure) else FAILURE
-                events.append(Failed(trial=number, failure=cause))
+            part = 1.0 if failure is None else 0.1
+            asked = Asked(trial=number, values={}, repeat=1 + seed, repeats=of, purpose="finalist")
+            told = Reported(
+                trial=number, step=9, fraction=part, epochs=part, value=value, best=value
+            )
+            events += [asked, told]
+            if failure is not None:
+                events.append(Failed(trial=number, failure=failure))
             number += 1
     return events
 
 
-def test_values_with_which_training_diverges_for_a_seed_come_after_those_with_which_it_never_did(
-) -> None:  # fmt: skip
+def test_values_that_diverge_for_one_seed_come_after_those_that_never_do() -> None:
     search = Search(metric="validation/f1")
-    trials = Trials(search, finalists([0.95, None, FAILURE], [0.8, 0.81, 0.79]))
+    trials = Trials(search, finalists([0.95, FAILURE, FAILURE], [0.8, 0.81, 0.79]))
     winner = trials.winner()
     assert winner is not None
     assert (winner.of, winner.best) == (1, 0.81)
@@ -204,11 +196,13 @@ def test_what_the_platform_has_taken_says_nothing_of_the_values() -> None:
     ]
 
 
-def test_where_all_have_failed_the_best_of_them_wins() -> None:
-    trials = Trials(Search(metric="validation/f1"), finalists([None], [FAILURE]))
-    winner = trials.winner()
-    assert winner is not None
-    assert (winner.of, winner.best) == (1, 0.99)
+def test_where_each_has_failed_once_the_best_of_them_wins() -> None:
+    scores = [FAILURE, 0.7], [FAILURE, 0.8], [FAILURE]
+    trials = Trials(Search(metric="validation/f1", mode="max"), finalists(*scores))
+    assert [runs[0].of for runs in trials.ranked("finalist")] == [2, 1, 0]
+    trials.observe(Asked(trial=8, values={}, repeats=0, purpose="finalist"))
+    trials.observe(Failed(trial=8, failure=FAILURE))  # before it had a score
+    assert [runs[0].of for runs in trials.ranked("finalist")] == [2, 1, 0]
 
 
 class Untouchable(dict[int, Trial]):
