@@ -54,10 +54,9 @@ SCHEDULERS: dict[str, Any] = {
     "asha": "asha",
     "hyperband": "hyperband",
     "median": "median",
-    "asha of 4": {"kind": "asha", "reduction_factor": 4},
+    "asha of 3": {"kind": "asha", "reduction_factor": 3},
 }
-"""As the job file has them, with its defaults but for the last, whose factor is that of ASHA's
-paper."""
+"""As the job file has them, with its defaults but for the last, whose factor is Hyperband's."""
 PANELS = ("none", "asha", "hyperband", "median")
 PLAIN, JUDGED = "random, none", "random, asha"
 PAIRS = {
@@ -66,8 +65,8 @@ PAIRS = {
     for scheduler in PANELS
 } | {
     ("random", "none"): None,
-    ("random", "asha of 4"): 120.0,
-    ("tpe", "asha of 4"): 120.0,
+    ("random", "asha of 3"): 120.0,
+    ("tpe", "asha of 3"): 120.0,
     ("gp", "none"): 60.0,
 }
 """Algorithms and schedulers, each with the epochs after which its replay ends; None: no limit."""

@@ -56,6 +56,8 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Section -> command -> (module:attribute, one line of help)."""
 
+ALIASES = {"plan": "check"}
+"""What some commands may be called besides."""
 COMMANDS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
 
 
@@ -66,9 +68,10 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        name = ALIASES.get(cmd_name, cmd_name)
+        if name not in COMMANDS:
             return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        module, _, attribute = COMMANDS[name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
@@ -76,7 +79,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
-        if name not in COMMANDS and not name.startswith("-"):
+        if name not in COMMANDS and name not in ALIASES and not name.startswith("-"):
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             raise click.UsageError(
                 f"shoal has no command {name}" + (f"; did you mean {near[0]}?" if near else ""), ctx

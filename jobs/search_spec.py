@@ -6,6 +6,7 @@ What a space means for its job is in `jobs.study.space`; `space: recommended` is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -27,6 +28,8 @@ Choice = Scalar | tuple[Scalar, ...]
 """A value as the job file may hold it for one key."""
 Number = int | float
 InsideFraction = Annotated[float, Field(gt=0, lt=1)]
+
+_ABSENT = object()
 
 RECOMMENDED = "recommended"
 DEFAULT_TRIALS = 64
@@ -142,7 +145,7 @@ class GridSearch(SpecPart):
     """Every combination of the values listed, once."""
 
     kind: Literal["grid"] = "grid"
-    """The combinations in order, the last key changing fastest."""
+    """The combinations in order, the last key changing fastest; as many as `search.trials` says."""
 
 
 class TPESearch(SpecPart):
@@ -188,10 +191,17 @@ class ASHA(SpecPart):
 
     kind: Literal["asha"] = "asha"
     """Rungs are decided as results come in; nothing waits for a rung to fill."""
-    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    reduction_factor: Annotated[int, Field(ge=2)] = 4
     """One of so many trials goes on from a rung, for so many times the budget."""
     first: InsideFraction | None = None
-    """Fraction of a trial's budget at the first rung; null: 1 / reduction_factor²."""
+    """Smallest fraction of a trial's budget at which it may wait: the rungs are at 1,
+    1 / reduction_factor, 1 / reduction_factor² and so on, down to this. null:
+    1 / reduction_factor²."""
+
+    @model_validator(mode="after")
+    def _has_rungs(self) -> ASHA:
+        _refuse_a_single_rung(self)
+        return self
 
 
 class Hyperband(SpecPart):
@@ -203,8 +213,24 @@ class Hyperband(SpecPart):
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """One of so many trials goes on from a rung, for so many times the budget."""
     first: InsideFraction | None = None
-    """Fraction of a trial's budget at the first rung of the first bracket; null:
+    """Smallest fraction of a trial's budget at which it may wait: the rungs of the first bracket
+    are at 1, 1 / reduction_factor, 1 / reduction_factor² and so on, down to this. null:
     1 / reduction_factor²."""
+
+    @model_validator(mode="after")
+    def _has_rungs(self) -> Hyperband:
+        _refuse_a_single_rung(self)
+        return self
+
+
+def _refuse_a_single_rung(given: ASHA | Hyperband) -> None:
+    eta = given.reduction_factor
+    if given.first is not None and given.first > 1 / eta:
+        raise UnfitError(
+            f"has first {given.first:g}, but the last rung before the end of a trial's budget is "
+            f"at 1 / reduction_factor ({1 / eta:.3g}), so that no trial would be stopped",
+            "remove first, lower reduction_factor, or choose scheduler none",
+        )
 
 
 class MedianStopping(SpecPart):
@@ -242,7 +268,8 @@ class PB2(SpecPart):
     chosen by a Gaussian process of how scores have changed."""
 
     kind: Literal["pb2"] = "pb2"
-    """Choices of a clone are drawn anew."""
+    """A clone's choices are drawn anew with a probability of 0.25, as with pbt, and kept
+    otherwise."""
     population: Annotated[int, Field(ge=2)] = 4
     """Trials of a round."""
     every: InsideFraction = 0.1
@@ -272,7 +299,8 @@ Scheduler = Annotated[
 
 
 class Finalists(SpecPart):
-    """The best trials' values, trained again on the full budget."""
+    """The best trials' values, trained again on the full budget, beyond what `search.budget` says;
+    and the job's own, where they were the baseline and are not among the best."""
 
     count: PositiveInt = 3
     """Trials whose values are trained again; all of them where there are fewer."""
@@ -281,12 +309,14 @@ class Finalists(SpecPart):
 
 
 class Budget(SpecPart):
-    """What the trials may use together; when one is used up, no new trial begins."""
+    """What the search's trials may use together; when one is used up, no new trial begins, and
+    those under way end at their next report. Finalists come on top: see `search.finalists`."""
 
     epochs: PositiveFloat | None = None
     """Epochs of training; null: not limited."""
     gpu_hours: PositiveFloat | None = None
-    """Hours of GPUs that trials hold; null: not limited."""
+    """Hours of GPUs that trials hold up to what they report: what is lost with a process is not
+    counted. null: not limited."""
     hours: PositiveFloat | None = None
     """Hours of wall clock while a driver works on the study; null: not limited."""
 
@@ -295,9 +325,48 @@ def _mode_of(given: dict[str, Any]) -> Mode:
     return "min" if given.get("metric") == "validation/loss" else "max"
 
 
+def num_combinations(space: Mapping[str, Distribution]) -> int:
+    """Of the values that a grid lists; a key that is not searched beside others multiplies
+    nothing."""
+    return _num_combinations(space, {})
+
+
+def _num_combinations(space: Mapping[str, Distribution], known: Mapping[str, Any]) -> int:
+    """Of the keys that are not known yet. Keys on which no other depends are counted as a whole."""
+    left = [path for path in space if path not in known]
+    if not left:
+        return 1
+    path = next((p for p in left if not any(q in left for q in space[p].when or ())), left[0])
+    if not _is_searched(space[path], known):
+        return _num_combinations(space, {**known, path: _ABSENT})
+    values = space[path].values
+    if not any(path in (other.when or ()) for other in space.values()):
+        return len(values) * _num_combinations(space, {**known, path: values[0]})
+    return sum(_num_combinations(space, {**known, path: value}) for value in values)
+
+
+def _is_searched(over: Distribution, known: Mapping[str, Any]) -> bool:
+    return all(
+        any(
+            is_same(known.get(path, _ABSENT), value)
+            for value in (wanted if isinstance(wanted, tuple) else (wanted,))
+        )
+        for path, wanted in (over.when or {}).items()
+    )
+
+
+def is_same(one: object, other: object) -> bool:
+    """Equality as JSON has it: true is not 1."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
 def _trials_of(given: dict[str, Any]) -> int:
-    scheduler = given.get("scheduler")
-    return scheduler.population if isinstance(scheduler, PBT | PB2) else DEFAULT_TRIALS
+    scheduler, algorithm = given.get("scheduler"), given.get("algorithm")
+    if isinstance(scheduler, PBT | PB2):
+        return scheduler.population
+    if isinstance(algorithm, GridSearch) and given.get("space"):
+        return num_combinations(given["space"])
+    return DEFAULT_TRIALS
 
 
 def _baseline_of(given: dict[str, Any]) -> bool:
@@ -328,12 +397,14 @@ class Search(SpecPart):
     trials: PositiveInt = Field(
         default_factory=_trials_of, json_schema_extra={"default": DEFAULT_TRIALS}
     )
-    """Trials at most, repeats, clones and finalists not counted; not given: 64, and for pbt and pb2
-    their population, which it is."""
+    """Trials at most, repeats, clones and finalists not counted, and for a grid not that of the
+    baseline either; not given: 64, for pbt and pb2 their population, which it is, and for a grid
+    all combinations."""
     seed: NonNegativeInt = 0
     """Seed of everything that the search draws at random."""
     repeats: PositiveInt = 1
-    """Seeds with which each trial's values are trained; their score is the mean."""
+    """Seeds with which each trial's values are trained; their score is the mean. More than 1 is for
+    scheduler none: seeds of which some were stopped would be compared by how far they came."""
     finalists: Finalists | None = Field(default_factory=_finalists_of)
     """The best values trained again at the end, with other seeds; not given: the best 3, with 3
     seeds each, but none for pbt and pb2. null: none."""
@@ -343,8 +414,9 @@ class Search(SpecPart):
     budget: Budget = Budget()
     """Limits besides the number of trials."""
     patience: PositiveInt | None = None
-    """Trials in a row that do not improve the best, after which no new one begins; null: no
-    limit."""
+    """Trials in a row that do not improve the best, after which no new one begins; null: no limit.
+    A trial improves it where none had as good a score with as much of its budget, or with less; it
+    counts once, however often it is promoted, and so does each repeat."""
     max_concurrent: PositiveInt | Literal["auto"] = "auto"
     """Trials at a time, at most; `auto`: as many as the cluster has room for."""
     gpu_share: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -355,10 +427,23 @@ class Search(SpecPart):
     with several are started again `retries.worker_failures` times before that counts as one."""
 
     @property
-    def most_at_once(self) -> int:
-        """Trials that are under way at a time at most, however much room there is."""
-        most = self.trials * self.repeats
+    def configurations(self) -> int:
+        """Values that the search is to try: as many as `trials`, but all of a grid and the job's
+        own."""
+        return self.trials + (self.baseline and self.algorithm.kind == "grid")
+
+    def most_at_once(self, configurations: int) -> int:
+        """Trials of so many configurations that are under way at a time at most, however much room
+        there is."""
+        most = configurations * self.repeats
         return most if self.max_concurrent == "auto" else min(most, self.max_concurrent)
+
+    def most_finalists(self, configurations: int) -> int:
+        """Configurations, of so many, that are trained again at most: the best, and the job's own
+        values where they are not among these."""
+        if self.finalists is None:
+            return 0
+        return min(self.finalists.count + self.baseline, configurations)
 
     @property
     def clones(self) -> bool:
@@ -391,6 +476,17 @@ class Search(SpecPart):
         return self
 
     @model_validator(mode="after")
+    def _repeats_come_equally_far(self) -> Search:
+        if self.repeats > 1 and isinstance(self.scheduler, ASHA | Hyperband | MedianStopping):
+            raise UnfitError(
+                f"has repeats {self.repeats}, but scheduler {self.scheduler.kind} would stop each "
+                "seed by itself, so that the mean over seeds would tell how far they came",
+                "remove search.repeats: search.finalists trains the best values with several "
+                "seeds; or choose scheduler none",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _clones_can_go_on(self) -> Search:
         if not isinstance(self.scheduler, PBT | PB2):
             return self
@@ -419,15 +515,15 @@ class Search(SpecPart):
                 "other trials are its clones",
                 f"remove search.trials, or set search.scheduler.population to {self.trials}",
             )
-        for key, given in (
-            ("repeats", self.repeats > 1),
-            ("finalists", bool(self.finalists)),
-            ("baseline", self.baseline),
+        for key, given, other in (
+            ("repeats", self.repeats > 1, "none"),
+            ("finalists", bool(self.finalists), "asha"),
+            ("baseline", self.baseline, "asha"),
         ):
             if given:
                 raise UnfitError(
                     f"has scheduler {kind} and {key}, but a clone's values are only the last part "
                     "of how it was trained, which no other trial repeats",
-                    f"remove search.{key}, or choose scheduler asha",
+                    f"remove search.{key}, or choose scheduler {other}",
                 )
         return self

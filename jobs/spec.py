@@ -607,6 +607,12 @@ class JobSpec(SpecPart):
                 f"search.gpu_share is {share:g}, but workers.gpus is 0",
                 "set workers.gpus to 1, or remove search.gpu_share",
             )
+        if self.search.budget.gpu_hours is not None and not workers.gpus:
+            raise UnfitError(
+                f"search.budget.gpu_hours is {self.search.budget.gpu_hours:g}, but workers.gpus is "
+                "0, so that it would never be used up",
+                "set workers.gpus to 1, or bound the search by search.budget.hours or .epochs",
+            )
         if share is not None and workers.count > 1:
             raise UnfitError(
                 f"search.gpu_share is {share:g}, but a trial has {workers.count} workers, each of "

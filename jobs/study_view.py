@@ -98,13 +98,17 @@ def _mean(study: StudyStatus, best: Trial) -> str:
 
 
 def spent_text(study: StudyStatus) -> str:
-    """`41.5 of 100 epochs, 1.2 GPU hours, 1h 12m`."""
+    """`41.5 of 100 epochs and 27 for finalists, 1.2 GPU hours, 1h 12m`."""
     pace, budget = study.pace, study.search.budget
     limit = f" of {budget.epochs:g}" if budget.epochs is not None else ""
-    parts = [f"{format_number(round(pace.epochs, 2))}{limit} epochs"]
+    text = f"{format_number(round(pace.search_epochs, 2))}{limit} epochs"
+    more = round(pace.epochs - pace.search_epochs, 2)
+    parts = [text + (f" and {format_number(more)} for finalists" if more else "")]
     if pace.gpus:
         limit = f" of {budget.gpu_hours:g}" if budget.gpu_hours is not None else ""
-        parts.append(f"{pace.gpu_hours:.3g}{limit} GPU hours")
+        text = f"{pace.search_gpu_hours:.3g}{limit} GPU hours"
+        more = pace.gpu_hours - pace.search_gpu_hours
+        parts.append(text + (f" and {more:.3g} for finalists" if more else ""))
     limit = f" of {format_seconds(budget.hours * 3600)}" if budget.hours is not None else ""
     parts.append(f"{format_seconds(pace.seconds)}{limit}")
     return ", ".join(parts)

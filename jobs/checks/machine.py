@@ -96,7 +96,7 @@ def trials_at_once(spec: JobSpec, machine: Machine) -> int:
     if spec.search is None:
         return 1
     node = {"CPU": machine.cores, "GPU": machine.gpus, "memory": machine.memory_bytes}
-    return min(spec.search.most_at_once, room_for_trials(spec, [node]))
+    return min(spec.search.most_at_once(spec.search.configurations), room_for_trials(spec, [node]))
 
 
 def check_strategy(spec: JobSpec, weights: Weights | None) -> Iterator[Finding]:

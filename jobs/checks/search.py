@@ -16,7 +16,7 @@ from jobs.checks.finding import (
 )
 from jobs.checks.machine import Machine, trials_at_once
 from jobs.checks.schedule import Totals
-from jobs.search_spec import ASHA, PB2, PBT, GridSearch, Hyperband, MedianStopping, Search
+from jobs.search_spec import ASHA, PB2, PBT, Hyperband, MedianStopping, Search, num_combinations
 from jobs.spec import JobSpec, format_bytes
 from jobs.study.schedulers.hyperband import bracket_plans
 from jobs.study.schedulers.rungs import rung_fractions
@@ -38,15 +38,21 @@ class SearchPlan:
     """Fractions of a trial's budget at which the scheduler may end it, 1.0 last."""
     evaluations: int | None
     """Of a trial with its full budget; of the one that has the fewest."""
+    combinations: int | None
+    """Of a grid; None for other algorithms."""
     trials: int
-    """With repeats, without finalists."""
+    """With repeats and the baseline, without finalists."""
     finalists: int
+    """Runs of them, at most: the baseline may be among the best."""
     at_a_time: int | None
     """Trials that this machine has room for at once."""
     search_epochs: float
     """About, in all trials; at most where `epochs_are_most`."""
     finalist_epochs: float
     epochs_are_most: bool
+    epochs_in_a_row: float | None
+    """Epochs of the job itself, one after the other, that take about as long as the whole; None
+    where it is not known how many trials run at a time."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,26 +64,35 @@ def plan_search(spec: JobSpec, totals: Totals, machine: Machine | None) -> Searc
     if search is None:
         return None
     space = space_of(spec)
-    configurations = _num_trials(search, space)
+    combinations = num_combinations(search.space) if search.algorithm.kind == "grid" else None
+    configurations = _num_configurations(search, combinations)
     trials = configurations * search.repeats
-    finalists, num_finalists = search.finalists, 0
-    if finalists is not None:
-        num_finalists = min(finalists.count, configurations) * finalists.seeds
+    seeds = search.finalists.seeds if search.finalists is not None else 0
+    num_finalists = search.most_finalists(configurations) * seeds
     evaluations = _fewest_evaluations(spec, space, totals)
     search_epochs = _num_budgets(search, trials, evaluations) * spec.train.epochs
-    limit = search.budget.epochs
+    if (limit := search.budget.epochs) is not None:
+        search_epochs = min(search_epochs, limit)
+    at_a_time = _at_a_time(spec, trials, machine)
+    in_a_row = None
+    if at_a_time:
+        rounds = math.ceil(num_finalists / at_a_time)
+        longest = min(search_epochs, spec.train.epochs)
+        in_a_row = max(search_epochs / at_a_time, longest) + rounds * spec.train.epochs
     return SearchPlan(
         keys={path: over_text(over) for path, over in search.space.items()},
         algorithm=search.algorithm.kind,
         scheduler=search.scheduler.kind,
         rungs=_rungs(search),
         evaluations=evaluations,
+        combinations=combinations,
         trials=trials,
         finalists=num_finalists,
-        at_a_time=_at_a_time(spec, trials, machine),
-        search_epochs=min(search_epochs, limit) if limit is not None else search_epochs,
+        at_a_time=at_a_time,
+        search_epochs=search_epochs,
         finalist_epochs=float(num_finalists * spec.train.epochs),
         epochs_are_most=isinstance(search.scheduler, MedianStopping) or search.patience is not None,
+        epochs_in_a_row=in_a_row,
     )
 
 
@@ -87,9 +102,24 @@ def check_search(
     """What a search is going to do, and whether its scheduler can do its part."""
     for path, text in plan.keys.items():
         yield ok("search.space", f"{path}: {text}")
-    yield ok("search", _trials_text(plan))
+    yield ok("search", _trials_text(spec, plan))
+    yield from _check_grid(spec, plan)
     yield from _check_rungs(spec, plan, totals)
     yield from _check_concurrency(spec, plan, machine)
+    if plan.at_a_time != 0:  # else `check_workers` refuses it
+        yield ok("search", _time_text(plan))
+
+
+def _check_grid(spec: JobSpec, plan: SearchPlan) -> Iterator[Finding]:
+    """Whether all combinations are tried."""
+    wanted = spec.search.trials if spec.search is not None else 0
+    if plan.combinations is not None and wanted < plan.combinations:
+        yield warning(
+            "search.trials",
+            f"search.trials is {wanted}, but the grid has {plan.combinations:,} combinations, of "
+            f"which {plan.combinations - wanted:,} are not tried",
+            f"remove search.trials, or set it to {plan.combinations}",
+        )
 
 
 def _check_concurrency(
@@ -97,10 +127,13 @@ def _check_concurrency(
 ) -> Iterator[Finding]:
     """How many trials run at a time on this machine, with the sum."""
     workers, number = spec.workers, plan.at_a_time
-    each = f"{_counted(workers.count, 'worker')} with {_counted(workers.cpus, 'core')}"
+    held = [_counted(workers.cpus, "core")]
     share = spec.search and spec.search.gpu_share
     if workers.gpus:
-        each += " and a GPU" if share is None else f" and {share:g} of a GPU"
+        held.append("a GPU" if share is None else f"{share:g} of a GPU")
+    if workers.memory_gib:
+        held.append(format_bytes(int(workers.memory_gib * 2**30)))
+    each = f"{_counted(workers.count, 'worker')} with {_listed(held)}"
     if machine is None or number is None:
         yield not_checked(
             "search",
@@ -119,15 +152,10 @@ def _check_concurrency(
         yield ok("search", text)
 
 
-def _num_trials(search: Search, space: Space) -> int:
+def _num_configurations(search: Search, combinations: int | None) -> int:
     """Those of the search; a grid may have fewer combinations than are asked for."""
-    if not isinstance(search.algorithm, GridSearch) or any(key.when for key in space.keys):
-        return search.trials
-    combinations = math.prod(
-        len(key.over.values) if isinstance(key.over, Choices) else key.over.count
-        for key in space.keys
-    )
-    return min(search.trials, combinations)
+    spare = 0 if combinations is None else max(0, search.trials - combinations)
+    return search.configurations - spare
 
 
 def _rungs(search: Search) -> tuple[float, ...]:
@@ -243,17 +271,41 @@ def _at_a_time(spec: JobSpec, trials: int, machine: Machine | None) -> int | Non
     return None if machine is None else min(trials, trials_at_once(spec, machine))
 
 
-def _trials_text(plan: SearchPlan) -> str:
-    """`64 trials by tpe and asha, then 9 runs of finalists: about 70 epochs and 27 in all`."""
+def _trials_text(spec: JobSpec, plan: SearchPlan) -> str:
+    """`64 trials, algorithm tpe, scheduler asha: about 70 epochs; then at most 12 runs of finalists
+    on the full budget: 36 epochs more, about 106 in all`."""
+    about = _about(plan)
     text = f"{_counted(plan.trials, 'trial')}, algorithm {plan.algorithm}"
-    text += f", scheduler {plan.scheduler}: "
-    text += f"{'at most' if plan.epochs_are_most else 'about'} {plan.search_epochs:.3g} epochs"
-    if plan.finalists:
-        text += (
-            f"; then {_counted(plan.finalists, 'run')} of finalists: {plan.finalist_epochs:.3g} "
-            "epochs"
-        )
-    return text
+    text += f", scheduler {plan.scheduler}: {about} {plan.search_epochs:.3g} epochs"
+    if not plan.finalists:
+        return text
+    budget = spec.search and spec.search.budget
+    is_bounded = budget and any(limit is not None for limit in budget.model_dump().values())
+    return (
+        f"{text}; then at most {_counted(plan.finalists, 'run')} of finalists on the full budget: "
+        f"{plan.finalist_epochs:.3g} epochs more"
+        + (", which search.budget does not bound" if is_bounded else "")
+        + f", {about} {plan.search_epochs + plan.finalist_epochs:.3g} in all"
+    )
+
+
+def _time_text(plan: SearchPlan) -> str:
+    """`takes about as long as 14 epochs of the job one after the other, at 8 trials at a time`, as
+    the seconds of an epoch are not known before one has been trained."""
+    epochs, at_a_time = plan.epochs_in_a_row, "divided by the number of trials at a time"
+    if epochs is None or plan.at_a_time is None:
+        epochs = plan.search_epochs + plan.finalist_epochs
+    else:
+        at_a_time = f"at {_counted(plan.at_a_time, 'trial')} at a time"
+    return (
+        f"takes {'at most ' if plan.epochs_are_most else ''}about as long as {epochs:.3g} epochs "
+        f"of the job one after the other, {at_a_time}; shoal status tells the time that is left "
+        "once a trial has ended"
+    )
+
+
+def _about(plan: SearchPlan) -> str:
+    return "at most" if plan.epochs_are_most else "about"
 
 
 def _percents(shares: tuple[float, ...]) -> str:

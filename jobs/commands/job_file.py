@@ -28,7 +28,9 @@ def job_argument(command: click.decorators.FC) -> click.decorators.FC:
 def check(job: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Test a job file against its store, data, model and this machine.
 
-    Every problem at once; nothing is created and no training is started.
+    Every problem at once; nothing is created and no training is started. Of a search also what it
+    amounts to: space, trials, how many at a time with which resources, epochs and time. `shoal
+    plan` is the same.
     """
     from jobs.parse import load_spec
     from jobs.preflight import check_job, show_check

@@ -32,16 +32,19 @@ class Budget:
         self._gpus = gpus
         self._worked = WorkingTime()
         self._epochs: dict[int, float] = {}
-        self._newest: dict[int, Reported] = {}
         self.epochs = 0.0
         """Of all trials; what a clone has of its donor is not counted again."""
         self.seconds = 0.0
         """Of trials on slots."""
         self._is_closed = False
         """Whether the search has ended; what comes then does not make it go on."""
-        self._best = WORST
+        self._frontier: list[tuple[float, float]] = []
+        """(fraction, score) of reports when none had as good a score with as much of its budget, or
+        with less."""
+        self._counted: set[int] = set()
+        """Trials that have improved on it, or were left without."""
         self._without_gain = 0
-        """Trials that ended one after the other without improving the best, since the study was
+        """Trials that were left one after the other without improving on it, since the study was
         extended last."""
 
     def observe(self, event: Event) -> None:
@@ -52,12 +55,11 @@ class Budget:
             self.epochs += event.epochs - self._epochs.get(event.trial, 0.0)
             self.seconds += event.seconds
             self._epochs[event.trial] = event.epochs
-            self._newest[event.trial] = event
-        elif isinstance(event, Decided) and event.decision in ("pause", "stop", "finish"):
-            self._judge(self._newest.pop(event.trial, None))
-        elif isinstance(event, Failed):
-            self._newest.pop(event.trial, None)
-            self._without_gain += 1
+            self._judge(event)
+        elif isinstance(event, Failed) or (
+            isinstance(event, Decided) and event.decision != "continue"
+        ):
+            self._leave(event.trial)
         elif isinstance(event, Closed):
             self._is_closed = True
         elif isinstance(event, Extended):
@@ -87,13 +89,18 @@ class Budget:
                 return UsedUp(f"search.budget.{key}", limit)
         return None
 
-    def _judge(self, newest: Reported | None) -> None:
-        """Whether a trial that is left has improved the best."""
-        if newest is None:
-            return
-        score = score_of(newest, self._search)
-        if score > self._best:
-            self._best = score
+    def _judge(self, reported: Reported) -> None:
+        """Whether a trial has improved the best: what has had a part of its budget is not held
+        against those that had all of theirs."""
+        fraction, score = reported.fraction, score_of(reported, self._search)
+        if score > max((s for f, s in self._frontier if f <= fraction), default=WORST):
+            others = [(f, s) for f, s in self._frontier if f < fraction or s > score]
+            self._frontier = [*others, (fraction, score)]
+            self._counted.add(reported.trial)
             self._without_gain = self._without_gain if self._is_closed else 0
-        else:
+
+    def _leave(self, trial: int) -> None:
+        """One that is promoted may improve the best later, but counts once where it does not."""
+        if trial not in self._counted:
+            self._counted.add(trial)
             self._without_gain += 1

@@ -307,10 +307,7 @@ class Engine:
             return Decided(trial=number, decision="stop", reason=trials.closed or "")
         if finalists is None or any(trials[n].purpose == "search" for n in trials.running):
             return None
-        chosen = [runs[0] for runs in trials.ranked()[: finalists.count]]
-        if (own := trials.baseline()) is not None and own not in chosen:
-            chosen.append(own)
-        if not chosen:
+        if not (chosen := trials.for_finalists()):
             return None
         # By turns, so that each has as many as the others; those of before an extension count.
         following = min(chosen, key=lambda trial: trials.finalists_of.get(trial.of, 0))
@@ -393,8 +390,6 @@ class Engine:
         self._tell_sampler(event)
         if self.trials.is_of_search(event):
             self._budget.observe(event)
-            if isinstance(event, Extended):  # schedulers count repetitions, too
-                event = event.model_copy(update={"trials": event.trials * self._search.repeats})
             self._scheduler.observe(event)
 
     def _tell_sampler(self, event: Event) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jobs.search_spec import Search
-from jobs.study.trials import ENDED, Trial, Trials
+from jobs.study.trials import ENDED, Purpose, Trial, Trials
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,22 @@ class Pace:
     @property
     def epochs(self) -> float:
         """Epochs of training in all trials; a clone has its donor's from there."""
-        return sum(map(self._epochs, self.trials.by_number.values()))
+        return self.search_epochs + sum(map(self._epochs, self._of("finalist")))
+
+    @property
+    def search_epochs(self) -> float:
+        """Those of the search's trials, which its budget bounds."""
+        return sum(map(self._epochs, self._of("search")))
 
     @property
     def gpu_hours(self) -> float:
         """Of trials up to their last reports."""
-        spent = sum(trial.seconds for trial in self.trials.by_number.values())
-        return spent * self.gpus / 3600
+        return self.search_gpu_hours + self._gpu_hours("finalist")
+
+    @property
+    def search_gpu_hours(self) -> float:
+        """Those of the search's trials, which its budget bounds."""
+        return self._gpu_hours("search")
 
     @property
     def trials_per_hour(self) -> float | None:
@@ -47,8 +56,9 @@ class Pace:
         """About how long the study still takes, if the rest of it goes as the part before.
 
         What is left is counted in epochs: what trials took on average until they ended or were
-        paused, for each that does not exist yet, and the full budget of each finalist. None until
-        that average is known. With few trials left fewer run at a time, which is not reckoned.
+        paused, for each that does not exist yet, and the full budget of each finalist, those of the
+        job's own values included. None until that average is known. With few trials left fewer run
+        at a time, which is not reckoned.
         """
         rate = self.epochs / self.seconds if self.seconds else 0.0
         left = self._epochs_left()
@@ -58,12 +68,11 @@ class Pace:
 
     def _epochs_left(self) -> float | None:
         """Of the search."""
-        searched = [t for t in self.trials.by_number.values() if t.purpose == "search"]
-        spent = sum(map(self._epochs, searched))
         if self.trials.closed is not None:
             return 0.0
         if self.search.clones:
-            return max(0.0, self.trials.wanted * self.epochs_of_trial - spent)
+            return max(0.0, self.trials.wanted * self.epochs_of_trial - self.search_epochs)
+        searched = self._of("search")
         settled = [self._epochs(trial) for trial in searched if _is_settled(trial)]
         if not settled:
             return None
@@ -76,21 +85,32 @@ class Pace:
         finalists = self.search.finalists
         if finalists is None:
             return 0.0
-        spent = [self._epochs(t) for t in self.trials.by_number.values() if t.purpose == "finalist"]
-        count = min(finalists.count, self.trials.wanted)
-        return max(0.0, count * finalists.seeds * self.epochs_of_trial - sum(spent))
+        chosen = self.trials.for_finalists()
+        had = [self.trials.finalists_of.get(trial.of, 0) for trial in chosen]
+        if self.trials.closed is None:  # more of them may get a score
+            had += [0] * (self.search.most_finalists(self.trials.wanted) - len(chosen))
+        coming = sum(max(0, finalists.seeds - number) for number in had)
+        under_way = [t for t in self._of("finalist") if not t.is_over]
+        begun = sum(max(0.0, self.epochs_of_trial - self._epochs(t)) for t in under_way)
+        return coming * self.epochs_of_trial + begun
 
     def _within_budget(self, seconds: float) -> float:
         """So long, or until one of the search's budgets is used up."""
         budget = self.search.budget
         for limit, spent in (
-            (budget.epochs, self.epochs),
-            (budget.gpu_hours, self.gpu_hours),
+            (budget.epochs, self.search_epochs),
+            (budget.gpu_hours, self.search_gpu_hours),
             (budget.hours, self.seconds / 3600),
         ):
             if limit is not None and spent:
                 seconds = min(seconds, max(0.0, limit - spent) / spent * self.seconds)
         return seconds if math.isfinite(seconds) else 0.0
+
+    def _of(self, purpose: Purpose) -> list[Trial]:
+        return [t for t in self.trials.by_number.values() if t.purpose == purpose]
+
+    def _gpu_hours(self, purpose: Purpose) -> float:
+        return sum(trial.seconds for trial in self._of(purpose)) * self.gpus / 3600
 
     def _epochs(self, trial: Trial) -> float:
         known = max(trial.epochs, self.epochs_now.get(trial.number, 0.0))

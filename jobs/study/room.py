@@ -85,5 +85,4 @@ def fewer_slots(living: int, useful: int, *, room: int, room_now: int) -> str:
 def most_slots(spec: JobSpec, trials: Trials) -> int:
     """As many as could ever be at work at once; Tune starts those that there is room for."""
     assert spec.search is not None
-    grown = spec.search.model_copy(update={"trials": trials.wanted})
-    return min(grown.most_at_once, _MAX_SLOTS)
+    return min(spec.search.most_at_once(trials.wanted), _MAX_SLOTS)

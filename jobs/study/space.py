@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from jobs.errors import SpecError
 from jobs.problems import Sources
-from jobs.search_spec import LISTS, Distribution
+from jobs.search_spec import LISTS, Distribution, is_same
 from jobs.spec import JobSpec
 from jobs.study.events import Values
 from jobs.tree import job_of, value_at, with_value
@@ -119,13 +119,13 @@ class Choices:
     def index(self, value: object) -> int:
         """The place of a value among them; ValueError for another one."""
         for index, held in enumerate(self.values):
-            if _same(held, value):
+            if is_same(held, value):
                 return index
         raise ValueError(f"{value!r} is none of {self.values}")
 
     def holds(self, value: object) -> bool:
         """Whether a value of a job file is one of these."""
-        return any(_same(held, value) for held in self.values)
+        return any(is_same(held, value) for held in self.values)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Space:
         """
         own = self.fill(lambda key: values.get(key.path, value_at(job, key.path)))
         rest = ((path, value) for path, value in values.items() if path not in own)
-        if all(_same(value_at(job, path), value) for path, value in rest) and self.holds(own):
+        if all(is_same(value_at(job, path), value) for path, value in rest) and self.holds(own):
             return own
         return None
 
@@ -267,8 +267,3 @@ def _over(given: Distribution) -> Range | Choices:
 def _plain(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Lists of the job file, which the spec holds as tuples, as JSON holds them."""
     return tuple(list(value) if isinstance(value, tuple) else value for value in values)
-
-
-def _same(one: object, other: object) -> bool:
-    """Equality as JSON has it: true is not 1."""
-    return one == other and isinstance(one, bool) == isinstance(other, bool)

@@ -92,7 +92,7 @@ class Trials:
     def __init__(self, search: Search, events: Iterable[Event] = ()) -> None:
         self._search = search
         self.by_number: dict[int, Trial] = {}
-        self.wanted = search.trials
+        self.wanted = search.configurations
         """Configurations that the search is to try."""
         self.configurations = 0
         """Those that were asked for, without repetitions and clones."""
@@ -146,9 +146,25 @@ class Trials:
         return trial.best if self._search.score == "best" else trial.value
 
     def ranked(self, purpose: Purpose = "search") -> list[list[Trial]]:
-        """The configurations that have a score, each with its repetitions, the one with the best
-        mean first; of equals the earlier one."""
+        """The configurations that have a score, each with the repetitions that count, the one with
+        the best mean first; of equals the earlier one.
+
+        Those of which a run has failed come after those without: values with which training
+        diverges for one seed may do so for the next. Runs that have failed count where all have,
+        as their scores are of less than a full budget; one that was lost to the platform says
+        nothing of its values.
+        """
         return self._rankings[purpose].ranked()
+
+    def for_finalists(self) -> list[Trial]:
+        """The first trial of each configuration that is trained again once the search has ended:
+        the best, and the job's own values."""
+        finalists = self._search.finalists
+        if finalists is None:
+            return []
+        chosen = [self.by_number[runs[0].of] for runs in self.ranked()[: finalists.count]]
+        own = self.baseline()
+        return chosen if own is None or own in chosen else [*chosen, own]
 
     def is_uncloned(self, trial: Trial) -> bool:
         """Whether it is a clone that does not have its donor's checkpoint yet."""
@@ -227,8 +243,7 @@ class Trials:
                 trial.step, trial.fraction, trial.epochs = event.step, event.fraction, event.epochs
                 trial.value, trial.best = event.value, event.best
                 trial.seconds += event.seconds
-                loss = None if self.score(trial) is None else self._loss(trial)
-                self._rankings[trial.purpose].place(trial, loss)
+                self._rank(trial)
                 self.has_reported = True
             case Decided():
                 self._heed(self.by_number[event.trial], event)
@@ -254,6 +269,7 @@ class Trials:
                 self.ready.discard(trial.number)
                 self._become(trial, "failed")
                 trial.failure = event.failure
+                self._rank(trial)
                 self.last_failed = trial
                 self._forget_clone(trial)
             case Closed():
@@ -322,6 +338,10 @@ class Trials:
             case "finish":
                 self._become(trial, "finished")
 
+    def _rank(self, trial: Trial) -> None:
+        loss = None if self.score(trial) is None else self._loss(trial)
+        self._rankings[trial.purpose].place(trial, loss)
+
     def _forget_clone(self, trial: Trial) -> None:
         if trial.donor is not None and self.is_uncloned(trial):
             waiting = self.uncloned[trial.donor.trial]
@@ -340,43 +360,52 @@ class Trials:
 
 
 class _Ranking:
-    """Configurations by the mean loss of their runs. The best is known at once, however many."""
+    """Configurations by the mean loss of their runs, those of which one has failed by itself last.
+    The best is known at once, however many."""
 
     def __init__(self) -> None:
         self._losses: dict[int, dict[int, float]] = {}
         """Of each run that has a loss, by configuration."""
         self._trials: dict[int, Trial] = {}
-        self._means: dict[int, float] = {}
-        self._heap: list[tuple[float, int]] = []
-        """(mean, configuration), also as they were before; `_means` tells which hold."""
+        self._failed: set[int] = set()
+        """Configurations of which a run has failed, and not for the platform's sake."""
+        self._ranks: dict[int, tuple[bool, float]] = {}
+        """(whether it is one of these, mean) of each configuration."""
+        self._heap: list[tuple[tuple[bool, float], int]] = []
+        """(rank, configuration), also as they were before; `_ranks` tells which hold."""
 
     def place(self, trial: Trial, loss: float | None) -> None:
-        """A run of a configuration has this loss from now on, or none."""
+        """A run of a configuration has this loss from now on, or none, and may have failed."""
         losses = self._losses.setdefault(trial.of, {})
         if loss is None:
             losses.pop(trial.number, None)
         else:
             self._trials[trial.number] = trial
             losses[trial.number] = loss
+        if trial.failure is not None and trial.failure.state.ends_retries:
+            self._failed.add(trial.of)
         if not losses:
-            self._means.pop(trial.of, None)
+            self._ranks.pop(trial.of, None)
             return
-        mean = self._means[trial.of] = statistics.fmean(losses[n] for n in sorted(losses))
-        heapq.heappush(self._heap, (mean, trial.of))
-        if len(self._heap) > 2 * len(self._means) + _SPARE:
-            self._heap = [(mean, of) for of, mean in self._means.items()]
+        mean = statistics.fmean(losses[run.number] for run in self._runs(trial.of))
+        rank = self._ranks[trial.of] = trial.of in self._failed, mean
+        heapq.heappush(self._heap, (rank, trial.of))
+        if len(self._heap) > 2 * len(self._ranks) + _SPARE:
+            self._heap = [(rank, of) for of, rank in self._ranks.items()]
             heapq.heapify(self._heap)
 
     def best(self) -> list[Trial] | None:
         """The runs of the best configuration, of equals the earlier; None where there is none."""
-        while self._heap and self._heap[0][0] != self._means.get(self._heap[0][1]):
+        while self._heap and self._heap[0][0] != self._ranks.get(self._heap[0][1]):
             heapq.heappop(self._heap)
         return self._runs(self._heap[0][1]) if self._heap else None
 
     def ranked(self) -> list[list[Trial]]:
         """The runs of each configuration, as `best` orders them."""
-        order = sorted((mean, of) for of, mean in self._means.items())
+        order = sorted((rank, of) for of, rank in self._ranks.items())
         return [self._runs(of) for _, of in order]
 
     def _runs(self, of: int) -> list[Trial]:
-        return [self._trials[number] for number in sorted(self._losses[of])]
+        """Those that count."""
+        runs = [self._trials[number] for number in sorted(self._losses[of])]
+        return [run for run in runs if run.failure is None] or runs

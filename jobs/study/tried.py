@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from jobs.record import State
 from jobs.search_spec import Search
 from jobs.study.events import Asked, Decided, Event, Failed, Reported, Values
 from jobs.study.score import WORST, score_of
@@ -79,7 +78,7 @@ class History:
             case Decided():
                 progress.is_decided |= event.decision != "continue"
                 progress.is_finished |= event.decision == "finish"
-            case Failed() if event.failure.state is State.FAILED_INFRA:
+            case Failed() if not event.failure.state.ends_retries:
                 del tried.progress[event.trial], self._of[event.trial]
                 if not tried.progress:
                     del self.tried[tried.trial]

@@ -124,7 +124,7 @@ def test_the_small_size_draws_and_tells(tmp_path: Path, bench: Callable[[str], M
         f"{algorithm}, {scheduler}"
         for algorithm in ("random", "tpe", "cmaes")
         for scheduler in ("none", "asha", "hyperband", "median")
-    } | {"random, asha of 4", "tpe, asha of 4"}
+    } | {"random, asha of 3", "tpe, asha of 3"}
     plain = found["pairs"]["random, none"]
     assert plain["reached"] == found["seeds"] == 2
     assert len(plain["best"]["median"]) == 120

@@ -65,7 +65,10 @@ def test_the_recommended_space_is_written_out() -> None:
 
 
 def test_asha_is_told_with_its_rungs_in_evaluations_and_its_epochs() -> None:
-    plan, findings = planned(job(train={"evaluate_every_steps": 10}), machine_of())
+    scheduler = {"kind": "asha", "reduction_factor": 3}
+    plan, findings = planned(
+        job(train={"evaluate_every_steps": 10}, scheduler=scheduler), machine_of()
+    )
     assert plan.rungs == (1 / 9, 1 / 3, 1.0)
     assert plan.evaluations == 30
     # The first rung is met at the fourth evaluation of thirty.
@@ -81,13 +84,15 @@ def test_asha_is_told_with_its_rungs_in_evaluations_and_its_epochs() -> None:
 
 
 def test_fewer_evaluations_than_rungs_are_warned_of_with_what_to_set() -> None:
-    _, findings = planned(job(train={"epochs": 2}), machine_of(), Totals(3200, 100, 200))
+    scheduler = {"kind": "asha", "reduction_factor": 3}
+    short = job(train={"epochs": 2}, scheduler=scheduler)
+    _, findings = planned(short, machine_of(), Totals(3200, 100, 200))
     (warning,) = [f for f in findings if f.verdict is Verdict.WARNING]
     assert warning.part == "search.scheduler"
     assert "but a trial is evaluated 2 times only" in warning.message
     assert "at 2 evaluations instead of 3" in warning.message
     assert warning.hint == "set train.evaluate_every_steps to 22 or less"
-    mended = job(train={"epochs": 2, "evaluate_every_steps": 22})
+    mended = job(train={"epochs": 2, "evaluate_every_steps": 22}, scheduler=scheduler)
     assert not texts(planned(mended, machine_of())[1], Verdict.WARNING)
 
 
@@ -109,26 +114,80 @@ def test_rounds_of_a_population_need_an_evaluation_each(kind: str) -> None:
     assert plan.search_epochs == 6 * 3
 
 
-def test_a_grid_has_as_many_trials_as_combinations() -> None:
-    space = {
-        "model.dropout": {"grid": [0.0, 0.1]},
-        "optimizer.weight_decay": {"grid": [0.0, 0.1, 0.2]},
-    }
-    plan, _ = planned(
-        job(
-            space=space,
-            algorithm="grid",
-            scheduler=None,
-            repeats=2,
-            finalists={"count": 9, "seeds": 2},
-        )
+GRID = {
+    "model.dropout": {"grid": [0.0, 0.1]},
+    "optimizer.weight_decay": {"grid": [0.0, 0.1, 0.2]},
+}
+
+
+def test_a_grid_has_as_many_trials_as_combinations_and_the_jobs_own_values() -> None:
+    keys = {"space": GRID, "algorithm": "grid", "scheduler": None, "repeats": 2}
+    finalists = {"count": 9, "seeds": 2}
+    plan, findings = planned(job(**keys, finalists=finalists))
+    assert (plan.combinations, plan.trials, plan.finalists) == (6, 14, 14)
+    assert (plan.search_epochs, plan.finalist_epochs) == (42, 42)
+    assert not texts(findings, Verdict.WARNING)
+    assert planned(job(**keys, finalists=finalists, baseline=False))[0].trials == 12
+
+
+def test_combinations_that_are_not_tried_are_warned_of() -> None:
+    plan, findings = planned(job(space=GRID, algorithm="grid", scheduler=None, trials=4))
+    assert plan.trials == 5
+    (warning,) = [f for f in findings if f.verdict is Verdict.WARNING]
+    assert warning.message == (
+        "search.trials is 4, but the grid has 6 combinations, of which 2 are not tried"
     )
-    assert (plan.trials, plan.finalists) == (12, 12)
-    assert (plan.search_epochs, plan.finalist_epochs) == (36, 36)
+    assert warning.hint == "remove search.trials, or set it to 6"
+    whole = make_spec(
+        workers={"count": 1},
+        search={"space": GRID, "algorithm": "grid", "metric": "validation/f1", "scheduler": None},
+    )
+    assert not texts(planned(whole)[1], Verdict.WARNING)
 
 
-def test_a_budget_bounds_the_epochs() -> None:
-    assert planned(job(scheduler=None, budget={"epochs": 20}))[0].search_epochs == 20
+def test_the_jobs_own_values_are_trained_again_besides_the_best() -> None:
+    finalists = {"count": 3, "seeds": 3}
+    plan, findings = planned(job(scheduler=None, finalists=finalists))
+    assert (plan.finalists, plan.finalist_epochs) == (12, 36)
+    assert (
+        "27 trials, algorithm tpe, scheduler none: about 81 epochs; then at most 12 runs of "
+        "finalists on the full budget: 36 epochs more, about 117 in all" in texts(findings)
+    )
+    assert planned(job(scheduler=None, finalists=finalists, baseline=False))[0].finalists == 9
+    assert planned(job(scheduler=None, finalists=finalists, trials=2))[0].finalists == 6
+
+
+def test_a_budget_bounds_the_epochs_of_the_search_and_none_of_the_finalists() -> None:
+    keys = {"scheduler": None, "budget": {"epochs": 20}}
+    plan, findings = planned(job(**keys, finalists={"count": 1, "seeds": 2}))
+    assert (plan.search_epochs, plan.finalist_epochs) == (20, 12)
+    assert (
+        "27 trials, algorithm tpe, scheduler none: about 20 epochs; then at most 4 runs of "
+        "finalists on the full budget: 12 epochs more, which search.budget does not bound, about "
+        "32 in all" in texts(findings)
+    )
+
+
+@pytest.mark.parametrize(
+    ("search", "machine", "text"),
+    [
+        # 27 trials of 3 epochs, 8 at a time.
+        ({}, machine_of(cores=8), "takes about as long as 10.1 epochs of the job one after the "
+         "other, at 8 trials at a time; shoal status tells"),
+        # 12 runs of finalists take two rounds.
+        ({"finalists": {"count": 3, "seeds": 3}}, machine_of(cores=8), "as long as 16.1 epochs"),
+        ({"trials": 2}, machine_of(cores=8), "as long as 3 epochs"),
+        ({"patience": 5}, machine_of(cores=8), "takes at most about as long as 10.1 epochs"),
+        ({"finalists": {"count": 3, "seeds": 3}}, None, "as long as 117 epochs of the job one "
+         "after the other, divided by the number of trials at a time"),
+    ],
+)  # fmt: skip
+def test_the_time_is_told_in_epochs_of_the_job(
+    search: Any, machine: Machine | None, text: str
+) -> None:
+    _, findings = planned(job(scheduler=None, **search), machine)
+    (told,) = [message for message in texts(findings) if message.startswith("takes ")]
+    assert text in told
 
 
 def test_the_brackets_of_hyperband_are_reckoned_one_by_one() -> None:
@@ -147,6 +206,7 @@ def test_the_brackets_of_hyperband_are_reckoned_one_by_one() -> None:
         ({"count": 3}, machine_of(), {}, 2, "each of 3 workers with 1 core: 6 of this machine"),
         ({"gpus": 1}, machine_of(gpus=2), {}, 2, "and a GPU: 2 of this machine's 8 cores, 2 of"),
         ({"memory_gib": 6}, machine_of(), {}, 2, "12 GiB of its 16 GiB free"),
+        ({"memory_gib": 6}, machine_of(), {}, 2, "each of 1 worker with 1 core and 6 GiB: 2 of"),
         ({}, machine_of(), {"max_concurrent": 3}, 3, "3 trials at a time"),
         ({"gpus": 1}, machine_of(gpus=1), {"gpu_share": 0.25}, 4, "and 0.25 of a GPU: 4 of this"),
         ({"gpus": 1}, machine_of(gpus=2), {"gpu_share": 0.6}, 2, "1.2 of its 2 GPUs"),
@@ -166,6 +226,7 @@ def test_a_trial_that_can_never_fit_is_refused_with_the_sum() -> None:
     plan, findings = planned(spec, machine_of(cores=2))
     assert plan.at_a_time == 0
     assert not [text for text in texts(findings) if "at a time" in text]
+    assert plan.epochs_in_a_row is None
     (problem,) = check_workers(spec, machine_of(cores=2))
     assert problem.verdict is Verdict.PROBLEM
     assert problem.message == ("4 workers with workers.cpus 1 need 4 cores, but this machine has 2")

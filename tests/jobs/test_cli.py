@@ -58,6 +58,15 @@ def test_reading_commands_print_json_on_request() -> None:
         assert "--json" in CliRunner().invoke(cli.cli, [name, "--help"]).output
 
 
+def test_a_plan_is_what_check_tells() -> None:
+    shown = CliRunner().invoke(cli.cli, ["plan", "--help"]).output
+    assert shown.startswith("Usage: cli plan [OPTIONS] JOB.yaml")
+    assert (
+        shown.partition("\n")[2]
+        == (CliRunner().invoke(cli.cli, ["check", "--help"]).output.partition("\n")[2])
+    )
+
+
 def test_an_unknown_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main("statsu") == 2
     assert "shoal has no command statsu; did you mean status?" in capsys.readouterr().err

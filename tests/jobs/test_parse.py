@@ -644,6 +644,14 @@ class TestSearch:
         assert search.finalists == Finalists(count=3, seeds=3)
         assert "optimizer.learning_rate" in search.space
 
+    def test_of_a_grid_has_as_many_trials_as_combinations(self) -> None:
+        space = "{model.dropout: {grid: [0, 0.1, 0.2]}, optimizer.weight_decay: {grid: [0, 0.1]}}"
+        text = f"search: {{algorithm: grid, space: {space}}}\n"
+        assert search_of(text).trials == 6
+        assert search_of(text).configurations == 7  # with the job's own values
+        assert search_of(text, "search.baseline=false").configurations == 6
+        assert search_of(text, "search.trials=4").trials == 4
+
     def test_takes_kinds_as_texts_or_as_groups(self) -> None:
         text = "search: {algorithm: random, scheduler: {kind: median, startup_trials: 2}}\n"
         assert search_of(text).algorithm.kind == "random"
@@ -786,6 +794,15 @@ class TestSearch:
                 "search.scheduler.reduction_factor is 1, but must be a whole number of at least 2",
                 None,
             ),
+            *(
+                (
+                    f"{{scheduler: {{kind: {kind}, first: 0.4, reduction_factor: 3}}}}",
+                    "search.scheduler has first 0.4, but the last rung before the end of a trial's "
+                    "budget is at 1 / reduction_factor (0.333), so that no trial would be stopped",
+                    "remove first, lower reduction_factor, or choose scheduler none",
+                )
+                for kind in ("asha", "hyperband")
+            ),
             (
                 "{trials: 0}",
                 "search.trials is 0, but must be a whole number above 0",
@@ -810,7 +827,17 @@ class TestSearch:
                 "{scheduler: pb2, repeats: 2}",
                 "search has scheduler pb2 and repeats, but a clone's values are only the last part "
                 "of how it was trained, which no other trial repeats",
-                "remove search.repeats, or choose scheduler asha",
+                "remove search.repeats, or choose scheduler none",
+            ),
+            *(
+                (
+                    f"{{scheduler: {kind}, repeats: 2}}",
+                    f"search has repeats 2, but scheduler {kind} would stop each seed by itself, "
+                    "so that the mean over seeds would tell how far they came",
+                    "remove search.repeats: search.finalists trains the best values with several "
+                    "seeds; or choose scheduler none",
+                )
+                for kind in ("asha", "hyperband", "median")
             ),
             (
                 "{scheduler: pb2, space: {model.dropout: {choice: [0, 0.1]}}}",
@@ -843,6 +870,12 @@ class TestSearch:
                 "search.gpu_share is 0.5, but a trial has 2 workers, each of which needs a GPU to "
                 "itself (NCCL connects no two of one GPU)",
                 "set workers.count to 1, or remove search.gpu_share",
+            ),
+            (
+                "search: {budget: {gpu_hours: 8}}",
+                "search.budget.gpu_hours is 8, but workers.gpus is 0, so that it would never be "
+                "used up",
+                "set workers.gpus to 1, or bound the search by search.budget.hours or .epochs",
             ),
             (
                 "search: {trials: 3}\nworkers: {count: 4, min: 2}",

@@ -59,7 +59,7 @@ def slots_of(spec: JobSpec) -> int:
 
 
 def test_there_are_no_more_slots_than_trials_or_than_the_job_allows(tmp_path: Path) -> None:
-    assert slots_of(job(tmp_path, trials=5, repeats=3)) == 15
+    assert slots_of(job(tmp_path, trials=5, repeats=3, scheduler=None)) == 15
     assert slots_of(job(tmp_path, trials=5, max_concurrent=2)) == 2
     assert slots_of(job(tmp_path, trials=5, max_concurrent=9)) == 5
     assert slots_of(job(tmp_path, trials=100_000)) == 1024

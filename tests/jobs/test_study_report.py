@@ -309,7 +309,7 @@ def test_a_study_that_goes_on_has_a_report(local_store: Store) -> None:
     made = running_study(local_store, now=time.time())
     page = render_html(report_of(made))
     assert "The run goes on" in page
-    assert "about 1h" in page
+    assert "about 2h" in page
     assert "Finalists" not in page
 
 

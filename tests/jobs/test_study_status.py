@@ -20,7 +20,14 @@ from jobs.runs import RunReader
 from jobs.status import RunStatus, read_status
 from jobs.study.events import Donor
 from jobs.study_status import StudyStatus
-from jobs.study_view import format_value, over_text, short_names, trials_text, values_text
+from jobs.study_view import (
+    format_value,
+    over_text,
+    short_names,
+    spent_text,
+    trials_text,
+    values_text,
+)
 from jobs.watch import LineView, live_renderable
 
 RUNNING = "sentiment-5eed01"
@@ -66,7 +73,7 @@ def test_status_tells_how_many_trials_do_what_and_the_best(shell: Shell) -> None
     assert (
         "16 of 24 begun: 2 running, 1 waiting, 3 paused, 8 stopped, 1 failed, 1 finished; " in text
     )
-    assert " an hour, about 1h" in text
+    assert " an hour, about 2h" in text
     assert "validation/f1 0.8986, trial 9 (learning_rate 2.449e-05, " in text
     assert "8.4 epochs, 25m 0" in text
     assert "9 finished 100% 0.8986 its budget is used up" in text
@@ -236,6 +243,16 @@ def test_prometheus_counts_trials_by_status(local_store: Store) -> None:
     assert "shoal_rows_total" not in found
 
 
+def test_finalists_are_no_part_of_what_the_budget_bounds(local_store: Store) -> None:
+    made = SyntheticStudy(local_store, spec=make_study_spec(trials=2, budget={"epochs": 7}))
+    for number in (made.ask(), made.ask()):
+        made.train(number, 1.0, "finish")
+    assert spent_text(study_of(made)).startswith("6 of 7 epochs, ")
+    made.close("all 2 trials have been made")
+    made.finalists([0, 1], seeds=2)
+    assert spent_text(study_of(made)).startswith("6 of 7 epochs and 12 for finalists, ")
+
+
 def test_clones_and_seeds_are_counted_apart(local_store: Store) -> None:
     space = {"optimizer.learning_rate": {"loguniform": [1e-6, 1e-3]}}
     search = {"space": space, "trials": 2, "finalists": None}
@@ -244,7 +261,7 @@ def test_clones_and_seeds_are_counted_apart(local_store: Store) -> None:
     made.train(made.ask(), 0.5, "pause")
     made.ask(donor=Donor(trial=0, step=150))
     assert trials_text(study_of(made)).startswith("1 of 2 begun, 1 clones of them: ")
-    spec = make_study_spec(repeats=3, **search)
+    spec = make_study_spec(repeats=3, scheduler=None, **search)
     seeds = SyntheticStudy(local_store, run_id="sentiment-seeds0", spec=spec)
     seeds.ask()
     assert trials_text(study_of(seeds)).startswith("1 of 2 begun, each with 3 seeds: ")

@@ -39,7 +39,7 @@ __all__ = [
 def make_scheduler(search: Search, space: Space) -> Scheduler:
     """The scheduler of `search.scheduler`, which has seen nothing yet."""
     objective = Objective(mode=search.mode, score=search.score)
-    trials, given = search.trials * search.repeats, search.scheduler
+    trials, given = search.configurations, search.scheduler
     match given:
         case search_spec.ASHA():
             return Asha(given, objective=objective, trials=trials)

@@ -22,11 +22,11 @@ class Asha:
 
     A trial that is among them when it reports goes on at once. A failed trial counts as the worst
     of the rung that it did not reach. Trials that are over keep their places in the rungs. The
-    paper uses a reduction factor of 4; 3 and 4 are alike in theory.
+    default reduction factor is the paper's.
     """
 
     def __init__(self, given: ASHA, *, objective: Objective, trials: int) -> None:
-        """`trials`: how many the study is to have, repeats included."""
+        """`trials`: how many the study is to have."""
         self._fractions = rung_fractions(given)
         self._rungs = [_Rung(given.reduction_factor) for _ in self._fractions]
         self._objective = objective

@@ -49,7 +49,7 @@ class Hyperband:
     """
 
     def __init__(self, given: search_spec.Hyperband, *, objective: Objective, trials: int) -> None:
-        """`trials`: how many the study is to have, repeats included."""
+        """`trials`: how many the study is to have."""
         self._reduction_factor = given.reduction_factor
         self._plans = bracket_plans(given)
         self._objective = objective

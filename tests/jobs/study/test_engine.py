@@ -50,6 +50,8 @@ def study(scheduler: str = "asha", **keys: Any) -> tuple[Search, Space]:
             **keys,
         },
     }
+    if tree["search"]["trials"] is None:  # as many as the job file has without it
+        del tree["search"]["trials"]
     spec = parse_spec(tree, where="job")
     assert spec.search is not None
     return spec.search, space_of(spec)
@@ -269,6 +271,47 @@ def test_clones_of_a_donor_that_fails_before_it_is_saved_fail_with_it(scheduler:
     assert ended <= {"stopped", "finished", "failed"}
 
 
+STALLING = ["none", "asha", "hyperband", "median"]
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("scheduler", STALLING)
+def test_patience_does_not_hold_a_small_part_of_the_budget_against_a_trial(
+    scheduler: str, slots: int
+) -> None:
+    """Up to the 30th every fifth trial is the best that there was with as much of its budget; with
+    a part of it none comes near those that had it all, which are alike where trials are halved."""
+    search, space = study(scheduler, trials=81, patience=10)
+    log = MemoryLog()
+    engine = engine_of(search, space, log)
+
+    def found(values: Values, repeat: int, fraction: float) -> float:
+        number = next(n for n, t in engine.trials.by_number.items() if t.values == values)
+        if number % 5:
+            return fraction * (0.3 - 0.003 * number)
+        is_top = scheduler in ("asha", "hyperband") and fraction == 1
+        return 0.9 if is_top else fraction * (0.5 + 0.01 * min(number, 30))
+
+    Simulation(found, slots=slots).run(engine)
+    assert "10 trials in a row" in (engine.trials.closed or "")
+    assert 30 + 10 <= len(engine.trials) < 60
+    if scheduler in ("asha", "hyperband"):
+        assert sum(t.status == "finished" for t in engine.trials.by_number.values()) < 20
+
+
+@pytest.mark.parametrize("scheduler", STALLING)
+def test_a_trial_without_gain_counts_once_however_often_it_is_promoted(scheduler: str) -> None:
+    search, space = study(scheduler, trials=81, patience=10)
+    log = MemoryLog()
+    engine = engine_of(search, space, log)
+    Simulation(lambda values, repeat, fraction: 0.5).run(engine)
+    assert "10 trials in a row" in (engine.trials.closed or "")
+    assert len(engine.trials) == 11
+    again = engine_of(search, space, log)  # as the log tells it
+    assert len(again.trials) == 11
+    assert again.work("a") is None
+
+
 def test_hours_are_those_in_which_a_driver_works() -> None:
     search, space = study("none", trials=100, budget={"hours": 2.0})
     log, now = MemoryLog(), [1000.0]
@@ -347,6 +390,33 @@ def test_a_grid_is_tried_whole_and_ends_the_search() -> None:
     assert len(engine.trials) == 4
     assert not engine.trials.paused
     assert any(isinstance(event, Closed) for event in log.events)
+
+
+@pytest.mark.parametrize("given", [{}, {"trials": 6}])
+def test_the_jobs_own_values_take_the_place_of_no_combination(given: dict[str, Any]) -> None:
+    grid = {
+        "optimizer.learning_rate": {"grid": [1e-4, 1e-3, 1e-2]},
+        "model.dropout": {"grid": [0.0, 0.1]},
+    }
+    keys = {"algorithm": "grid", "space": grid, "baseline": True, "trials": None} | given
+    search, space = study("none", **keys)
+    engine = engine_of(search, space, MemoryLog())
+    Simulation(lambda values, repeat, fraction: fraction).run(engine)
+    tried = [trial.values for trial in engine.trials.by_number.values()]
+    assert tried[0] == {}
+    assert len(tried) == 7
+    assert {tuple(values.values()) for values in tried[1:]} == {
+        (rate, dropout) for rate in (1e-4, 1e-3, 1e-2) for dropout in (0.0, 0.1)
+    }
+    assert engine.trials.closed == "all 7 trials have been made"
+
+
+def test_a_grid_of_more_than_the_usual_number_of_trials_is_tried_whole() -> None:
+    grid = {"model.dropout": {"grid": [n / 200 for n in range(100)]}}
+    search, space = study("none", algorithm="grid", space=grid, trials=None)
+    engine = engine_of(search, space, MemoryLog())
+    Simulation(lambda values, repeat, fraction: fraction).run(engine)
+    assert len({trial.values["model.dropout"] for trial in engine.trials.by_number.values()}) == 100
 
 
 def test_a_study_is_extended_by_more_trials() -> None:

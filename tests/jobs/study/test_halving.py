@@ -36,7 +36,7 @@ def test_rungs_are_the_powers_that_are_not_below_the_first() -> None:
     assert rungs(3, 1 / 9) == (1 / 9, 1 / 3, 1.0)
     assert rungs(3, 0.11) == (1 / 9, 1 / 3, 1.0)
     assert rungs(3, 0.12) == (1 / 3, 1.0)
-    assert rungs(4, 0.99) == (1.0,)
+    assert rungs(4, 0.25) == (0.25, 1.0)
     for eta in (2, 3, 7, 49):
         assert rungs(eta, None) == (1 / eta**2, 1 / eta, 1.0)
     for exponent in range(9):

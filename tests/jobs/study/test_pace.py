@@ -13,6 +13,7 @@ from jobs.study.events import (
     Closed,
     Decided,
     Event,
+    Extended,
     Left,
     Lost,
     Reported,
@@ -25,14 +26,14 @@ from jobs.study.trials import Trials
 EPOCHS = 4.0
 
 
-def whole_trial(number: int, *, at: float, **asked: Any) -> list[Event]:
+def whole_trial(number: int, *, at: float, value: float = 0.5, **asked: Any) -> list[Event]:
     """A trial that takes 100 seconds for its full budget."""
     return [
         Asked(trial=number, values={}, at=at, **asked),
         Started(trial=number, leg=1, slot="s", until=1.0, at=at),
         Reported(
-            trial=number, step=100, fraction=1.0, epochs=EPOCHS, value=0.5, best=0.5, at=at + 100,
-            seconds=100.0,
+            trial=number, step=100, fraction=1.0, epochs=EPOCHS, value=value, best=value,
+            at=at + 100, seconds=100.0,
         ),
         Decided(trial=number, decision="finish", at=at + 100),
         Left(trial=number, at=at + 100),
@@ -77,11 +78,43 @@ def test_what_trials_on_slots_have_done_since_their_reports_counts() -> None:
 
 
 def test_finalists_have_their_full_budget() -> None:
-    pace = pace_of(whole_trial(0, at=1.0), finalists=Finalists(count=2, seeds=3))
+    finalists = Finalists(count=2, seeds=3)
+    pace = pace_of(whole_trial(0, at=1.0), finalists=finalists, baseline=False)
     assert pace.eta_seconds == pytest.approx(900 + 600)
-    ended = [*whole_trial(0, at=1.0), Closed(reason="all of the space has been tried", at=101.0)]
-    ended += whole_trial(1, at=101.0, purpose="finalist", repeats=0, repeat=1)
-    assert pace_of(ended, finalists=Finalists(count=2, seeds=3)).eta_seconds == pytest.approx(500)
+    ended = [*whole_trial(0, at=1.0), *whole_trial(1, at=101.0, value=0.6)]
+    ended += [Closed(reason="all of the space has been tried", at=201.0)]
+    assert pace_of(ended, finalists=finalists).eta_seconds == pytest.approx(600)
+    ended += whole_trial(2, at=201.0, purpose="finalist", repeats=0, repeat=1)
+    assert pace_of(ended, finalists=finalists).eta_seconds == pytest.approx(500)
+    ended += whole_trial(3, at=301.0, purpose="finalist", repeats=1, repeat=1)[:2]
+    half = pace_of(ended, finalists=finalists, now={3: EPOCHS / 2})
+    assert half.epochs == pytest.approx(3.5 * EPOCHS)
+    assert half.search_epochs == pytest.approx(2 * EPOCHS)
+    # Half a run and four whole ones, at three and a half in 300 seconds.
+    assert half.eta_seconds == pytest.approx(4.5 * 300 / 3.5)
+
+
+def test_the_jobs_own_values_are_among_the_finalists() -> None:
+    finalists = Finalists(count=1, seeds=3)
+    pace = pace_of(whole_trial(0, at=1.0), finalists=finalists)
+    assert pace.eta_seconds == pytest.approx(900 + 2 * 300)
+    ended = [*whole_trial(0, at=1.0), *whole_trial(1, at=101.0, value=0.6)]
+    ended += [Closed(reason="all of the space has been tried", at=201.0)]
+    assert pace_of(ended, finalists=finalists).eta_seconds == pytest.approx(600)
+    assert pace_of(ended, finalists=finalists, mode="min").eta_seconds == pytest.approx(300)
+
+
+def test_finalists_use_up_nothing_of_the_searchs_budget() -> None:
+    """As after an extension, where finalists of before have been trained."""
+    events = [*whole_trial(0, at=1.0), Closed(reason="all trials have been made", at=101.0)]
+    events += whole_trial(1, at=101.0, purpose="finalist", repeats=0, repeat=1)
+    events += [Extended(trials=10, at=201.0)]
+    finalists = Finalists(count=1, seeds=1)
+    pace = pace_of(events, gpus=1, finalists=finalists, budget=Budget(gpu_hours=300 / 3600))
+    assert pace.gpu_hours == pytest.approx(200 / 3600)
+    assert pace.search_gpu_hours == pytest.approx(100 / 3600)
+    # Of 300 seconds of a GPU 200 are left, at one half of the time; one finalist may come besides.
+    assert pace.eta_seconds == pytest.approx(400 + 100)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from pydantic import TypeAdapter
 
 from jobs.parse import parse_spec
 from jobs.record import Failure, State
+from jobs.search_spec import Distribution, Search, num_combinations
 from jobs.spec import JobSpec
 from jobs.study.events import (
     EVENT,
@@ -31,7 +33,7 @@ from jobs.study.events import (
 )
 from jobs.study.samplers import Sampler, make_sampler
 from jobs.study.score import WORST, score_of
-from jobs.study.space import Space, space_of
+from jobs.study.space import Space, space_from, space_of
 from jobs.study.tried import History
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -71,7 +73,7 @@ def study(space: dict[str, Any], algorithm: Any, **search: Any) -> tuple[JobSpec
         "model": {"source": "m"},
         "data": {"train": "t", "validation": "v"},
         "store": "runs",
-        "search": {"space": space, "algorithm": algorithm, **search},
+        "search": {"space": space, "algorithm": algorithm, "scheduler": None, **search},
     }
     spec = parse_spec(tree, where="test")
     return spec, space_of(spec)
@@ -280,6 +282,38 @@ def test_a_grid_is_every_combination_once_in_order() -> None:
     assert sampler.ask(9) is None
 
 
+@pytest.mark.parametrize(
+    "space",
+    [
+        GRID,
+        {"model.dropout": {"grid": [0, 0.1, 0.2]}, RATE: {"grid": [1e-5, 1e-4]}},
+        # Beside one of two values, and beside what is itself searched now and then only.
+        {
+            "optimizer.max_grad_norm": {
+                "grid": [1, 2, 3],
+                "when": {"optimizer.momentum": [0.8, 0.9]},
+            },
+            **GRID,
+        },
+        # Lists, and a value that is no number though it equals one.
+        {
+            "model.freeze": {"grid": [[], ["embeddings"]]},
+            "model.dropout": {"grid": [0.1, 0.2], "when": {"model.freeze": [["embeddings"]]}},
+            "train.shuffle": {"grid": [True, False]},
+            RATE: {"grid": [1e-5, 1e-4], "when": {"train.shuffle": 1}},
+        },
+    ],
+)
+def test_the_number_of_combinations_is_known_beforehand(space: dict[str, Any]) -> None:
+    given = TypeAdapter(dict[str, Distribution]).validate_json(json.dumps(space))
+    sampler = make_sampler(Search(algorithm="grid"), space_from(space), 0)  # type: ignore[arg-type]
+    number = 0
+    while (values := sampler.ask(number)) is not None:
+        sampler.observe(Asked(trial=number, values=values))
+        number += 1
+    assert num_combinations(given) == number
+
+
 def test_a_larger_grid_leaves_out_what_was_tried() -> None:
     wider = {**GRID, RATE: {"grid": [1e-6, 1e-5, 1e-4]}}
     sampler = sampler_of(wider, "grid")
@@ -393,15 +427,16 @@ def test_repeats_count_as_one_with_their_mean() -> None:
     history.observe(reported(0, 1.0))
     history.observe(Decided(trial=0, decision="finish"))
     assert (tried.score, tried.fraction, tried.is_finished) == (-1.5, 0.5, False)
-    history.observe(failed(1, State.FAILED_RESOURCES))
+    history.observe(failed(1, State.FAILED_USER))
     assert tried.score == WORST
 
 
-def test_a_trial_that_the_platform_has_taken_is_forgotten() -> None:
+@pytest.mark.parametrize("state", [State.FAILED_INFRA, State.FAILED_RESOURCES])
+def test_a_trial_that_the_platform_has_taken_is_forgotten(state: State) -> None:
     history = history_of()
     history.observe(Asked(trial=0, values=VALUES))
     history.observe(reported(0, 1.0))
-    history.observe(failed(0, State.FAILED_INFRA))
+    history.observe(failed(0, state))
     history.observe(reported(0, 1.0))
     assert not history.tried
 

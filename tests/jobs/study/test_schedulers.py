@@ -27,7 +27,7 @@ PB2_OF_6 = PB2(population=6, every=0.25)
 Make = Callable[[int], Scheduler]
 KINDS: dict[str, Make] = {
     "none": lambda trials: Plain(),
-    "asha": lambda trials: Asha(ASHA(), objective=OBJECTIVE, trials=trials),
+    "asha": lambda trials: Asha(ASHA(reduction_factor=3), objective=OBJECTIVE, trials=trials),
     "hyperband": lambda trials: Hyperband(
         search_spec.Hyperband(), objective=OBJECTIVE, trials=trials
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -27,10 +27,11 @@ from jobs.study.events import (
 from jobs.study.trials import Trial, Trials
 
 FAILURE = Failure(state=State.FAILED_USER, problems=(("out of memory", None),))
+TAKEN = Failure(state=State.FAILED_INFRA, problems=(("its node is gone", None),))
 
 
 def test_trials_that_are_yet_to_end_are_those_that_slots_are_wanted_for() -> None:
-    search = Search(trials=3, repeats=2, finalists=None)
+    search = Search(trials=3, repeats=2, scheduler=None, finalists=None)  # type: ignore[arg-type]
     trials = Trials(search)
     assert trials.unended == 6
     trials.observe(Asked(trial=0, values={}))
@@ -75,7 +76,7 @@ def random_events(seed: int, *, trials: int = 60, repeats: int = 1) -> Iterator[
         yield Started(trial=number, leg=1, slot="s", until=1.0)
         fate = chance.random()
         if fate < 0.08:
-            yield Failed(trial=number, failure=FAILURE)
+            yield Failed(trial=number, failure=chance.choice([FAILURE, TAKEN]))
             alive.remove(number)
             continue
         if fate < 0.2:
@@ -102,9 +103,14 @@ def random_events(seed: int, *, trials: int = 60, repeats: int = 1) -> Iterator[
 
 def slow_ranking(trials: Trials, search: Search, purpose: str) -> list[list[int]]:
     runs: dict[int, list[Trial]] = {}
+    failed: set[int] = set()
     for trial in trials.by_number.values():
         if trial.purpose == purpose and trials.score(trial) is not None:
             runs.setdefault(trial.of, []).append(trial)
+        if trial.purpose == purpose and trial.failure == FAILURE:
+            failed.add(trial.of)
+    for of, group in runs.items():
+        runs[of] = [trial for trial in group if trial.failure is None] or group
 
     def loss(trial: Trial) -> float:
         score = trials.score(trial)
@@ -112,7 +118,12 @@ def slow_ranking(trials: Trials, search: Search, purpose: str) -> list[list[int]
         return score if search.mode == "min" else -score
 
     ordered = sorted(
-        runs.values(), key=lambda group: (statistics.fmean(map(loss, group)), group[0].of)
+        runs.values(),
+        key=lambda group: (
+            group[0].of in failed,
+            statistics.fmean(map(loss, group)),
+            group[0].of,
+        ),
     )
     return [[trial.number for trial in group] for group in ordered]
 
@@ -123,7 +134,7 @@ def slow_ranking(trials: Trials, search: Search, purpose: str) -> list[list[int]
 def test_counts_and_the_best_equal_a_look_at_all_trials(
     mode: str, score: str, repeats: int
 ) -> None:
-    search = Search(metric="validation/f1", mode=mode, score=score, repeats=repeats)  # type: ignore[arg-type]
+    search = Search(metric="validation/f1", mode=mode, score=score, scheduler=None, repeats=repeats)  # type: ignore[arg-type]
     for seed in range(4):
         trials = Trials(search)
         for event in random_events(seed, repeats=repeats):
@@ -142,6 +153,56 @@ def test_counts_and_the_best_equal_a_look_at_all_trials(
                 sign = 1 if mode == "min" else -1
                 losses = [sign * (trials.score(trials[n]) or 0.0) for n in best]
                 assert sign * (trials.score(winner) or 0.0) == min(losses)
+
+
+def finalists(*scores: Sequence[float | Failure]) -> list[Event]:
+    """Configurations that were trained again with several seeds: each run with its score, or with
+    its failure after a tenth of its budget and a score of 0.99."""
+    events: list[Event] = [Asked(trial=of, values={}) for of in range(len(scores))]
+    number = len(scores)
+    for of, runs in enumerate(scores):
+        for seed, score in enumerate(runs):
+            failure = score if isinstance(score, Failure) else None
+            value = 0.99 if isinstance(score, Failure) else score
+            part = 1.0 if failure is None else 0.1
+            asked = Asked(trial=number, values={}, repeat=1 + seed, repeats=of, purpose="finalist")
+            told = Reported(
+                trial=number, step=9, fraction=part, epochs=part, value=value, best=value
+            )
+            events += [asked, told]
+            if failure is not None:
+                events.append(Failed(trial=number, failure=failure))
+            number += 1
+    return events
+
+
+def test_values_that_diverge_for_one_seed_come_after_those_that_never_do() -> None:
+    search = Search(metric="validation/f1")
+    trials = Trials(search, finalists([0.95, FAILURE, FAILURE], [0.8, 0.81, 0.79]))
+    winner = trials.winner()
+    assert winner is not None
+    assert (winner.of, winner.best) == (1, 0.81)
+    assert [runs[0].of for runs in trials.ranked("finalist")] == [1, 0]
+    # Of what has diverged only the run that did not is shown; its mean is of full budgets.
+    assert [run.best for run in trials.ranked("finalist")[1]] == [0.95]
+
+
+def test_what_the_platform_has_taken_says_nothing_of_the_values() -> None:
+    search = Search(metric="validation/f1")
+    trials = Trials(search, finalists([0.9, TAKEN, 0.88], [0.8, 0.81, 0.79]))
+    assert [[run.best for run in runs] for runs in trials.ranked("finalist")] == [
+        [0.9, 0.88],
+        [0.8, 0.81, 0.79],
+    ]
+
+
+def test_where_each_has_failed_once_the_best_of_them_wins() -> None:
+    scores = [FAILURE, 0.7], [FAILURE, 0.8], [FAILURE]
+    trials = Trials(Search(metric="validation/f1", mode="max"), finalists(*scores))
+    assert [runs[0].of for runs in trials.ranked("finalist")] == [2, 1, 0]
+    trials.observe(Asked(trial=8, values={}, repeats=0, purpose="finalist"))
+    trials.observe(Failed(trial=8, failure=FAILURE))  # before it had a score
+    assert [runs[0].of for runs in trials.ranked("finalist")] == [2, 1, 0]
 
 
 class Untouchable(dict[int, Trial]):
