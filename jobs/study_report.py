@@ -117,6 +117,10 @@ def _ranked(place: int, runs: Sequence[Trial], trials: Trials) -> dict[str, Any]
         "trials": [run.number for run in runs],
         "values": dict(runs[0].values),
         "scores": scores,
+        "failed": sum(
+            t.failure is not None and t.of == runs[0].of and t.purpose == runs[0].purpose
+            for t in trials.by_number.values()
+        ),
         "mean": statistics.fmean(scores),
         "spread": statistics.stdev(scores) if len(scores) > 1 else None,
         "fraction": min(run.fraction for run in runs),

@@ -61,7 +61,9 @@ def scene(tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> I
         time.sleep(0.2)
 
 
-def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop(scene: Path, s3_store: Store) -> None:
+def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop_and_is_extended(
+    scene: Path, s3_store: Store
+) -> None:
     runs, paths = s3_store.within("runs"), RunPaths("study")
 
     def reports() -> int:
@@ -123,59 +125,26 @@ def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop(scene: Path, s3_st
     losses = [line["metrics"]["loss"] for line in own.metrics() if line["kind"] == "evaluation"]
     assert min(losses) == winner.best
 
-
-def test_a_study_that_has_ended_is_extended(scene: Path, s3_store: Store) -> None:
-    tree = yaml.safe_load((scene / "job.yaml").read_text())
-    tree["search"] |= {"trials": 4, "finalists": None, "algorithm": "random"}
-    (scene / "job.yaml").write_text(yaml.safe_dump(tree))
-    run = shoal("run", "job.yaml", "--run-id", "study", folder=scene)
-    output, _ = run.communicate(timeout=400)
-    assert run.returncode == 0, output
-    runs, paths = s3_store.within("runs"), RunPaths("study")
-    uri = join_uri(runs.uri, "study")
     narrow = "{optimizer.learning_rate: {loguniform: [2.0e-3, 8.0e-3]}}"
-    run = shoal("extend", uri, "--trials", "7", "--space", narrow, folder=scene)
+    uri = join_uri(runs.uri, "study")
+    run = shoal("extend", uri, "--trials", "10", "--space", narrow, folder=scene)
     output, _ = run.communicate(timeout=400)
     assert run.returncode == 0, output
-
-    search, events = RunReader(runs, "study").spec().search, read_events(runs, paths)
-    assert search is not None
-    assert [(e.trials, e.request) for e in events if isinstance(e, Extended)] == [(7, 1)]
-    asked = [e.values for e in events if isinstance(e, Asked)]
-    assert [list(values) for values in asked[4:]] == [["optimizer.learning_rate"]] * 3
-    assert len(asked) == 7
-    # Nobody but the best has checkpoints any more, and the winner's are the study's.
+    events = read_events(runs, paths)
+    assert [(e.trials, e.request) for e in events if isinstance(e, Extended)] == [(10, 1)]
+    later = [e for e in events if isinstance(e, Asked)][len(asked) :]
+    drawn = [list(e.values) for e in later if e.purpose == "search"]
+    assert drawn == [["optimizer.learning_rate"]] * 2
+    # Trials that cannot win have no checkpoints any more; the winner's are the study's.
     trials = Trials(search, events)
     heads = [head.key for head in runs.list(paths.trials) if "/checkpoints/" in head.key]
-    best = {f"{group[0].number:04d}" for group in trials.ranked()[:3]}
-    assert {key.split("/")[2] for key in heads} == best
+    have = {int(key.split("/")[2]) for key in heads}
     result, winner = RunReader(runs, "study").result(), trials.winner()
     assert result is not None
     assert winner is not None
     assert str(result.best_checkpoint).startswith(f"trials/{winner.number:04d}/")
-
-
-def test_a_cloned_trial_goes_on_where_its_donor_stood(scene: Path, s3_store: Store) -> None:
-    tree = yaml.safe_load((scene / "job.yaml").read_text())
-    tree["search"] |= {
-        "scheduler": {"kind": "pbt", "population": 3, "every": 0.25, "quantile": 0.34},
-        "algorithm": "random",
-        "space": {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-1]}},
-    }
-    del tree["search"]["trials"], tree["search"]["finalists"]
-    (scene / "job.yaml").write_text(yaml.safe_dump(tree))
-    run = shoal("run", "job.yaml", "--run-id", "study", folder=scene)
-    output, _ = run.communicate(timeout=600)
-    assert run.returncode == 0, output
-    runs, paths = s3_store.within("runs"), RunPaths("study")
-    asked = [e for e in read_events(runs, paths) if isinstance(e, Asked)]
-    clones = [e for e in asked if e.donor is not None]
-    assert len(clones) == 3
-    for clone in clones:
-        assert clone.donor is not None
-        own = RunReader(runs, paths.trial(clone.trial).run_id)
-        steps = [line["step"] for line in own.metrics() if line["kind"] == "evaluation"]
-        assert min(steps) > clone.donor.step
+    assert winner.number in have
+    assert have < set(trials.by_number)
 
 
 # ------------------------------------------------------------------------------------- processes

@@ -30,8 +30,6 @@ SEARCH: dict[str, Any] = {
     "metric": "validation/loss",
     "space": {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-1]}},
     "algorithm": "random",
-    "scheduler": {"kind": "asha", "reduction_factor": 2, "first": 0.25},
-    "trials": 4,
     "baseline": False,
     "finalists": None,
 }
@@ -77,7 +75,14 @@ def evaluations(runs: Store, run_id: str) -> dict[int, dict[str, float]]:
 def test_trials_with_two_workers_survive_one_and_are_trained_as_they_would_be_alone(
     folder: Path, s3_store: Store
 ) -> None:
-    write_job(folder, s3_store, search={}, train={"epochs": 4}, workers={"count": 2})
+    halving = {"kind": "asha", "reduction_factor": 2, "first": 0.5}
+    write_job(
+        folder,
+        s3_store,
+        search={"trials": 2, "scheduler": halving},
+        train={"epochs": 2},
+        workers={"count": 2},
+    )
     runs, paths = s3_store.within("runs"), RunPaths("study")
     run = shoal("run", "job.yaml", "--run-id", "study", folder=folder)
     # The attempt is recorded before the model is read: there is all of the training ahead.
@@ -90,7 +95,7 @@ def test_trials_with_two_workers_survive_one_and_are_trained_as_they_would_be_al
     search = RunReader(runs, "study").spec().search
     assert search is not None
     trials = Trials(search, events)
-    assert len(trials) == 4
+    assert len(trials) == 2
     assert {trial.status for trial in trials.by_number.values()} <= {"stopped", "finished"}
     # The trial's own retries were not needed.
     assert not any(isinstance(event, Lost) for event in events)
@@ -102,7 +107,7 @@ def test_trials_with_two_workers_survive_one_and_are_trained_as_they_would_be_al
     for trial in trials.by_number.values():
         own = paths.trial(trial.number).run_id
         found = evaluations(runs, own)
-        assert len(found) == round(4 * trial.fraction)
+        assert len(found) == round(2 * trial.fraction)
         alone = f"alone-{trial.number}"
         run_ranks(assignment_of(RunReader(runs, own).spec(), alone), world_size=2)
         calm = evaluations(runs, alone)
@@ -111,7 +116,10 @@ def test_trials_with_two_workers_survive_one_and_are_trained_as_they_would_be_al
 
 def test_a_cluster_that_grows_gets_more_slots(folder: Path, s3_store: Store) -> None:
     write_job(
-        folder, s3_store, search={"scheduler": None, "max_concurrent": 3}, train={"epochs": 60}
+        folder,
+        s3_store,
+        search={"trials": 4, "scheduler": None, "max_concurrent": 3},
+        train={"epochs": 60},
     )
     runs, paths = s3_store.within("runs"), RunPaths("study")
 

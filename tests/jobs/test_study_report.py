@@ -78,6 +78,24 @@ def test_finalists_are_compared_by_mean_and_spread_over_seeds(report: dict[str, 
     assert first["mean"] > second["mean"]
 
 
+def test_a_finalist_that_failed_is_told_and_ranks_behind(local_store: Store) -> None:
+    made = SyntheticStudy(local_store)
+    best, other = (made.ask() for _ in range(2))
+    for number, value in ((best, 0.9), (other, 0.8)):
+        made.start(number, 1.0)
+        made.report(number, 1.0, value)
+        made.decide(number, "finish")
+    made.close()
+    made.finalists([best, other], seeds=1)
+    lost = made.ask(made.begun[best].values, repeat=2, repeats=best, purpose="finalist")
+    made.start(lost, 1.0)
+    made.fail(lost)
+    report = report_of(made)
+    shown = [(row["of"], len(row["scores"]), row["failed"]) for row in report["study"]["finalists"]]
+    assert shown == [(other, 1, 0), (best, 1, 1)]
+    assert "and 1 failed</td>" in render_html(report)
+
+
 def test_the_history_has_each_trial_and_the_best_so_far(report: dict[str, Any]) -> None:
     history = report["study"]["history"]
     assert [row["trial"] for row in history] == [n for n in range(24) if n not in (3, 11)]
