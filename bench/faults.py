@@ -158,7 +158,8 @@ def sick_run(
 
 
 def take_away(arena: Arena, proxy: FaultyProxy, outages: list[float], refused: list[int]) -> None:
-    """The outages, each once another checkpoint is there; adds how many requests met each."""
+    """The outages, each with the first save after another checkpoint is there; adds how many
+    requests met each."""
     seen = 0
     for seconds in outages:
         deadline = time.monotonic() + START_SECONDS
@@ -167,7 +168,9 @@ def take_away(arena: Arena, proxy: FaultyProxy, outages: list[float], refused: l
                 return
             time.sleep(0.2)
         seen, before = found, proxy.injected["away"]
-        proxy.outage(seconds)
+        began = proxy.outage(seconds, method="PUT", part="/checkpoints/")
+        if not began.wait(deadline - time.monotonic()):
+            return
         time.sleep(seconds)
         refused.append(proxy.injected["away"] - before)
 
@@ -261,11 +264,15 @@ def flip_bodies(arena: Arena, proxy: FaultyProxy, *, flips: int) -> dict[str, di
         asked = [r for r in proxy.requests[asked_before:] if r.startswith(method) and part in r]
         spoilt_before = len(proxy.spoilt)
         found = Counter({"found": 0, "accepted": 0})
-        for place in itertools.islice(
-            itertools.cycle(dice.sample(range(len(asked)), len(asked))), flips
-        ):
+        seen: Counter[str] = Counter()
+        places = []  # each request by its object and which of that object's it is: several are
+        for request in asked:  # under way at a time, in an order that differs
+            places.append((request.split(" ", 1)[1], seen[request]))
+            seen[request] += 1
+        order = dice.sample(places, len(places))
+        for path, place in itertools.islice(itertools.cycle(order), flips):
             spoilt = len(proxy.spoilt)
-            proxy.fail(kind, method, part, after=place)
+            proxy.fail(kind, method, path, after=place)
             found["found" if use() else "accepted"] += 1
             assert len(proxy.spoilt) == spoilt + 1, f"no bit was flipped in {name}"
         objects = set(asked)

@@ -3,7 +3,7 @@
 with proxy_to(endpoint_url) as proxy:       clients get proxy.url as their endpoint
     proxy.fail("drop", "GET", times=2)      the next two
     proxy.storm(0.1, KINDS, seed=7)         each with a chance of 10 %
-    proxy.outage(20)                        all of them, for 20 seconds
+    proxy.outage(20, method="PUT")          all of them, for 20 seconds from the next PUT on
     proxy.ignored = ("if-match",)           conditions of which the store hears nothing
 proxy.injected                              how many of each kind were really done
 """
@@ -102,6 +102,14 @@ class Fault:
     after: int = 0
     """So many that fit are let through first."""
 
+    def fits(self, method: str, path: str, headers: Sequence[str]) -> bool:
+        """Whether it is for such a request."""
+        return (
+            self.method == method
+            and self.part in path
+            and (not self.header or self.header.lower() in headers)
+        )
+
 
 @dataclass
 class FaultyProxy:
@@ -126,6 +134,7 @@ class FaultyProxy:
         self._random: random.Random | None = None
         self._share = 0.0
         self._kinds: Sequence[Kind] = ()
+        self._outage: tuple[Fault, float, threading.Event] | None = None
         self._away_until = 0.0
 
         class Handler(_Handler):
@@ -184,10 +193,11 @@ class FaultyProxy:
         with self._lock:
             self._random, self._share, self._kinds = random.Random(seed), share, tuple(kinds)
 
-    def outage(self, seconds: float) -> None:
-        """Drop every request for so long."""
+    def outage(self, seconds: float, *, method: str, part: str = "") -> threading.Event:
+        """Drop every request for so long, from the next one that fits on; set once it began."""
         with self._lock:
-            self._away_until = time.monotonic() + seconds
+            self._outage = Fault("away", method, part), seconds, threading.Event()
+            return self._outage[2]
 
     def count(self, method: str) -> int:
         return sum(request.startswith(f"{method} ") for request in self.requests)
@@ -196,15 +206,14 @@ class FaultyProxy:
         """The fault that this request meets."""
         with self._lock:
             self.requests.append(f"{method} {path}")
+            if self._outage is not None and self._outage[0].fits(method, path, headers):
+                _, seconds, began = self._outage
+                self._outage, self._away_until = None, time.monotonic() + seconds
+                began.set()
             if time.monotonic() < self._away_until:
                 return "away"
             for fault in self.faults:
-                if (
-                    fault.times
-                    and fault.method == method
-                    and fault.part in path
-                    and (not fault.header or fault.header.lower() in headers)
-                ):
+                if fault.times and fault.fits(method, path, headers):
                     if fault.after:
                         fault.after -= 1
                         continue
