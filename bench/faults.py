@@ -46,7 +46,6 @@ FLIPS: tuple[Kind, ...] = ("corrupt answer", "corrupt request")
 SLOW_BODIES = 2
 """Bodies of row groups that would take hours; each costs the minute after which it is given up."""
 WORKERS = 2
-START_SECONDS = 600
 SURE_WAIT_SECONDS = 1.5 * Transfer().retry_seconds
 """An outage that is longer cannot be bridged by repeating single requests."""
 LEAST_OF_SHARE = 0.8
@@ -130,9 +129,13 @@ def sick_run(
     if not arena.is_small:
         proxy.fail("trickle", "GET", "/train/shard", times=SLOW_BODIES)
     refused: list[int] = []
-    away = threading.Thread(target=take_away, args=(arena, proxy, outages, refused), daemon=True)
+    ended = threading.Event()
+    away = threading.Thread(
+        target=take_away, args=(arena, proxy, outages, refused, ended), daemon=True
+    )
     away.start()
     sick_seconds = run(arena, "sick", endpoint=proxy.url)
+    ended.set()
     away.join()
     proxy.storm(0.0, (), seed=arena.seed)
     proxy.faults.clear()
@@ -157,20 +160,25 @@ def sick_run(
     }
 
 
-def take_away(arena: Arena, proxy: FaultyProxy, outages: list[float], refused: list[int]) -> None:
+def take_away(
+    arena: Arena,
+    proxy: FaultyProxy,
+    outages: list[float],
+    refused: list[int],
+    ended: threading.Event,
+) -> None:
     """The outages, each with the first save after another checkpoint is there; adds how many
-    requests met each."""
+    requests met each. Those for which the run `ended` too early are left out."""
     seen = 0
     for seconds in outages:
-        deadline = time.monotonic() + START_SECONDS
         while (found := newest_step(arena.runs)) <= seen:
-            if time.monotonic() > deadline:
+            if ended.wait(0.2):
                 return
-            time.sleep(0.2)
         seen, before = found, proxy.injected["away"]
         began = proxy.outage(seconds, method="PUT", part="/checkpoints/")
-        if not began.wait(deadline - time.monotonic()):
-            return
+        while not began.wait(0.2):
+            if ended.is_set():
+                return
         time.sleep(seconds)
         refused.append(proxy.injected["away"] - before)
 
@@ -264,9 +272,11 @@ def flip_bodies(arena: Arena, proxy: FaultyProxy, *, flips: int) -> dict[str, di
         asked = [r for r in proxy.requests[asked_before:] if r.startswith(method) and part in r]
         spoilt_before = len(proxy.spoilt)
         found = Counter({"found": 0, "accepted": 0})
+        # Each request by its object, and which of that object's it is: several are under way at a
+        # time, and come in any order.
         seen: Counter[str] = Counter()
-        places = []  # each request by its object and which of that object's it is: several are
-        for request in asked:  # under way at a time, in an order that differs
+        places = []
+        for request in asked:
             places.append((request.split(" ", 1)[1], seen[request]))
             seen[request] += 1
         order = dice.sample(places, len(places))

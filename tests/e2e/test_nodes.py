@@ -54,8 +54,8 @@ class Failure:
     host: str
     before: Attempt
     after: Attempt
-    left: list[psutil.Process] = field(default_factory=list)
-    """What still ran there a while after the node had woken or come back."""
+    left: list[str] = field(default_factory=list)
+    """Commands that still ran there a while after the node had woken or come back."""
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,11 @@ class Play:
         hosting = [node for node in self._cluster.all if any(map(is_worker, node.processes()))]
         return hosting[rank]
 
-    def await_end_of(self, node: Node) -> list[psutil.Process]:
-        """Processes of the node that do not end by themselves."""
-        return psutil.wait_procs(node.processes(), timeout=END_SECONDS)[1]
+    def await_end_of(self, node: Node) -> list[str]:
+        """Commands of the node's processes that do not end by themselves."""
+        commands = {process: command_of(process) for process in node.processes()}
+        _, left = psutil.wait_procs(list(commands), timeout=END_SECONDS)
+        return [commands[process] for process in left]
 
     def _steps_of(self, attempt: Attempt) -> int:
         return sum(
@@ -210,9 +212,14 @@ class Play:
 
 
 def is_worker(process: psutil.Process) -> bool:
+    return "RayTrainWorker" in command_of(process)
+
+
+def command_of(process: psutil.Process) -> str:
+    """Empty where it has ended."""
     with suppress(psutil.NoSuchProcess):
-        return "RayTrainWorker" in " ".join(process.cmdline())
-    return False
+        return " ".join(process.cmdline())
+    return ""
 
 
 # ------------------------------------------------------------------------------- what it must show
