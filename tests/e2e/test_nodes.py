@@ -195,7 +195,13 @@ class Play:
         """Commands of the node's processes that do not end by themselves."""
         commands = {process: command_of(process) for process in node.processes()}
         _, left = psutil.wait_procs(list(commands), timeout=END_SECONDS)
-        return [commands[process] for process in left]
+        states = {process: state_of(process) for process in left}
+        return [
+            f"{state}: {commands[process]}"
+            for process, state in states.items()
+            # One that nobody has asked for its exit code has ended all the same.
+            if state not in (None, psutil.STATUS_ZOMBIE)
+        ]
 
     def _steps_of(self, attempt: Attempt) -> int:
         return sum(
@@ -213,6 +219,13 @@ class Play:
 
 def is_worker(process: psutil.Process) -> bool:
     return "RayTrainWorker" in command_of(process)
+
+
+def state_of(process: psutil.Process) -> str | None:
+    """None where it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return str(process.status())
+    return None
 
 
 def command_of(process: psutil.Process) -> str:
