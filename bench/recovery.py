@@ -91,9 +91,9 @@ def main() -> None:
     rounds = arguments.rounds or (1 if arguments.small else 3)
     kills = ("worker",) if arguments.small else ("worker", "worker", "worker", "node")
     with lab.place() as place, lab.object_store(place):
-        arena = Arena(place)
+        arena = Arena(place, is_small=arguments.small)
         with nodes(cpus=0, env=arena.environment()) as cluster:
-            cluster.add_several(WORKERS + 1, cpus=1)
+            cluster.add_several(WORKERS + ("node" in kills), cpus=1)
             measured = lab.interleaved(
                 {
                     name: Turns(arena, cluster, name, kills, seed=arguments.seed).run
@@ -114,10 +114,11 @@ def main() -> None:
 class Arena:
     """A model and data, and a command for each side."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, *, is_small: bool) -> None:
         self.place = place
         self.bucket = f"s3://{embedded.DEFAULT_BUCKET}"
-        self.model = tiny_model(place / "model", layers=4, hidden=128)
+        larger = {} if is_small else {"layers": 4, "hidden": 128}
+        self.model = tiny_model(place / "model", **larger)
         self.data = tiny_reviews(
             join_uri(self.bucket, "data"), rows=ROWS, rows_per_group=200, held_out=16
         )["train"]

@@ -90,7 +90,10 @@ def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop_and_is_extended(
     assert result is not None
     assert result.state is State.STOPPED
 
-    run = shoal("resume", join_uri(runs.uri, "study"), folder=scene)
+    early = [e.trial for e in read_events(runs, paths) if isinstance(e, Asked)]
+    narrow = "{optimizer.learning_rate: {loguniform: [2.0e-3, 8.0e-3]}}"
+    uri = join_uri(runs.uri, "study")
+    run = shoal("extend", uri, "--trials", "10", "--space", narrow, folder=scene)
     output, _ = run.communicate(timeout=600)
     assert run.returncode == 0, output
 
@@ -101,7 +104,7 @@ def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop_and_is_extended(
     assert search is not None
     events = read_events(runs, paths)
     trials = Trials(search, events)
-    assert trials.configurations == 8
+    assert trials.configurations == 10
     assert {t.status for t in trials.by_number.values()} <= {"stopped", "finished"}
     finished = [e.trial for e in events if isinstance(e, Decided) and e.decision == "finish"]
     assert len(finished) == len(set(finished))
@@ -125,24 +128,15 @@ def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop_and_is_extended(
     losses = [line["metrics"]["loss"] for line in own.metrics() if line["kind"] == "evaluation"]
     assert min(losses) == winner.best
 
-    narrow = "{optimizer.learning_rate: {loguniform: [2.0e-3, 8.0e-3]}}"
-    uri = join_uri(runs.uri, "study")
-    run = shoal("extend", uri, "--trials", "10", "--space", narrow, folder=scene)
-    output, _ = run.communicate(timeout=400)
-    assert run.returncode == 0, output
-    events = read_events(runs, paths)
+    # What came after the extension is of its space.
     assert [e.trials for e in events if isinstance(e, Extended)] == [10]
-    later = [e for e in events if isinstance(e, Asked)][len(asked) :]
-    drawn = [list(e.values) for e in later if e.purpose == "search"]
-    assert drawn == [["optimizer.learning_rate"]] * 2
+    later = [e for e in events if isinstance(e, Asked) and e.purpose == "search"]
+    drawn = [list(e.values) for e in later if e.trial not in early]
+    assert drawn
+    assert all(keys == ["optimizer.learning_rate"] for keys in drawn)
     # Trials that cannot win have no checkpoints any more; the winner's are the study's.
-    trials = Trials(search, events)
     heads = [head.key for head in runs.list(paths.trials) if "/checkpoints/" in head.key]
     have = {int(key.split("/")[2]) for key in heads}
-    result, winner = RunReader(runs, "study").result(), trials.winner()
-    assert result is not None
-    assert winner is not None
-    assert str(result.best_checkpoint).startswith(f"trials/{winner.number:04d}/")
     assert winner.number in have
     assert have < set(trials.by_number)
 
