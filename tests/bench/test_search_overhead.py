@@ -1,4 +1,4 @@
-"""bench/search_overhead.py: real trials end, and drivers of any size are measured."""
+"""bench/search_overhead.py: drivers of any size are measured, and what is made of the numbers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,6 @@ def test_drivers_of_any_size_are_measured(tmp_path: Path) -> None:
             assert one["events"] > 4 * int(trials)
             assert one["cpu_ms"] > one["ask_cpu_ms"] > 0
             assert one["clock_ms"] > one["append_clock_ms"] > 0
-
-
-@pytest.mark.timeout(600)
-def test_real_trials_come_to_their_ends(tmp_path: Path) -> None:
-    real = small("search_overhead.py", tmp_path, "--only", "real")["real"]
-    assert real["finished"] > 0
-    assert real["finished"] + real["stopped"] == real["trials"] == 6
-    assert real["first_start_seconds"] > 0
-    assert real["later_start_seconds"] > 0
 
 
 def test_seconds_of_a_trial_leave_out_the_first_ones(bench: Callable[[str], ModuleType]) -> None:
