@@ -77,13 +77,16 @@ def read_overview(reader: RunReader) -> Overview:
         return Overview(
             reader.run_id, reader.uri, None, str(error), None, None, None, None, submitted_at, None
         )
-    lease, result = reader.lease(), reader.result()
+    # In the order of jobs.situation.look.
+    lease = reader.lease()
+    has_ended = None if lease is None else driver_has_ended(lease)
+    result = reader.result()
     situation = derive_state(
         events=reader.newest_lines("events"),
         lease=lease,
         result=result,
         now=time.time(),
-        driver_has_ended=None if lease is None else driver_has_ended(lease),
+        driver_has_ended=has_ended,
         run=reader.run_id,
     )
     attempts = reader.attempts()

@@ -189,15 +189,16 @@ def look(
     study = reader.study
     if study is not None:
         return Look(_trial_situation(reader, study, now=now, onlooker=onlooker), None, None)
-    # In this order: a driver writes its result before it gives the lease back.
+    # In this order: a driver writes its result before it gives the lease back, and ends after that.
     lease = reader.lease() if onlooker is None else onlooker.lease_of(reader)
+    has_ended = None if lease is None else runs.driver_has_ended(lease)
     result = result or reader.result()
     situation = derive_state(
         events=reader.events(),
         lease=lease,
         result=result,
         now=time.time() if now is None else now,
-        driver_has_ended=None if lease is None else runs.driver_has_ended(lease),
+        driver_has_ended=has_ended,
         unchanged_seconds=None if onlooker is None else onlooker.unchanged_seconds,
         was_renewed=onlooker is not None and onlooker.was_renewed,
         run=reader.uri,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from synthetic import SyntheticRun
+from synthetic import SyntheticRun, running
 
 from cluster.storage import Store
 from jobs.onlooker import LONGEST_LOOK_SECONDS, Onlooker
+from jobs.overview import read_overview
 from jobs.record import Failure, Lease, Result, State
 from jobs.runs import RunReader
-from jobs.situation import derive_state, format_seconds
+from jobs.situation import derive_state, format_seconds, read_situation
 
 NOW = 1_790_000_000.0
 
@@ -141,6 +144,25 @@ def test_a_silent_driver_whose_process_exists_is_not_given_up() -> None:
 def test_a_driver_whose_process_has_ended_is_gone_at_once() -> None:
     found = derive_state(events=[], lease=lease(), result=None, now=NOW, driver_has_ended=True)
     assert found.state is State.FAILED_INFRA
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda reader: read_situation(reader).state, lambda reader: read_overview(reader).state],
+    ids=["one", "all"],
+)
+def test_a_driver_that_writes_its_result_and_ends_during_a_look_is_not_gone(
+    read: Callable[[RunReader], State | None], local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = running(local_store, now=time.time())
+
+    def ends_now(lease: Lease) -> bool:
+        run.finish(State.SUCCEEDED, attempt=1, step=120, time=time.time())
+        return True
+
+    monkeypatch.setattr("jobs.runs.driver_has_ended", ends_now)
+    monkeypatch.setattr("jobs.overview.driver_has_ended", ends_now)
+    assert read(RunReader(local_store, run.run_id)) is State.SUCCEEDED
 
 
 def test_a_lease_given_back_without_a_result_is_a_driver_that_is_gone() -> None:
