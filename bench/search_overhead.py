@@ -95,7 +95,7 @@ class Size:
 
 
 FULL = Size(rounds=2, trials=40, nested_trials=8, drivers=(100, 1_000, 10_000), real_trials=200)
-SMALL = Size(rounds=1, trials=6, nested_trials=4, drivers=(20,), real_trials=6)
+SMALL = Size(rounds=1, trials=6, nested_trials=4, drivers=(10, 20), real_trials=6)
 
 
 def main() -> int:
