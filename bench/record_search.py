@@ -6,8 +6,8 @@
 MiniLM-L6, cut to its embeddings and its last layer, learns the sentiment of short film reviews: 128
 configurations of learning rate, weight decay, dropout and batch size, a scrambled Sobol sequence
 over a space that is wider than anybody would search. Each is one run of Shoal's worker in a process
-with one thread. The best twelve are trained with two more seeds. See bench/search_table.py for what
-is recorded.
+with one thread. The best twelve are trained with two more seeds, and the best four of those with
+six more: three do not tell them apart. See bench/search_table.py for what is recorded.
 
 The last layer, as it has learned to gather a sentence's meaning in the first token: cut to its
 first layers, the model learns next to nothing from so few rows.
@@ -29,6 +29,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,7 @@ from search_table import (
     Space,
     Table,
     Values,
+    contenders_of,
     read_table,
     shortfalls,
     write_table,
@@ -85,6 +87,8 @@ class Size:
     configurations: int
     finalists: int
     seeds: int
+    contenders: int
+    contender_seeds: int
     layers: tuple[int, ...]
     """Of MiniLM-L6, which has 0 to 5; none: the tests' tiny model."""
     rows: Mapping[str, int]
@@ -114,17 +118,19 @@ class Size:
             evaluations=self.evaluations,
             finalists=self.finalists,
             seeds=self.seeds,
+            contenders=self.contenders,
+            contender_seeds=self.contender_seeds,
             margin=self.margin,
         )
 
 
 FULL = Size(
-    configurations=128, finalists=12, seeds=3, layers=(5,),
+    configurations=128, finalists=12, seeds=3, contenders=4, contender_seeds=9, layers=(5,),
     rows={"train": 1024, "validation": 800, "test": 100}, epochs=3, evaluations=12, max_tokens=32,
     batch_sizes=(4, 8, 16, 32, 64, 128), margin=0.1,
 )  # fmt: skip
 SMALL = Size(
-    configurations=3, finalists=2, seeds=2, layers=(),
+    configurations=3, finalists=2, seeds=2, contenders=1, contender_seeds=2, layers=(),
     rows={"train": 32, "validation": 16, "test": 4}, epochs=2, evaluations=4, max_tokens=32,
     batch_sizes=(4, 8, 16), margin=0.0,
 )  # fmt: skip
@@ -169,16 +175,23 @@ def record(path: Path, size: Size, *, configurations: int, processes: int) -> No
 
 
 def missing(table: Table, size: Size, *, configurations: int) -> list[tuple[Values, int]]:
-    """(values, seed) of the runs that come next: the configurations; then, once all of those are
-    there, the other seeds of the best; empty where the table is complete."""
+    """(values, seed) of the runs that come next: the configurations; once all of those are there,
+    the other seeds of the best; then those of the contenders. Empty where the table is complete."""
     held = [run.values for run in table.configurations]
     first = [values for values in design(size.space, configurations) if values not in held]
     if first:
         return [(values, FIRST_SEED) for values in first]
+    return seeds_missing(table, table.top(size.finalists), size.seeds) or seeds_missing(
+        table, contenders_of(table, size.demands), size.contender_seeds
+    )
+
+
+def seeds_missing(table: Table, runs: Sequence[Run], seeds: int) -> list[tuple[Values, int]]:
+    """(values, seed) of the seeds that these configurations lack."""
     return [
         (run.values, seed)
-        for run in table.top(size.finalists)
-        for seed in range(FIRST_SEED, FIRST_SEED + size.seeds)
+        for run in runs
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds)
         if seed not in {own.seed for own in table.seeds_of(run.values)}
     ]
 
@@ -415,11 +428,19 @@ def _finalists(table: Table, size: Size) -> Shown:
         f"{sum(run.seconds for run in table.runs) / 60:.0f} min",
         title_justify="left",
     )
-    for name in (*table.space.ranges, "seeds"):
+    for path in table.space.ranges:
+        shown.add_column(path.rpartition(".")[2], justify="right")
+    for name in ("first seed", "seeds", "mean", "deviation"):
         shown.add_column(name, justify="right")
     for run in table.top(size.finalists):
-        seeds = " ".join(f"{own.score:.4f}" for own in table.seeds_of(run.values))
-        shown.add_row(*(str(run.values[path]) for path in table.space.ranges), seeds)
+        own = table.seeds_of(run.values)
+        shown.add_row(
+            *(str(run.values[path]) for path in table.space.ranges),
+            f"{run.score:.4f}",
+            str(len(own)),
+            f"{table.mean(run.values):.4f}",
+            f"{statistics.stdev(o.score for o in own):.4f}" if len(own) > 1 else "",
+        )
     return shown
 
 

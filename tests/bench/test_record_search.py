@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,6 +74,10 @@ def test_configurations_come_first_and_then_the_seeds_of_the_best(script: Module
     assert script.missing(table, script.SMALL, configurations=3) == [(best[1], 1)]
     table = recorded(script, table, [(best[1], 1)])
     assert script.missing(table, script.SMALL, configurations=3) == []
+    longer = replace(script.SMALL, contender_seeds=4)
+    [winner] = table.contenders(1, of=2, seeds=2)
+    wanted = [(winner.values, 2), (winner.values, 3)]
+    assert script.missing(table, longer, configurations=3) == wanted
     more = script.missing(table, script.SMALL, configurations=5)
     assert [seed for _, seed in more] == [0, 0]
     assert script.missing(table, script.SMALL, configurations=2) == []
