@@ -62,6 +62,10 @@ class Range:
             low, high, value = math.log(low), math.log(high), math.log(value)
         return (value - low) / (high - low)
 
+    def holds(self, value: Any) -> bool:
+        """Whether it is a value of this range."""
+        return value in self.of if self.kind == "choice" else self.of[0] <= value <= self.of[1]
+
     def value(self, share: float) -> Any:
         """The value below which `share`, in [0, 1), of the range lies; four digits of a number."""
         if self.kind == "choice":
@@ -81,6 +85,10 @@ class Space:
     def coordinates(self, values: Values) -> npt.NDArray[np.float64]:
         """Where a configuration lies in the unit cube; shape [keys]."""
         return np.array([own.coordinate(values[path]) for path, own in self.ranges.items()])
+
+    def holds(self, values: Values) -> bool:
+        """Whether a configuration lies in it."""
+        return all(own.holds(values[path]) for path, own in self.ranges.items())
 
     def values(self, shares: Sequence[float]) -> Values:
         """The configuration at a point of the unit cube that is even over the values."""
