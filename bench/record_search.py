@@ -3,11 +3,12 @@
     python bench/record_search.py [--configurations N] [--processes N] [--table FILE] [--check]
                                   [--small]
 
-MiniLM-L6, cut to its embeddings and its last layer, learns the sentiment of short film reviews: 128
-configurations of learning rate, weight decay, dropout and batch size, a scrambled Sobol sequence
-over a space that is wider than anybody would search. Each is one run of Shoal's worker in a process
-with one thread. The best twelve are trained with two more seeds. See bench/search_table.py for what
-is recorded.
+MiniLM-L6, cut to its embeddings and its last layer, learns the sentiment of short film reviews: 160
+configurations of learning rate, weight decay, dropout and batch size, scrambled Sobol sequences
+over a space that is wider than anybody would search, 32 of them outside the core where the others
+lie, as the best of those lay at its border. Each is one run of Shoal's worker in a process with one
+thread. The best twelve are trained with two more seeds, and the best four of those with six more:
+three do not tell them apart. See bench/search_table.py for what is recorded.
 
 The last layer, as it has learned to gather a sentence's meaning in the first token: cut to its
 first layers, the model learns next to nothing from so few rows.
@@ -24,11 +25,13 @@ best may lie there.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +55,7 @@ from search_table import (
     Space,
     Table,
     Values,
+    contenders_of,
     read_table,
     shortfalls,
     write_table,
@@ -77,6 +81,17 @@ PROCESSES.set_forkserver_preload(
 )
 
 
+def space_of(most_weight_decay: float, batch_sizes: tuple[int, ...]) -> Space:
+    return Space(
+        {
+            "optimizer.learning_rate": Range("loguniform", (1e-5, 3e-2)),
+            "optimizer.weight_decay": Range("loguniform", (1e-3, most_weight_decay)),
+            "model.dropout": Range("uniform", (0.0, 0.6)),
+            "batching.global_batch_size": Range("choice", batch_sizes),
+        }
+    )
+
+
 @dataclass(frozen=True)
 class Size:
     """How much is recorded, and of what. All evaluations of a run are at a whole number of steps
@@ -85,6 +100,8 @@ class Size:
     configurations: int
     finalists: int
     seeds: int
+    contenders: int
+    contender_seeds: int
     layers: tuple[int, ...]
     """Of MiniLM-L6, which has 0 to 5; none: the tests' tiny model."""
     rows: Mapping[str, int]
@@ -93,46 +110,42 @@ class Size:
     epochs: int
     evaluations: int
     max_tokens: int
-    batch_sizes: tuple[int, ...]
+    core: Space
+    """Over which most of the configurations lie."""
+    space: Space
+    beyond: int
+    """Configurations of the space outside its core."""
     margin: float
-
-    @property
-    def space(self) -> Space:
-        return Space(
-            {
-                "optimizer.learning_rate": Range("loguniform", (1e-5, 3e-2)),
-                "optimizer.weight_decay": Range("loguniform", (1e-3, 10.0)),
-                "model.dropout": Range("uniform", (0.0, 0.6)),
-                "batching.global_batch_size": Range("choice", self.batch_sizes),
-            }
-        )
 
     @property
     def demands(self) -> Demands:
         return Demands(
-            configurations=self.configurations,
+            configurations=self.configurations + self.beyond,
             evaluations=self.evaluations,
             finalists=self.finalists,
             seeds=self.seeds,
+            contenders=self.contenders,
+            contender_seeds=self.contender_seeds,
             margin=self.margin,
         )
 
 
 FULL = Size(
-    configurations=128, finalists=12, seeds=3, layers=(5,),
+    configurations=128, finalists=12, seeds=3, contenders=4, contender_seeds=9, layers=(5,),
     rows={"train": 1024, "validation": 800, "test": 100}, epochs=3, evaluations=12, max_tokens=32,
-    batch_sizes=(4, 8, 16, 32, 64, 128), margin=0.1,
+    core=space_of(10.0, (4, 8, 16, 32, 64, 128)),
+    space=space_of(100.0, (2, 4, 8, 16, 32, 64, 128)), beyond=32, margin=0.1,
 )  # fmt: skip
 SMALL = Size(
-    configurations=3, finalists=2, seeds=2, layers=(),
+    configurations=3, finalists=2, seeds=2, contenders=1, contender_seeds=2, layers=(),
     rows={"train": 32, "validation": 16, "test": 4}, epochs=2, evaluations=4, max_tokens=32,
-    batch_sizes=(4, 8, 16), margin=0.0,
+    core=space_of(10.0, (4, 8, 16)), space=space_of(10.0, (4, 8, 16)), beyond=0, margin=0.0,
 )  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--configurations", type=int, metavar="N", help="at least this many")
+    parser.add_argument("--configurations", type=int, metavar="N", help="of the core, at least")
     parser.add_argument("--processes", type=int, metavar="N", help="runs at once; one a core")
     parser.add_argument("--table", type=Path, metavar="FILE", help=f"instead of bench/{PATH.name}")
     parser.add_argument("--check", action="store_true", help="record nothing")
@@ -169,28 +182,42 @@ def record(path: Path, size: Size, *, configurations: int, processes: int) -> No
 
 
 def missing(table: Table, size: Size, *, configurations: int) -> list[tuple[Values, int]]:
-    """(values, seed) of the runs that come next: the configurations; then, once all of those are
-    there, the other seeds of the best; empty where the table is complete."""
+    """(values, seed) of the runs that come next: the configurations; once all of those are there,
+    the other seeds of the best; then those of the contenders. Empty where the table is complete."""
     held = [run.values for run in table.configurations]
-    first = [values for values in design(size.space, configurations) if values not in held]
+    first = [values for values in design(size, configurations) if values not in held]
     if first:
         return [(values, FIRST_SEED) for values in first]
+    return seeds_missing(table, table.top(size.finalists), size.seeds) or seeds_missing(
+        table, contenders_of(table, size.demands), size.contender_seeds
+    )
+
+
+def seeds_missing(table: Table, runs: Sequence[Run], seeds: int) -> list[tuple[Values, int]]:
+    """(values, seed) of the seeds that these configurations lack."""
     return [
         (run.values, seed)
-        for run in table.top(size.finalists)
-        for seed in range(FIRST_SEED, FIRST_SEED + size.seeds)
+        for run in runs
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds)
         if seed not in {own.seed for own in table.seeds_of(run.values)}
     ]
 
 
-def design(space: Space, count: int) -> list[Values]:
-    """Configurations that fill the space evenly: a scrambled Sobol sequence (Owen 1998), whose
-    first ones stay the same when `count` grows."""
+def design(size: Size, count: int) -> list[Values]:
+    """Configurations that fill the core evenly, then those outside of it: scrambled Sobol sequences
+    (Owen 1998), of which the first ones stay the same when `count`, of the core, grows."""
+    outside = (v for v in sobol(size.space, 8 * size.beyond) if not size.core.holds(v))
+    return [*sobol(size.core, count), *itertools.islice(outside, size.beyond)]
+
+
+def sobol(space: Space, count: int) -> list[Values]:
     # Here, as each process of a run imports this file.
     from scipy.stats import qmc
 
+    if not count:
+        return []
     engine = qmc.Sobol(len(space.ranges), rng=np.random.default_rng(DESIGN_SEED))
-    points = engine.random_base2(max(0, math.ceil(math.log2(count))))[:count]
+    points = engine.random_base2(math.ceil(math.log2(count)))[:count]
     return [space.values(point.tolist()) for point in points]
 
 
@@ -415,11 +442,19 @@ def _finalists(table: Table, size: Size) -> Shown:
         f"{sum(run.seconds for run in table.runs) / 60:.0f} min",
         title_justify="left",
     )
-    for name in (*table.space.ranges, "seeds"):
+    for path in table.space.ranges:
+        shown.add_column(path.rpartition(".")[2], justify="right")
+    for name in ("first seed", "seeds", "mean", "deviation"):
         shown.add_column(name, justify="right")
     for run in table.top(size.finalists):
-        seeds = " ".join(f"{own.score:.4f}" for own in table.seeds_of(run.values))
-        shown.add_row(*(str(run.values[path]) for path in table.space.ranges), seeds)
+        own = table.seeds_of(run.values)
+        shown.add_row(
+            *(str(run.values[path]) for path in table.space.ranges),
+            f"{run.score:.4f}",
+            str(len(own)),
+            f"{table.mean(run.values):.4f}",
+            f"{statistics.stdev(o.score for o in own):.4f}" if len(own) > 1 else "",
+        )
     return shown
 
 

@@ -62,6 +62,10 @@ class Range:
             low, high, value = math.log(low), math.log(high), math.log(value)
         return (value - low) / (high - low)
 
+    def holds(self, value: Any) -> bool:
+        """Whether it is a value of this range."""
+        return value in self.of if self.kind == "choice" else self.of[0] <= value <= self.of[1]
+
     def value(self, share: float) -> Any:
         """The value below which `share`, in [0, 1), of the range lies; four digits of a number."""
         if self.kind == "choice":
@@ -81,6 +85,10 @@ class Space:
     def coordinates(self, values: Values) -> npt.NDArray[np.float64]:
         """Where a configuration lies in the unit cube; shape [keys]."""
         return np.array([own.coordinate(values[path]) for path, own in self.ranges.items()])
+
+    def holds(self, values: Values) -> bool:
+        """Whether a configuration lies in it."""
+        return all(own.holds(values[path]) for path, own in self.ranges.items())
 
     def values(self, shares: Sequence[float]) -> Values:
         """The configuration at a point of the unit cube that is even over the values."""
@@ -150,13 +158,14 @@ class Table:
         """The best configurations by their first seed, the best first."""
         return sorted(self.configurations, key=lambda run: -run.score)[:count]
 
-    def best(self, count: int) -> Run | None:
-        """The one of the top `count` whose mean score over its seeds is the highest."""
-        return max(
-            self.top(count),
-            key=lambda run: statistics.fmean(own.score for own in self.seeds_of(run.values)),
-            default=None,
-        )
+    def contenders(self, count: int, *, of: int, seeds: int) -> list[Run]:
+        """Those of the top `of` with the highest mean score over the first `seeds` seeds, the best
+        first: what makes them so does not change with more seeds."""
+        return sorted(self.top(of), key=lambda run: -self.mean(run.values, seeds=seeds))[:count]
+
+    def mean(self, values: Values, *, seeds: int | None = None) -> float:
+        """The mean score of a configuration over its first seeds, or all of them."""
+        return statistics.fmean(run.score for run in self.seeds_of(values)[:seeds])
 
     def with_run(self, run: Run, machine: Mapping[str, Any]) -> Table:
         """The table with one more run, or with another in place of the same one."""
@@ -196,8 +205,18 @@ class Demands:
     finalists: int
     """The best configurations, which are recorded with several seeds."""
     seeds: int
+    contenders: int
+    """Of those, the best by the mean over these seeds, which are recorded with more: the best of
+    them by the mean over all of its seeds is the table's best."""
+    contender_seeds: int
     margin: float
-    """Part of each range, at either end, in which the best must not lie."""
+    """Part of each range, at either end, in which the best must not lie, where the range could go
+    on: there is no dropout below 0."""
+
+
+def contenders_of(table: Table, demands: Demands) -> list[Run]:
+    """Those that may be the best, by what was asked of the table."""
+    return table.contenders(demands.contenders, of=demands.finalists, seeds=demands.seeds)
 
 
 def shortfalls(table: Table, demands: Demands) -> list[str]:
@@ -213,17 +232,19 @@ def shortfalls(table: Table, demands: Demands) -> list[str]:
                 f"{run.values}, seed {run.seed}, has {len(run.steps)} evaluations instead of "
                 f"{demands.evaluations}"
             )
-    for place, run in enumerate(table.top(demands.finalists), 1):
-        seeds = len(table.seeds_of(run.values))
-        if seeds < demands.seeds:
-            found.append(
-                f"place {place}, {run.values}, is recorded with {seeds} of {demands.seeds} seeds"
-            )
-    best = table.best(demands.finalists)
-    if best is not None:
+    contenders = contenders_of(table, demands)
+    wanted = [("place", run, demands.seeds) for run in table.top(demands.finalists)]
+    wanted += [("contender", run, demands.contender_seeds) for run in contenders]
+    for kind, run, seeds in wanted:
+        held = len(table.seeds_of(run.values))
+        if held < seeds:
+            found.append(f"{kind} {run.values} is recorded with {held} of {seeds} seeds")
+    if contenders:
+        best = max(contenders, key=lambda run: table.mean(run.values))
         for path, own in table.space.ranges.items():
             share = own.coordinate(best.values[path])
-            if not demands.margin <= share <= 1 - demands.margin:
+            low = 0.0 if own.kind == "uniform" and own.of[0] == 0 else demands.margin
+            if not low <= share <= 1 - demands.margin:
                 found.append(
                     f"the best has {path} {best.values[path]}, which is {share:.0%} of its range, "
                     f"on the edge of {list(own.of)}"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,10 +40,15 @@ def recorded(script: ModuleType, table: Any, wanted: list[tuple[Any, int]]) -> A
 
 
 def test_a_design_is_even_and_grows_at_its_end(script: ModuleType) -> None:
-    space = script.FULL.space
-    whole = script.design(space, 128)
-    assert script.design(space, 100) == whole[:100]
-    assert script.design(space, 1) == whole[:1]
+    space, beyond = script.FULL.core, script.FULL.beyond
+    whole = script.design(script.FULL, 128)
+    few = script.design(script.FULL, 100)
+    assert few == whole[:100] + whole[128:]
+    assert len(whole) == 128 + beyond
+    assert all(map(space.holds, whole[:128]))
+    assert not any(map(space.holds, whole[128:]))
+    assert all(map(script.FULL.space.holds, whole))
+    whole = whole[:128]
     for path, own in space.ranges.items():
         if own.kind == "choice":
             counts = Counter(values[path] for values in whole)
@@ -55,7 +61,7 @@ def test_a_design_is_even_and_grows_at_its_end(script: ModuleType) -> None:
 
 def test_each_batch_size_is_evaluated_at_whole_steps(script: ModuleType) -> None:
     for size in (script.FULL, script.SMALL):
-        for batch in size.batch_sizes:
+        for batch in size.space.ranges["batching.global_batch_size"].of:
             assert size.rows["train"] % batch == 0
             assert size.epochs * size.rows["train"] % (batch * size.evaluations) == 0
 
@@ -73,6 +79,10 @@ def test_configurations_come_first_and_then_the_seeds_of_the_best(script: Module
     assert script.missing(table, script.SMALL, configurations=3) == [(best[1], 1)]
     table = recorded(script, table, [(best[1], 1)])
     assert script.missing(table, script.SMALL, configurations=3) == []
+    longer = replace(script.SMALL, contender_seeds=4)
+    [winner] = table.contenders(1, of=2, seeds=2)
+    wanted = [(winner.values, 2), (winner.values, 3)]
+    assert script.missing(table, longer, configurations=3) == wanted
     more = script.missing(table, script.SMALL, configurations=5)
     assert [seed for _, seed in more] == [0, 0]
     assert script.missing(table, script.SMALL, configurations=2) == []

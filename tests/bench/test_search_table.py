@@ -111,18 +111,21 @@ def test_a_run_that_is_made_again_takes_the_place_of_the_first(tables: ModuleTyp
     assert [run.machine for run in table.runs] == [1, 0]
 
 
-def test_the_best_is_that_of_the_highest_mean_over_seeds(tables: ModuleType) -> None:
+def test_contenders_are_those_of_the_highest_mean_over_seeds(tables: ModuleType) -> None:
     lucky = [run_of(tables, 1e-3, score=0.9), run_of(tables, 1e-3, score=0.3, seed=1)]
     steady = [run_of(tables, 1e-4, score=0.8), run_of(tables, 1e-4, score=0.8, seed=1)]
     table = filled(tables, *lucky, *steady, run_of(tables, 1e-2, score=0.7))
     assert [run.score for run in table.top(2)] == [0.9, 0.8]
-    assert table.best(2).values["rate"] == 1e-4
-    assert table.best(1).values["rate"] == 1e-3
-    assert filled(tables).best(2) is None
+    assert table.mean(lucky[0].values) == pytest.approx(0.6)
+    assert table.mean(lucky[0].values, seeds=1) == 0.9
+    rates = [run.values["rate"] for run in table.contenders(2, of=2, seeds=2)]
+    assert rates == [1e-4, 1e-3]
+    assert [run.values["rate"] for run in table.contenders(1, of=2, seeds=1)] == [1e-3]
+    assert filled(tables).contenders(2, of=2, seeds=2) == []
 
 
 def test_what_a_table_lacks_is_told(tables: ModuleType) -> None:
-    demands = tables.Demands(configurations=3, evaluations=2, finalists=2, seeds=2, margin=0.1)
+    demands = demands_of(tables, configurations=3, finalists=2, seeds=2)
     seeds = [run_of(tables, rate, seed=seed, score=0.8) for rate in (1e-3, 1e-2) for seed in (0, 1)]
     right = filled(tables, *seeds, run_of(tables, 1e-4, score=0.7))
     assert tables.shortfalls(right, demands) == []
@@ -130,7 +133,7 @@ def test_what_a_table_lacks_is_told(tables: ModuleType) -> None:
     [few] = tables.shortfalls(filled(tables, *seeds), demands)
     assert few == "2 of 3 configurations are recorded"
     [seed] = tables.shortfalls(filled(tables, *seeds[:3], run_of(tables, 1e-4)), demands)
-    assert "place 2" in seed
+    assert seed.startswith("place {'rate': 0.01")
     assert "1 of 2 seeds" in seed
     [short] = tables.shortfalls(
         filled(tables, *seeds, replace(run_of(tables, 1e-4), steps=(4,))), demands
@@ -138,17 +141,42 @@ def test_what_a_table_lacks_is_told(tables: ModuleType) -> None:
     assert "1 evaluations instead of 2" in short
     diverged = replace(run_of(tables, 1e-4), steps=(4,), failure="the loss is not finite")
     assert tables.shortfalls(filled(tables, *seeds, diverged), demands) == []
+    more = replace(demands, contender_seeds=3)
+    [contender] = tables.shortfalls(right, more)
+    assert contender.startswith("contender {'rate': 0.001")
+    assert "2 of 3 seeds" in contender
+    right = right.with_run(run_of(tables, 1e-3, seed=2, score=0.1), {"cpu": "one"})
+    assert tables.shortfalls(right, more) == []
+
+
+def demands_of(tables: ModuleType, *, configurations: int, finalists: int, seeds: int) -> Any:
+    return tables.Demands(
+        configurations=configurations,
+        evaluations=2,
+        finalists=finalists,
+        seeds=seeds,
+        contenders=1,
+        contender_seeds=seeds,
+        margin=0.1,
+    )
 
 
 @pytest.mark.parametrize(("path", "value"), [("rate", 2e-5), ("dropout", 0.46), ("batch", 8)])
 def test_a_best_one_on_an_edge_is_told(tables: ModuleType, path: str, value: float) -> None:
-    demands = tables.Demands(configurations=1, evaluations=2, finalists=1, seeds=1, margin=0.1)
+    demands = demands_of(tables, configurations=1, finalists=1, seeds=1)
     run = run_of(tables, 1e-3)
     assert tables.shortfalls(filled(tables, run), demands) == []
     [edge] = tables.shortfalls(
         filled(tables, replace(run, values=run.values | {path: value})), demands
     )
     assert f"the best has {path} {value}" in edge
+
+
+def test_a_dropout_near_0_is_not_on_an_edge(tables: ModuleType) -> None:
+    demands = demands_of(tables, configurations=1, finalists=1, seeds=1)
+    run = run_of(tables, 1e-3)
+    none = replace(run, values=run.values | {"dropout": 0.0})
+    assert tables.shortfalls(filled(tables, none), demands) == []
 
 
 def test_a_table_is_read_as_it_was_written(tables: ModuleType, tmp_path: Path) -> None:
