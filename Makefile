@@ -32,7 +32,7 @@ export no_proxy := $(NO_PROXY)
 help:
 	@echo 'make demo    fine-tune a real model on real data, on two workers, through an S3 store'
 	@echo 'make test    run the tests                    (make test ARGS="-k stream")'
-	@echo 'make chaos   the experiments of bench/ in full: kills, faults, speed (about 3 hours)'
+	@echo 'make chaos   the experiments of bench/ in full: kills, faults, speed (hours)'
 	@echo 'make check   formatting, lint, types, import fences'
 	@echo 'make clean   stop the demo store; remove .venv, .shoal, .assets and all caches'
 
