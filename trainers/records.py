@@ -6,6 +6,7 @@ Nothing here needs torch: a driver imports it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from pydantic import ValidationError
@@ -35,13 +36,36 @@ def read_manifests(store: Store, paths: RunPaths) -> list[Manifest]:
 
 def read_manifests_and_damage(store: Store, paths: RunPaths) -> tuple[list[Manifest], list[str]]:
     """(manifests by step, what is wrong with each damaged one)."""
+    return manifests_in(store, paths, list_checkpoints(store, paths))
+
+
+def list_checkpoints(store: Store, paths: RunPaths) -> dict[str, list[str]]:
+    """Keys in each folder of checkpoints, whole or not, by the folder's name.
+
+    From the objects, not from the folders: SeaweedFS names those some time after they are empty,
+    and a run that saves often would look into all that it has ever deleted.
+    """
+    keys: dict[str, list[str]] = {}
+    for head in store.list(paths.checkpoints):
+        folder, _, name = head.key.removeprefix(paths.checkpoints).partition("/")
+        if name:
+            keys.setdefault(folder, []).append(head.key)
+    return keys
+
+
+def manifests_in(
+    store: Store, paths: RunPaths, listed: Mapping[str, Sequence[str]]
+) -> tuple[list[Manifest], list[str]]:
+    """(manifests by step, what is wrong with each damaged one) in the folders listed."""
     manifests, damaged = [], []
-    for folder in store.list_folders(paths.checkpoints):
+    for folder, keys in listed.items():
         key = f"{paths.checkpoints}{folder}/manifest.json"
+        if key not in keys:
+            continue  # parts without a manifest are no checkpoint
         try:
             manifests.append(read_whole(store, key, partial(_parse_manifest, key), hint=""))
         except ObjectMissing:
-            continue  # parts without a manifest are no checkpoint
+            continue  # deleted since it was listed
         except DamagedObject as error:
             damaged.append(str(error))
     return sorted(manifests, key=lambda m: m.name), damaged

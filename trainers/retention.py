@@ -22,7 +22,7 @@ from jobs.record import (
     rightful,
 )
 from jobs.spec import JobSpec
-from trainers.records import read_attempts, read_manifests
+from trainers.records import list_checkpoints, manifests_in, read_attempts
 from trainers.telemetry import Telemetry
 
 
@@ -39,9 +39,9 @@ def apply_retention(
     """
     metric, mode, _ = spec.best
     try:
-        folders = store.list_folders(paths.checkpoints)
-        found = [name for name in map(CheckpointName.parse, folders) if name is not None]
-        manifests = read_manifests(store, paths)
+        listed = list_checkpoints(store, paths)
+        found = [name for name in map(CheckpointName.parse, listed) if name is not None]
+        manifests, _ = manifests_in(store, paths, listed)
         attempts = rightful(read_attempts(store, paths))
         if attempts[-1].attempt > attempt:
             telemetry.event("warning", "a newer attempt goes on: old checkpoints are left to it")
@@ -56,12 +56,9 @@ def apply_retention(
             mode=mode,
         )
         for name in removed:
-            # Some servers still name a folder some time after its last object was deleted.
-            keys = [head.key for head in store.list(paths.checkpoint(name))]
-            if keys:
-                store.delete([paths.manifest(name)])
-                store.delete(keys)
-                telemetry.event("retention", f"deleted step {name.step}", step=name.step)
+            store.delete([paths.manifest(name)])
+            store.delete(listed[name.folder])
+            telemetry.event("retention", f"deleted step {name.step}", step=name.step)
     except EnvironmentFault as error:
         telemetry.event("warning", f"old checkpoints could not be deleted: {error}")
 
