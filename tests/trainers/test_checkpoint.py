@@ -662,6 +662,34 @@ def test_retention_removes_parts_and_manifest(scene: Scene) -> None:
         scene.runs.read(PATHS.manifest(CheckpointName(2, 1)))
 
 
+class Counting:
+    """A store that counts what is asked of it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls += 1
+        return getattr(self._store, name)
+
+
+def test_what_a_save_asks_of_the_store_does_not_grow_with_what_was_deleted(
+    scene: Scene, s3_store: Store
+) -> None:
+    """The store still names the folders of checkpoints that were deleted."""
+    counting = Counting(s3_store)
+    asked = []
+    with writing(scene, store=counting, checkpoint={"keep_last": 1}) as run:  # type: ignore[arg-type]
+        s3_store.write(PATHS.attempt(1), scene.runs.read(PATHS.attempt(1)))
+        for step in range(1, 9):
+            before = counting.calls
+            run.save(step)
+            asked.append(counting.calls - before)
+    assert len(set(asked[1:])) == 1, asked
+    assert [m.step for m in read_manifests(s3_store, PATHS)] == [8]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
 def test_the_threads_that_store_give_way_to_those_that_train(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
