@@ -12,11 +12,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -24,6 +22,7 @@ from cluster.storage import Store, join_uri
 from jobs.record import RunPaths, State
 from jobs.runs import RunReader
 from jobs.status import read_status
+from tests.e2e.commands import is_actor, shoal, tree_of, wait_for, wait_until_none_is_left
 from tests.evidence import final_weights, losses, rows_by_epoch
 from tests.tiny import tiny_model, tiny_reviews, tiny_tree
 from trainers.records import read_attempts, read_manifests
@@ -62,11 +61,7 @@ def scene(tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> I
     )
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
     yield tmp_path
-    # Those of a driver that was killed end by themselves, once they miss it.
-    deadline = time.monotonic() + 240
-    while left := [p for p in psutil.process_iter(["environ"]) if is_of(p, tmp_path / "cache")]:
-        assert time.monotonic() < deadline, f"left running: {left}"
-        time.sleep(0.2)
+    wait_until_none_is_left(tmp_path / "cache")
 
 
 def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
@@ -93,9 +88,9 @@ def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
     began = time.monotonic()
     run = shoal("resume", reader.uri, folder=scene)
     wait_for(lambda: newest_step(runs) >= stopped_at + 40, run)
-    worker = next(filter(is_worker, tree_of(run)))
+    worker = next(p for p in tree_of(run) if is_actor(p, "RayTrainWorker"))
     # No rows come through Ray Data: a recovery does not wait for a process of it.
-    assert not any(is_titled(process, "DatasetManager") for process in tree_of(run))
+    assert not any(is_actor(process, "DatasetManager") for process in tree_of(run))
     worker.kill()
     wait_for(lambda: len(read_attempts(runs, RunPaths("lively"))) == 3, run)
     after_worker = newest_step(runs)
@@ -139,16 +134,6 @@ def test_a_run_survives_ctrl_c_a_dead_worker_and_a_dead_driver(
     assert spent.seconds["recovery"] == spent.lost_seconds == 0
 
 
-def shoal(*arguments: str, folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def under_torchrun(scene: Path) -> subprocess.Popen[str]:
     """The same job by torchrun, in an environment in which Ray cannot be imported."""
     hook = scene / "no-ray"
@@ -167,34 +152,5 @@ def under_torchrun(scene: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 400
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(f"it ended or hung: {process.communicate()[0]}")
-        time.sleep(0.1)
-
-
 def newest_step(runs: Store) -> int:
     return max((m.step for m in read_manifests(runs, RunPaths("lively"))), default=0)
-
-
-def tree_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The driver of an attended run and all that it has started, not the command itself."""
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def is_of(process: psutil.Process, cache: Path) -> bool:
-    return (process.info["environ"] or {}).get("SHOAL_CACHE") == str(cache)
-
-
-def is_worker(process: psutil.Process) -> bool:
-    return is_titled(process, "RayTrainWorker")
-
-
-def is_titled(process: psutil.Process, name: str) -> bool:
-    """Whether it is Ray's process of an actor of this class; one that has ended is not."""
-    with suppress(psutil.NoSuchProcess):
-        return name in " ".join(process.cmdline())
-    return False

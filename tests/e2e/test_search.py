@@ -4,15 +4,10 @@ that of its best trial."""
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -22,6 +17,7 @@ from jobs.runs import RunReader
 from jobs.study.events import Asked, Decided, Extended, Lost, Reported
 from jobs.study.log import read_events
 from jobs.study.trials import Trials
+from tests.e2e.commands import is_actor, shoal, tree_of, wait_for, wait_until_none_is_left
 from tests.tiny import tiny_model, tiny_reviews, tiny_tree
 
 pytestmark = pytest.mark.timeout(900)
@@ -55,24 +51,22 @@ def scene(tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> I
     )
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
     yield tmp_path
-    deadline = time.monotonic() + 240
-    while left := [p for p in psutil.process_iter(["environ"]) if is_of(p, tmp_path / "cache")]:
-        assert time.monotonic() < deadline, f"left running: {left}"
-        time.sleep(0.2)
+    wait_until_none_is_left(tmp_path / "cache")
 
 
 def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop_and_is_extended(
     scene: Path, s3_store: Store
 ) -> None:
     runs, paths = s3_store.within("runs"), RunPaths("study")
+    log = RunReader(runs, "study")
 
     def reports() -> int:
-        return sum(isinstance(event, Reported) for event in read_events(runs, paths))
+        return sum(isinstance(event, Reported) for event in log.study_events())
 
     run = shoal("run", "job.yaml", "--run-id", "study", folder=scene)
     wait_for(lambda: reports() >= 2, run)
-    next(filter(is_slot, tree_of(run))).kill()
-    wait_for(lambda: any(isinstance(e, Lost) for e in read_events(runs, paths)), run)
+    next(p for p in tree_of(run) if is_actor(p, "Slot", "ResourceTrainable")).kill()
+    wait_for(lambda: any(isinstance(e, Lost) for e in log.study_events()), run)
     before = reports()
     wait_for(lambda: reports() >= before + 2, run)
     for process in tree_of(run):
@@ -139,45 +133,3 @@ def test_a_study_survives_dead_slots_a_dead_driver_and_a_stop_and_is_extended(
     have = {int(key.split("/")[2]) for key in heads}
     assert winner.number in have
     assert have < set(trials.by_number)
-
-
-# ------------------------------------------------------------------------------------- processes
-
-
-def shoal(*arguments: str, folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 400
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(f"it ended or hung: {process.communicate()[0]}")
-        time.sleep(0.1)
-
-
-def tree_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The driver of an attended run and all that it has started, not the command itself."""
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def is_of(process: psutil.Process, cache: Path) -> bool:
-    return (process.info["environ"] or {}).get("SHOAL_CACHE") == str(cache)
-
-
-def is_slot(process: psutil.Process) -> bool:
-    """Whether it is Ray's process of a slot; one that has ended is not.
-
-    It is called by its class, and during a call by the class that Tune makes of that.
-    """
-    with suppress(psutil.NoSuchProcess):
-        title = " ".join(process.cmdline())
-        return "ray::Slot" in title or "ray::ResourceTrainable" in title
-    return False

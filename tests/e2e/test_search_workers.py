@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from jobs.runs import RunReader
 from jobs.study.events import Lost, Started
 from jobs.study.log import read_events
 from jobs.study.trials import Trials
-from tests.e2e.test_search import is_of, shoal, tree_of, wait_for
+from tests.e2e.commands import is_actor, shoal, tree_of, wait_for, wait_until_none_is_left
 from tests.ranks import assignment_of, run_ranks
 from tests.raylets import raylets
 from tests.tiny import tiny_model, tiny_reviews, tiny_tree
@@ -44,14 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     # But for what ranks were forked from, which stays for others.
     own = {process.pid for process in psutil.Process().children(recursive=True)}
-    deadline = time.monotonic() + 240
-    while left := [
-        process
-        for process in psutil.process_iter(["environ"])
-        if is_of(process, tmp_path / "cache") and process.pid not in own
-    ]:
-        assert time.monotonic() < deadline, f"left running: {left}"
-        time.sleep(0.2)
+    wait_until_none_is_left(tmp_path / "cache", but=own)
 
 
 def write_job(folder: Path, store: Store, *, search: dict[str, Any], **parts: Any) -> None:
@@ -63,8 +54,8 @@ def write_job(folder: Path, store: Store, *, search: dict[str, Any], **parts: An
     (folder / "job.yaml").write_text(yaml.safe_dump(tree))
 
 
-def messages(runs: Store) -> list[str]:
-    return [str(event["message"]) for event in RunReader(runs, "study").events()]
+def messages(reader: RunReader) -> list[str]:
+    return [str(event["message"]) for event in reader.events()]
 
 
 def evaluations(runs: Store, run_id: str) -> dict[int, dict[str, float]]:
@@ -87,7 +78,7 @@ def test_trials_with_two_workers_survive_one_and_are_trained_as_they_would_be_al
     run = shoal("run", "job.yaml", "--run-id", "study", folder=folder)
     # The attempt is recorded before the model is read: there is all of the training ahead.
     wait_for(lambda: runs.head(paths.trial(0).attempt(1)) is not None, run)
-    next(filter(is_worker, tree_of(run))).kill()
+    next(p for p in tree_of(run) if is_actor(p, "RayTrainWorker")).kill()
     output, _ = run.communicate(timeout=600)
     assert run.returncode == 0, output
 
@@ -100,7 +91,7 @@ def test_trials_with_two_workers_survive_one_and_are_trained_as_they_would_be_al
     # The trial's own retries were not needed.
     assert not any(isinstance(event, Lost) for event in events)
     assert runs.head(paths.trial(0).attempt(2)) is not None
-    told = [text for text in messages(runs) if text.startswith("trial 0: ")]
+    told = [text for text in messages(RunReader(runs, "study")) if text.startswith("trial 0: ")]
     assert len(told) == 1, told
     assert told[0].endswith("the workers are started again from the last checkpoint")
 
@@ -121,25 +112,18 @@ def test_a_cluster_that_grows_gets_more_slots(folder: Path, s3_store: Store) -> 
         search={"trials": 4, "scheduler": None, "max_concurrent": 3},
         train={"epochs": 60},
     )
-    runs, paths = s3_store.within("runs"), RunPaths("study")
+    reader = RunReader(s3_store.within("runs"), "study")
 
     def slots() -> set[str]:
-        return {event.slot for event in read_events(runs, paths) if isinstance(event, Started)}
+        return {event.slot for event in reader.study_events() if isinstance(event, Started)}
 
     with raylets(cpus=1) as cluster:
         run = shoal("run", "job.yaml", "--run-id", "study", folder=folder)
-        wait_for(lambda: any("1 of 3 slots: room for 1" in text for text in messages(runs)), run)
+        wait_for(lambda: any("1 of 3 slots: room for 1" in text for text in messages(reader)), run)
         assert len(slots()) == 1
         cluster.add(cpus=1)
         wait_for(lambda: len(slots()) == 2, run)
-        wait_for(lambda: any("2 of 3 slots: room for 2" in text for text in messages(runs)), run)
+        wait_for(lambda: any("2 of 3 slots: room for 2" in text for text in messages(reader)), run)
         run.send_signal(signal.SIGINT)
         output, _ = run.communicate(timeout=300)
         assert run.returncode == 130, output
-
-
-def is_worker(process: psutil.Process) -> bool:
-    """Whether it is Ray's process of a worker of a trial."""
-    with suppress(psutil.NoSuchProcess):
-        return "ray::RayTrainWorker" in " ".join(process.cmdline())
-    return False

@@ -17,6 +17,7 @@ from cluster.storage import open_store
 from jobs.record import RunPaths, State
 from jobs.runs import RunReader
 from jobs.status import read_status
+from tests.e2e.commands import wait_for
 from tests.raylets import raylets
 from tests.tiny import tiny_job, tiny_model, tiny_reviews
 
@@ -163,7 +164,8 @@ def test_a_run_waits_for_its_nodes_and_survives_workers_that_die_while_they_are_
             [sys.executable, "-c", DRIVER, runs.uri, str(marks)], start_new_session=True
         )
         try:
-            wait_for(reader, driver, "waits for nodes: 2 workers need 2 x 1 CPU")
+            waits = "waits for nodes: 2 workers need 2 x 1 CPU"
+            wait_for(lambda: any(waits in told for told in messages(reader)), driver)
             cluster.add(cpus=1)
             assert driver.wait(300) == 0
         finally:
@@ -177,14 +179,6 @@ def test_a_run_waits_for_its_nodes_and_survives_workers_that_die_while_they_are_
     assert ["RayTaskError(ConnectionResetError)" in message for message in broken] == [False, True]
     assert len(list(marks.iterdir())) == 3
     assert [attempt.attempt for attempt in reader.attempts()] == [1]
-
-
-def wait_for(reader: RunReader, driver: subprocess.Popen[bytes], message: str) -> None:
-    deadline = time.monotonic() + 300
-    while not any(message in told for told in messages(reader)):
-        assert driver.poll() is None, "the driver has ended"
-        assert time.monotonic() < deadline, messages(reader)
-        time.sleep(0.2)
 
 
 def messages(reader: RunReader) -> list[str]:
