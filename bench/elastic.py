@@ -87,6 +87,9 @@ class Plan:
     workers: int
     changes: tuple[Change, ...]
     steps: int
+    store_is_slow: bool = False
+    """Saves take their time, and training waits for them: nodes come and go in the same seconds,
+    but fewer steps are made meanwhile, all of which the fixed run makes, too."""
 
     @property
     def counts(self) -> list[int]:
@@ -109,7 +112,8 @@ SMALL = Plan(
         Change(taken=1, store_refuses=True),
         Change(taken=1, joining=1),
     ),
-    steps=30,
+    steps=60,
+    store_is_slow=True,
 )
 
 
@@ -168,21 +172,29 @@ def _prepare(place: Path, plan: Plan) -> Store:
 def _run_elastic(
     place: Path, runs: Store, plan: Plan, cluster: Raylets, proxy: FaultyProxy
 ) -> None:
+    def recover() -> None:
+        proxy.faults.clear()
+        if plan.store_is_slow:
+            proxy.fail("late", "PUT", "checkpoints/", times=_EVER)
+
+    recover()
     nodes = [cluster.add(cpus=1, drain_seconds=GRACE_SECONDS) for _ in range(plan.workers)]
     reader = RunReader(runs, RUN)  # one for all: it reads no line twice
     with _process(["-m", "jobs.cli", "run", "job.yaml", "--run-id", RUN], place) as run:
         attempt = _await(run, reader, after=0, workers=plan.workers, steps=plan.steps)
         for change in plan.changes:
             if change.store_refuses:
+                proxy.faults.clear()
                 proxy.fail("slow down", "PUT", "checkpoints/", times=_EVER)
             nodes = _make(change, cluster, nodes)
             if change.store_refuses:
                 _await(run, reader, after=attempt, workers=len(nodes), steps=0)
-                proxy.faults.clear()
+                recover()
             attempt = _await(run, reader, after=attempt, workers=len(nodes), steps=plan.steps)
         _say("the head is taken")
         cluster.head.process.send_signal(signal.SIGTERM)
         run.wait(WAIT_SECONDS)
+    proxy.faults.clear()
     result = reader.result()
     assert result is not None
     assert result.failure is not None

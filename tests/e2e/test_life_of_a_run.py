@@ -29,9 +29,9 @@ from trainers.records import read_attempts, read_manifests
 
 pytestmark = pytest.mark.timeout(900)
 
-ROWS = 1500
+ROWS = 1000
 EPOCHS = 5
-TOTAL_STEPS = 940
+TOTAL_STEPS = 625
 NO_RAY = """
 import sys
 

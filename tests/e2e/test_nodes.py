@@ -9,6 +9,7 @@ of rows that one undisturbed rank reads.
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from jobs.record import Attempt, State
 from jobs.runs import RunReader
 from jobs.submit import request_stop
 from tests.evidence import global_batches, rows_by_epoch
+from tests.faulty_proxy import proxy_to
 from tests.nodes import Node, Nodes, nodes
 from tests.tiny import tiny_model, tiny_reviews, tiny_tree
 from trainers.data.cache import NodeCache
@@ -89,7 +91,16 @@ def story(bucket: Store, tmp_path_factory: pytest.TempPathFactory) -> Story:
         retries={"worker_failures": 10},
     )
     (folder / "job.yaml").write_text(yaml.safe_dump(tree))
-    return play(folder, open_store(join_uri(place.uri, "runs")))
+    runs = open_store(join_uri(place.uri, "runs"))
+    # The store takes its time over each save, for which the next one waits: nodes fail and come
+    # back in minutes, and all that is trained meanwhile is counted in the end.
+    with (
+        proxy_to(os.environ["AWS_ENDPOINT_URL_S3"]) as proxy,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        proxy.fail("late", "PUT", "checkpoints/", times=10**9)
+        return play(folder, runs)
 
 
 def play(folder: Path, runs: Store) -> Story:

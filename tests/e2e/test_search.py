@@ -47,6 +47,7 @@ def scene(tmp_path: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> I
         {**data, "seed": 3},
         join_uri(s3_store.uri, "runs"),
         train={"epochs": 4},
+        checkpoint={"every_steps": 20},
         search=SEARCH,
     )
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))

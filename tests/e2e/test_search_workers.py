@@ -45,8 +45,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     wait_until_none_is_left(tmp_path / "cache", but=own)
 
 
-def write_job(folder: Path, store: Store, *, search: dict[str, Any], **parts: Any) -> None:
-    data = tiny_reviews(join_uri(store.uri, "data"), rows=320, rows_per_group=64, held_out=90)
+def write_job(
+    folder: Path, store: Store, *, search: dict[str, Any], rows: int = 320, **parts: Any
+) -> None:
+    data = tiny_reviews(join_uri(store.uri, "data"), rows=rows, rows_per_group=64, held_out=90)
     del data["test"]
     runs = join_uri(store.uri, "runs")
     model = tiny_model(folder / "model")
@@ -110,7 +112,9 @@ def test_a_cluster_that_grows_gets_more_slots(folder: Path, s3_store: Store) -> 
         folder,
         s3_store,
         search={"trials": 4, "scheduler": None, "max_concurrent": 3},
-        train={"epochs": 60},
+        rows=9600,
+        train={"epochs": 2, "log_every_steps": 100},
+        checkpoint={"every_steps": 200},
     )
     reader = RunReader(s3_store.within("runs"), "study")
 
