@@ -22,7 +22,6 @@
     evaluations/DIGEST/metrics.json             written last
     study/00000001.json                         what happened in a study: jobs/study/log.py
     trials/0007/...                             a trial of it: a run of its own
-    ray/generation-0001/...                     Ray Train's own notes; never read
     result.json                                 how the run ended; written last
     deleting.json                               the run is being deleted; readers refuse it
 
@@ -532,11 +531,6 @@ class RunPaths:
     def trial(self, number: int) -> RunPaths:
         """The run folder of a study's trial."""
         return RunPaths(self._join("trials", f"{number:04d}"))
-
-    @property
-    def ray(self) -> str:
-        """Folder of Ray Train's own notes; never read."""
-        return self._join("ray")
 
     @property
     def report_html(self) -> str:

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import ray.exceptions
 from ray.train.v2._internal.exceptions import RayTrainError
@@ -22,17 +23,20 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from cluster.ray_runtime import is_attached, resources_of
-from cluster.storage import is_s3, open_store
-from jobs.errors import ShoalError
+from cluster.storage import StorageError, Store, open_store
+from jobs.errors import EnvironmentFault, Problem, ShoalError
 from jobs.record import Failure, Outcome, RunPaths, State
 from jobs.spec import JobSpec, Retries
 from trainers.assignment import Assignment
 from trainers.controls import last_attempt
 from trainers.notices import Kind, NoticeReader, Told, write_notice
+from trainers.patience import Patience
 from trainers.ray_controller import (
     EndedWhileWaiting,
     RunController,
+    blamed_rank,
     cause_of_failure,
+    is_of_another_rank,
     restart_notice,
 )
 from trainers.ray_trainer import GroupConfig, RunTrainer, train
@@ -129,9 +133,11 @@ def _fit_once(
         controls_seen=assignment.controls_seen,
         notices=notices.path,
     )
+    notes = notices.path.parent
     run_config = _run_config(
-        assignment, controller, notices.counts, start=start, given_way=given_way, python=python
-    )
+        assignment, controller, notices.counts,
+        notes=notes, start=start, given_way=given_way, python=python,
+    )  # fmt: skip
     trainer = RunTrainer(
         train,
         is_own_cluster=is_own_cluster,
@@ -142,6 +148,13 @@ def _fit_once(
     )
     try:
         result = trainer.fit()
+    except OSError as error:
+        raise EnvironmentFault(
+            Problem(
+                f"Ray's notes cannot be kept in {notes}: {error}",
+                "free space there, or set TMPDIR to another folder",
+            )
+        ) from error
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         cause = error.controller_failure if isinstance(error, ControllerError) else error
         if isinstance(cause, EndedWhileWaiting):
@@ -168,26 +181,24 @@ def _run_config(
     controller: RunController,
     counts: Mapping[str, int],
     *,
+    notes: Path,
     start: int,
     given_way: int,
     python: str | None = None,
 ) -> RunConfig:
-    """Ray keeps its own notes in the run folder, apart for each start (and each leg of a trial):
-    they are never read.
+    """Ray keeps its own notes in the folder `notes` of this machine, apart for each start (and each
+    leg of a trial): they are never read, and a start waits for no store because of them.
 
     A folder that Ray has seen before would make it resume what it holds. `counts` and `given_way`
     are the restarts for which earlier controllers have used up the budgets.
     """
-    spec, retries = assignment.spec, assignment.spec.retries
-    runs = open_store(spec.store.uri, spec.store.access)
-    root = f"{runs.filesystem_root}/{RunPaths(assignment.run_id).ray}"
+    retries = assignment.spec.retries
     unlimited = retries.preemptions == "unlimited"
     taken = counts["preemption"] + given_way
     leg = "" if assignment.trial is None else f"leg-{assignment.trial.leg:04d}-"
     return RunConfig(
         name=f"generation-{assignment.generation:04d}-{leg}start-{start:04d}",
-        storage_path=root,
-        storage_filesystem=runs.filesystem() if is_s3(runs.uri) else None,
+        storage_path=str(notes),
         failure_config=FailureConfig(
             max_failures=max(0, retries.worker_failures - counts["failure"]),
             max_preemption_failures=-1 if unlimited else max(0, int(retries.preemptions) - taken),
@@ -201,7 +212,7 @@ def _run_config(
 
 def _ended(assignment: Assignment, state: State) -> Outcome:
     """The outcome of a run that was ended while it had no workers."""
-    store = open_store(assignment.spec.store.uri, assignment.spec.store.access)
+    store = _patient_store(assignment.spec)
     paths = RunPaths(assignment.run_id)
     live = read_live_manifests(store, paths)
     return Outcome(
@@ -236,18 +247,25 @@ def _too_often_taken(ended: Outcome, limit: int | str) -> Failure:
 
 def _told_before(assignment: Assignment) -> Failure | None:
     """What a rank of the last attempt could still tell, before its process ended."""
-    store = open_store(assignment.spec.store.uri, assignment.spec.store.access)
-    crash = last_crash(store, RunPaths(assignment.run_id), generation=assignment.generation)
+    store, paths = _patient_store(assignment.spec), RunPaths(assignment.run_id)
+    try:
+        crash = last_crash(store, paths, generation=assignment.generation)
+    except StorageError:
+        return None  # then what Ray says of it is told
     return None if crash is None else crash.failure
+
+
+def _patient_store(spec: JobSpec) -> Store:
+    patience = Patience(limit_seconds=60 * spec.retries.wait_minutes)
+    return patience.store(open_store(spec.store.uri, spec.store.access))
 
 
 def _failure(error: Exception) -> Failure:
     """What ended the last try, from Ray's wrapping of it."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
-        causes = {r: cause_of_failure(c) for r, c in error.worker_failures.items()}
-        # What a rank tells the user, before what it did to those that were waiting for it.
-        rank = min(causes, key=lambda r: (not isinstance(causes[r], ShoalError), r))
-        base, cause = causes[rank], error.worker_failures[rank]
+        rank = blamed_rank(error.worker_failures)
+        cause = error.worker_failures[rank]
+        base = cause_of_failure(cause)
         where = f"rank {rank}"
         if isinstance(base, ShoalError):
             return Failure.of(base, where=where)
@@ -273,9 +291,10 @@ def _failure(error: Exception) -> Failure:
 
 
 def _state_of_crash(error: BaseException) -> State:
-    """A worker process that vanished is the environment's fault, an exception is the code's."""
+    """A worker process that vanished is the environment's fault, and so is one that others lost in
+    the midst of a collective; any other exception is the code's."""
     is_rays = isinstance(error, ray.exceptions.RayError | RayTrainError)
-    return State.FAILED_INFRA if is_rays else State.FAILED_USER
+    return State.FAILED_INFRA if is_rays or is_of_another_rank(error) else State.FAILED_USER
 
 
 def _last_line(error: BaseException) -> str:

@@ -8,14 +8,17 @@ RunFailurePolicy says there which budget a failure counts for.
 from __future__ import annotations
 
 import logging
+import re
 import time
 import traceback
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train.v2._internal.exceptions import (
+    RayTrainError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
@@ -42,7 +45,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from cluster.ray_runtime import describe_shortage, free_on_nodes, room_for, staying_nodes
 from cluster.storage import StorageError, Store, open_store
-from jobs.errors import ClusterError, Problem
+from jobs.errors import ClusterError, Problem, ShoalError
 from jobs.record import RunPaths, State
 from jobs.spec import JobSpec
 from trainers.controls import ask_to_yield, last_attempt, requests_to
@@ -51,6 +54,8 @@ from trainers.patience import Patience
 
 _LOOK_SECONDS = 1.0
 _POLL_SECONDS = 0.25
+_LOST_PEER = re.compile(r"gloo/transport|Connection (closed|reset) by peer|\bNCCL\b|ncclUniqueId")
+"""In what gloo and NCCL say to a rank whose collective another has left."""
 
 _log = logging.getLogger(__name__)
 
@@ -163,10 +168,13 @@ class RunController(ControllerCallback, WorkerGroupCallback):
                         "retries.wait_minutes is how long this is waited for",
                     )
                 )
-            if room >= workers.fewest:
+            has_room = room >= workers.fewest
+            if not has_room:
+                self._tell_once("waiting", f"waits for nodes: {self._shortage(nodes)}")
+            if not has_room or self._failed_start:  # no worker hears them
+                self._heed_requests()
+            if has_room:
                 return room
-            self._tell_once("waiting", f"waits for nodes: {self._shortage(nodes)}")
-            self._heed_requests()
             time.sleep(_LOOK_SECONDS)
 
     def _shortage(self, nodes: list[dict[str, float]]) -> str:
@@ -286,6 +294,34 @@ def cause_of_failure(failure: BaseException) -> BaseException:
     return getattr(failure, "_base_exc", failure)
 
 
+def blamed_rank(failures: Mapping[int, BaseException]) -> int:
+    """The rank, of those that failed at one time, that the others most likely failed for: one that
+    tells the user something, one that died, one with an error of its own, and at last one that was
+    only left alone; of equal ones the first."""
+
+    def place(rank: int) -> tuple[int, int]:
+        cause = cause_of_failure(failures[rank])
+        if isinstance(cause, ShoalError):
+            return 0, rank
+        if isinstance(cause, RayError | RayTrainError):
+            return 1, rank
+        return (3 if is_of_another_rank(cause) else 2), rank
+
+    return min(failures, key=place)
+
+
+def is_of_another_rank(cause: BaseException) -> bool:
+    """Whether it is what a collective raises because another rank has ended, or cannot be reached.
+
+    gloo raises plain RuntimeErrors; torch's own are told by their name, as the driver loads no
+    torch.
+    """
+    names = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}
+    own = {kind.__name__ for kind in type(cause).__mro__}
+    is_lost = isinstance(cause, RuntimeError) and _LOST_PEER.search(str(cause)) is not None
+    return bool(names & own) or is_lost
+
+
 def restart_notice(error: TrainingFailedError) -> tuple[Kind, str]:
     """Whether the workers are started again for a pre-emption or a failure, and the sentence."""
     again = "the workers are started again from the last checkpoint"
@@ -300,7 +336,7 @@ def restart_notice(error: TrainingFailedError) -> tuple[Kind, str]:
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     if not failures:
         return "failure", f"{type(error).__name__}; {again}"
-    rank = min(failures)
+    rank = blamed_rank(failures)
     name = type(cause_of_failure(failures[rank])).__name__
     return "failure", f"rank {rank} failed ({name}); {again}"
 

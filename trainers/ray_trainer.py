@@ -40,6 +40,8 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from trainers.loading import without_collections
 from trainers.ray_controller import RunFailurePolicy
 
+_LOAD_SECONDS = 1800.0
+"""How long workers may take to load what they need: nothing watches them yet."""
 _LEAVE_SECONDS = 30.0
 """How long workers may take to leave their group, which ends with their processes anyway."""
 
@@ -169,8 +171,8 @@ class Group(Backend):
     share_cuda_visible_devices = True  # NCCL connects the GPUs of a node by their numbers.
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Raises what a worker's part of it raises, or that worker's death."""
-        ray.get(worker_group.execute_async(load))
+        """Raises what a worker's part of it raises, or that worker's death, or GetTimeoutError."""
+        ray.get(worker_group.execute_async(load), timeout=_LOAD_SECONDS)
         # Now, as the port is free only for the moment.
         address, port = worker_group.execute_single(0, get_address_and_port)
         where = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
@@ -180,7 +182,7 @@ class Group(Backend):
             )
             for rank in range(len(worker_group))
         ]
-        ray.get(joining)
+        ray.get(joining)  # which gives up by itself
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         try:
@@ -190,9 +192,10 @@ class Group(Backend):
 
 
 def load() -> None:
-    """In a worker: loads what training needs."""
+    """In a worker: loads what training needs, and keeps where it was placed."""
     with without_collections():
-        import trainers.ray_worker  # noqa: F401
+        from trainers.ray_worker import remember_room
+    remember_room()
 
 
 def join(backend: str, where: str, rank: int, world_size: int) -> None:

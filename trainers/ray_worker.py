@@ -6,11 +6,17 @@ import time
 
 import ray.train
 import ray.train.torch
+import ray.util
 import torch
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from ray.train.v2.api.preemption import PreemptionInfo
+from ray.util.placement_group import PlacementGroup
 
+from cluster.storage import StorageError, open_store
+from jobs.record import RunPaths
 from trainers.assignment import Assignment, EvaluationReport, StudyAt, Verdict
+from trainers.fence import Fence, Superseded
+from trainers.telemetry import log
 from trainers.verdicts import ask
 from trainers.worker import train_worker
 
@@ -19,7 +25,39 @@ def train_on_ray(assignment: Assignment) -> str:
     """Trains as the rank that Ray Train has made of this process; the outcome as JSON."""
     study_at = None if assignment.trial is None else assignment.trial.study_at
     session = RaySession(use_gpu=bool(assignment.spec.workers.gpus), study_at=study_at)
-    return train_worker(session, assignment).model_dump_json()
+    has_failed = True
+    try:
+        outcome = train_worker(session, assignment)
+        has_failed = outcome.failure is not None
+        return outcome.model_dump_json()
+    finally:
+        if has_failed:
+            _give_room_to_successor(assignment)
+
+
+def _give_room_to_successor(assignment: Assignment) -> None:
+    """Removes the workers' placement group, and this process with it, once another driver has the
+    run: theirs may be frozen, and Ray keeps for it what the other needs. A trial's room is its
+    study's."""
+    if _room is None or assignment.trial is not None:
+        return
+    store = open_store(assignment.spec.store.uri, assignment.spec.store.access)
+    try:
+        Fence(store, RunPaths(assignment.run_id), generation=assignment.generation).check()
+    except Superseded:
+        ray.util.remove_placement_group(_room)
+    except StorageError as error:
+        log.warning("who drives the run cannot be told: %s", error)
+
+
+_room: PlacementGroup | None = None
+
+
+def remember_room() -> None:
+    """Keeps where this process was placed. Ray tells it in the thread of an actor's calls alone,
+    not in that of training."""
+    global _room
+    _room = ray.util.get_current_placement_group()
 
 
 class RaySession:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from jobs.errors import ClusterError, Problem
+from jobs.errors import ClusterError, DataError, EnvironmentFault, Problem
 from jobs.record import Failure, Outcome, State
 from tests.ranks import assignment_of
 from tests.tiny import tiny_job
@@ -26,7 +27,7 @@ from trainers import fit as module
 from trainers.assignment import Assignment, TrialPlan
 from trainers.fit import fit
 from trainers.notices import NoticeReader, write_notice
-from trainers.ray_controller import RunController
+from trainers.ray_controller import RunController, restart_notice
 from trainers.ray_worker import preemption_notice
 
 
@@ -210,6 +211,51 @@ def test_a_worker_that_died_once_too_often_is_no_fault_of_the_user(
     assert "WorkerHealthCheckFailedError" not in ended.problems[0][0]
 
 
+ALONE = RuntimeError(
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer "
+    "[127.0.0.1]:3433"
+)
+"""What gloo says on a rank that another has left."""
+
+
+@pytest.mark.parametrize(
+    ("errors", "state", "rank"),
+    [
+        ({0: ALONE, 2: WorkerHealthCheckFailedError("died", failure=DIED)}, "FAILED_INFRA", 2),
+        ({0: ALONE, 1: ALONE}, "FAILED_INFRA", 0),
+        ({0: ALONE, 1: ValueError("no such label")}, "FAILED_USER", 1),
+        ({0: ValueError("broken off"), 1: DataError(Problem("row 7"))}, "FAILED_USER", 1),
+    ],
+    ids=["one died", "nobody knows why", "one has an error", "one tells the user"],
+)
+def test_of_ranks_that_fail_together_the_one_that_the_others_failed_for_is_told(
+    tmp_path: Path,
+    broken: type[TrainerStub],
+    errors: dict[int, Exception],
+    state: str,
+    rank: int,
+) -> None:
+    broken.errors = [WorkerGroupError("failed", errors)]
+    ended = fit(assignment(tmp_path), Told())  # type: ignore[arg-type]
+    assert isinstance(ended, Failure)
+    assert (ended.state, ended.where) == (state, f"rank {rank}")
+    assert ended.state.ends_retries == (state == "FAILED_USER")
+    kind, notice = restart_notice(WorkerGroupError("failed", errors))
+    assert kind == "failure"
+    assert notice.startswith(f"rank {rank} failed (")
+
+
+def test_a_machine_that_has_no_room_for_rays_notes_is_no_fault_of_the_user(
+    tmp_path: Path, broken: type[TrainerStub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: TrainerStub) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(broken, "fit", full)
+    with pytest.raises(EnvironmentFault, match=r"notes cannot be kept in .*No space left"):
+        fit(assignment(tmp_path), Told())  # type: ignore[arg-type]
+
+
 def test_what_our_own_part_of_the_controller_says_is_not_tried_again(
     tmp_path: Path, broken: type[TrainerStub]
 ) -> None:
@@ -240,7 +286,7 @@ def test_what_earlier_controllers_have_used_up_is_not_given_to_the_next(tmp_path
 
     def failures(counts: Counter[str], *, given_way: int) -> tuple[int, int]:
         config = module._run_config(
-            job, controller, counts, start=9, given_way=given_way
+            job, controller, counts, notes=tmp_path, start=9, given_way=given_way
         ).failure_config
         assert config is not None
         return config.max_failures, config.max_preemption_failures
@@ -258,14 +304,19 @@ def test_each_start_has_a_name_of_its_own_since_ray_resumes_names_that_it_knows(
     controller = RunController(
         job.spec, "run", generation=1, controls_seen=0, notices=tmp_path / "notices"
     )
-    names = [
-        module._run_config(job, controller, Counter(), start=start, given_way=0).name
-        for start in range(1, 4)
-    ]
+
+    def name_of(job: Assignment, start: int) -> str | None:
+        notes = tmp_path / "notes"
+        config = module._run_config(
+            job, controller, Counter(), notes=notes, start=start, given_way=0
+        )
+        assert config.storage_path == str(notes)
+        return config.name
+
+    names = [name_of(job, start) for start in range(1, 4)]
     assert names == [f"generation-0001-start-000{n}" for n in range(1, 4)]
     trial = replace(job, trial=TrialPlan("study", "validation/loss", "min", leg=3))
-    of_leg = module._run_config(trial, controller, Counter(), start=1, given_way=0)
-    assert of_leg.name == "generation-0001-leg-0003-start-0001"
+    assert name_of(trial, 1) == "generation-0001-leg-0003-start-0001"
 
 
 def test_the_notice_of_a_node_that_is_taken_says_when() -> None:

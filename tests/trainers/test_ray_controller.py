@@ -139,6 +139,20 @@ def test_a_run_that_waits_for_nodes_ends_when_it_is_asked_to(
     assert pickle.loads(pickle.dumps(ended.value)).state is state
 
 
+def test_a_run_whose_room_is_held_by_something_else_ends_when_it_is_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, store = waiting(tmp_path, monkeypatch)
+    monkeypatch.setattr(module, "staying_nodes", lambda: [{"CPU": 8.0, "memory": 1e12}])
+    store.write(PATHS.attempt(2), b"{}")
+    request = Control(kind="stop", requested_at=0.0)
+    store.write(PATHS.control_request(1), request.to_bytes())
+    assert controller._await_room() == 8, "its workers will hear it"
+    controller._failed_start = "2 workers were given no place in the time that Ray waits for it"
+    with pytest.raises(EndedWhileWaiting):
+        controller._await_room()
+
+
 @pytest.mark.parametrize(
     ("attempt", "generation"),
     [(2, GENERATION), (3, GENERATION - 1)],
