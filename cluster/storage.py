@@ -47,6 +47,8 @@ _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 class StorageError(EnvironmentFault):
     """The store could not do what was asked; transient faults have been retried before."""
 
+    is_of_place = True
+
 
 class StoreAway(StorageError):  # noqa: N818 - named for what it says, as KeyError is not
     """The store did not answer, or only with errors that pass, for as long as these are retried."""
@@ -57,6 +59,8 @@ class StoreAway(StorageError):  # noqa: N818 - named for what it says, as KeyErr
 
 class ObjectMissing(StorageError):  # noqa: N818
     """There is no object `key`."""
+
+    is_of_place = False
 
     def __init__(self, key: str, *problems: Problem | str) -> None:
         super().__init__(*(problems or (f"there is no {key}",)))
@@ -69,9 +73,13 @@ class ObjectMissing(StorageError):  # noqa: N818
 class DamagedObject(StorageError):  # noqa: N818
     """The object is there, but its content is not what was once written."""
 
+    is_of_place = False
+
 
 class PreconditionFailed(StorageError):  # noqa: N818
     """The object `key` is not, or no longer, the one that a conditional write was to replace."""
+
+    is_of_place = False
 
     def __init__(self, key: str, *problems: Problem | str) -> None:
         super().__init__(*(problems or (f"{key} was changed by another writer",)))

@@ -27,6 +27,8 @@ class ShoalError(Exception):
     """
 
     exit_code = 1
+    is_of_place = False
+    """Whether it is the store or the cluster that is not usable, for other work as well."""
 
     def __init__(self, *problems: Problem | str) -> None:
         self.problems = tuple(p if isinstance(p, Problem) else Problem(p) for p in problems)
@@ -70,6 +72,8 @@ class EnvironmentFault(ShoalError):  # noqa: N818 - a fault of the place, not a 
 
 class ClusterError(EnvironmentFault):
     """The Ray or Kubernetes cluster is not usable."""
+
+    is_of_place = True
 
 
 def render_error(error: ShoalError) -> str:

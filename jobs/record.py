@@ -154,6 +154,8 @@ class Failure(Record):
     exit_code: int = 1
     traceback: str | None = None
     """For bugs; None for a user's error."""
+    is_of_place: bool = False
+    """As of ShoalError. Not of a process that died or hung."""
 
     @classmethod
     def of(cls, error: BaseException, *, where: str) -> Failure:
@@ -164,6 +166,7 @@ class Failure(Record):
                 problems=tuple((p.message, p.hint) for p in error.problems),
                 where=where,
                 exit_code=error.exit_code,
+                is_of_place=error.is_of_place,
             )
         return cls(
             state=State.FAILED_USER,

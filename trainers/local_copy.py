@@ -27,6 +27,8 @@ _READS = 3
 class DamagedPart(StorageError):  # noqa: N818 - named for what it says
     """A stored file is not what its record, or its own digest, says."""
 
+    is_of_place = False
+
 
 reads_again = tenacity.retry(
     # The way here may have spoilt what is whole in the store.

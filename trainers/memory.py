@@ -80,14 +80,20 @@ def passes_over(lengths: IntArray, cutting: Cutting) -> Iterator[None]:
         raise MicrobatchTooLarge(rows=rows, tokens=tokens) from error
 
 
+class MemoryFault(ClusterError):  # noqa: N818
+    """A micro-batch does not fit into a worker's memory; the next attempt's are smaller."""
+
+    is_of_place = False
+
+
 def memory_fault(error: MicrobatchTooLarge, *, step: int, spec: JobSpec) -> ShoalError:
-    """The same for the user: a ClusterError where smaller micro-batches may help, else a
+    """The same for the user: a MemoryFault where smaller micro-batches may help, else a
     TrainingError. `spec` is the job with the limit that was in force."""
     if error.rows > 1:
         limit = spec.batching.max_tokens_per_microbatch
         included = "" if spec.batching.packing else ", padding included,"
         held = "" if limit == "auto" else f" (the limit was {limit} tokens)"
-        return ClusterError(
+        return MemoryFault(
             Problem(
                 f"after step {step} a micro-batch of {error.rows} rows and {error.tokens} tokens"
                 f"{included} does not fit into memory{held}",

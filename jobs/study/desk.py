@@ -309,7 +309,8 @@ class Desk:
         outcome = gone.outcome
         failure = gone.crash if outcome is None else outcome.failure
         if failure is not None and (outcome is None or not failure.state.ends_retries):
-            self._take_setback(slot, number, failure, is_own=outcome is None)
+            is_own = outcome is None and not failure.is_of_place
+            self._take_setback(slot, number, failure, is_own=is_own)
         elif failure is not None:
             self._warn(f"trial {number} failed: {failure.problems[0][0]}")
             self._engine.failed(number, failure)

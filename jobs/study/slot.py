@@ -102,6 +102,7 @@ class Gone:
 
     outcome: Outcome | None
     crash: Failure | None = None
+    """Where there is no outcome: what its workers, or the slot itself, broke off with."""
     is_taken: bool = False
     """Whether the slot's node is to go: the slot is given no other trial."""
 
@@ -215,7 +216,7 @@ class Stretch:
             record_end(store, assignment, ended)
             return Gone(ended)
         except Exception as error:
-            # As a retry may go otherwise: the desk counts it.
+            # A retry may go otherwise: the desk says who pays for it.
             _log.exception("the trial broke off")
             return Gone(None, Failure.of(error, where=f"slot on {socket.gethostname()}"))
 

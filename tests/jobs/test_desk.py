@@ -11,8 +11,8 @@ pytest.importorskip("ray")
 
 from synthetic import START, SyntheticRun, make_spec
 
-from cluster.storage import Store
-from jobs.errors import EnvironmentFault, SpecError
+from cluster.storage import ObjectMissing, Store, StoreAway
+from jobs.errors import ClusterError, EnvironmentFault, SpecError
 from jobs.record import Attempt, Failure, Outcome, RunPaths, State
 from jobs.search import make_engine
 from jobs.spec import JobSpec
@@ -21,7 +21,7 @@ from jobs.study import setbacks
 from jobs.study import slot as slots
 from jobs.study.desk import Desk
 from jobs.study.engine import Report
-from jobs.study.events import Asked, Extended, Failed, Refused
+from jobs.study.events import Asked, Extended, Failed, Lost, Refused
 from jobs.study.extension import request_extension
 from jobs.study.log import StudyLog, StudySuperseded, read_events
 from jobs.study.slot import Answer, Free, Gone, Told, Train, Wait
@@ -355,6 +355,90 @@ def test_what_keeps_all_slots_from_going_on_ends_the_study_for_now_and_costs_no_
     again = opened(retries=2).hear("a", Free())
     assert isinstance(again, Train)
     assert again.assignment.run_id == "study/trials/0000"
+
+
+OF_THE_PLACE = [
+    StoreAway("the store has not answered"),
+    ClusterError("no workers could be started for 30 minutes"),
+]
+OF_THE_TRIAL = [
+    ObjectMissing("trials/0000/attempts/1"),
+    EnvironmentFault("rank 0 broke off, and told the others"),
+    OSError("gone"),
+]
+
+
+def crash(error: Exception) -> Gone:
+    """Of the slot itself, or of the driver of a trial's workers."""
+    return Gone(None, Failure.of(error, where="slot"))
+
+
+@pytest.mark.parametrize("error", OF_THE_PLACE, ids=lambda error: type(error).__name__)
+def test_a_place_that_breaks_the_driver_of_a_trials_workers_costs_no_trial(
+    opened: Callable[..., Desk],
+    local_store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(setbacks.time, "monotonic", lambda: now[0])
+    desk = opened(retries=2)
+    assert isinstance(desk.hear("a", Free()), Train)
+    assert desk.hear("a", crash(error)) == Wait()
+    for _ in range(2):
+        now[0] += 60.0
+        assert isinstance(desk.hear("a", Free()), Train)
+        order = desk.hear("a", crash(error))
+    assert order is None
+    ended = desk.ended()
+    assert ended.state is State.FAILED_INFRA
+    assert ended.failure is not None
+    assert str(error) in ended.failure.problems[0][0]
+    lost = [e.counts for e in read_events(local_store, PATHS) if isinstance(e, Lost)]
+    assert lost == [True, True, False]
+    following = opened(retries=2)
+    assert following._engine.trials[0].losses == desk._engine.trials[0].losses == 2
+    again = following.hear("a", Free())
+    assert isinstance(again, Train)
+    assert again.assignment.run_id == "study/trials/0000"
+
+
+@pytest.mark.parametrize("error", OF_THE_TRIAL, ids=lambda error: type(error).__name__)
+def test_a_trial_that_breaks_off_by_itself_again_and_again_is_given_up(
+    opened: Callable[..., Desk], local_store: Store, error: Exception
+) -> None:
+    desk = opened(retries=2)
+    order = desk.hear("a", Free())
+    for _ in range(3):
+        assert isinstance(order, Train)  # at once: the slot is as good as any
+        assert order.assignment.run_id == "study/trials/0000"
+        order = desk.hear("a", crash(error))
+    assert isinstance(order, Train)
+    assert order.assignment.run_id == "study/trials/0001"
+    (failed,) = [e for e in read_events(local_store, PATHS) if isinstance(e, Failed)]
+    assert failed.trial == 0
+    assert opened(retries=2)._engine.trials[0].status == "failed"
+
+
+def test_a_place_that_lets_other_trials_go_on_is_not_borne_without_end(
+    opened: Callable[..., Desk], local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(setbacks.time, "monotonic", lambda: now[0])
+    desk = opened(trials=9, retries=2)
+    orders = [desk.hear(slot, Free()) for slot in "ab"]
+    for step in (30, 60, 90):
+        assert isinstance(orders[0], Train)
+        assert orders[0].assignment.run_id == "study/trials/0000"
+        assert desk.hear("a", crash(OF_THE_PLACE[0])) == Wait()
+        report = Report(
+            step=step, fraction=step / 300, epochs=1.0, value=0.5, best=0.5, seconds=1.0
+        )
+        assert desk.hear("b", Told(report)) == Answer("continue", 1.0)
+        now[0] += 60.0
+        orders[0] = desk.hear("a", Free())
+    assert [e.trial for e in read_events(local_store, PATHS) if isinstance(e, Failed)] == [0]
+    assert not desk.is_over
 
 
 def test_slots_that_die_before_they_begin_end_the_study(opened: Callable[..., Desk]) -> None:

@@ -11,11 +11,12 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.storage import Store, open_store
+from cluster.storage import Store, StoreAway, open_store
 from jobs.record import Failure, Outcome, RunPaths, State
 from jobs.search import make_engine, slot_resources
 from jobs.spec import JobSpec
 from jobs.study import room as rooms
+from jobs.study import slot as slots
 from jobs.study.desk import Desk, most_slots
 from jobs.study.log import StudyLog
 from jobs.study.room import fewer_slots
@@ -226,6 +227,21 @@ def test_what_ends_the_workers_for_good_is_a_failure_that_the_trials_retries_pay
     slot = SlotWork()
     slot.hear(order(tmp_path, until=1.0))
     assert slot.say() == Gone(None, failure)
+
+
+def test_a_store_that_stays_away_from_the_slot_is_the_places_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> None:
+        raise StoreAway("the store has not answered")
+
+    monkeypatch.setattr(slots, "prepare_trial", away)
+    slot = SlotWork()
+    slot.hear(order(tmp_path, until=1.0))
+    gone = slot.say()
+    assert isinstance(gone, Gone)
+    assert gone.crash is not None
+    assert gone.crash.is_of_place
 
 
 def test_a_hopeless_trial_is_not_tried_again(

@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from cluster.storage import StoreAway
 from jobs.errors import ClusterError, DataError, EnvironmentFault, Problem
 from jobs.record import Failure, Outcome, State
 from tests.ranks import assignment_of
@@ -178,6 +180,7 @@ def test_a_group_that_is_never_set_up_ends_the_run_with_the_reason(
     assert isinstance(ended, Failure)
     assert len(broken.budgets) == 2
     assert (ended.state, ended.exit_code) == (State.FAILED_INFRA, 3)
+    assert not ended.is_of_place
     assert ended.problems[0][0] == (
         "the workers could not be set up: RayTaskError(ConnectionError): ConnectionError: reset"
     )
@@ -209,6 +212,7 @@ def test_a_worker_that_died_once_too_often_is_no_fault_of_the_user(
     assert isinstance(ended, Failure)
     assert (ended.state, ended.exit_code, ended.where) == (State.FAILED_INFRA, 3, "rank 1")
     assert "WorkerHealthCheckFailedError" not in ended.problems[0][0]
+    assert not ended.is_of_place
 
 
 ALONE = RuntimeError(
@@ -264,6 +268,17 @@ def test_what_our_own_part_of_the_controller_says_is_not_tried_again(
     assert isinstance(ended, Failure)
     assert len(broken.budgets) == 1
     assert ended.problems[0][0] == "no workers could be started for 30 minutes"
+    assert ended.is_of_place
+
+
+def test_a_store_that_stays_away_from_a_worker_is_the_places_fault(
+    tmp_path: Path, broken: type[TrainerStub]
+) -> None:
+    away = StoreAway("the store has not answered")
+    broken.errors = [WorkerGroupError("died", {0: DIED, 1: UserExceptionWithTraceback(away, "")})]
+    ended = fit(assignment(tmp_path), Told())  # type: ignore[arg-type]
+    assert isinstance(ended, Failure)
+    assert (ended.where, ended.is_of_place) == ("rank 1", True)
 
 
 def test_nothing_is_started_again_on_a_machine_that_is_taken(

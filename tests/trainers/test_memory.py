@@ -145,8 +145,10 @@ def test_a_resume_keeps_the_halved_size(scene: Scene, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(TextClassification, "forward", refuses(when=too_large))
     for generation in (1, 2):
-        with pytest.raises(ClusterError, match="does not fit into memory"):
+        with pytest.raises(ClusterError, match="does not fit into memory") as raised:
             scene.train(spec, generation=generation)
+        failure = Failure.of(raised.value, where="rank 0")
+        assert (failure.state, failure.is_of_place) == (State.FAILED_RESOURCES, False)
     assert scene.train(spec, generation=3).state is State.SUCCEEDED
     limits = [a.max_tokens_per_microbatch for a in RunReader(scene.runs, "run").attempts()]
     assert limits[0] is None

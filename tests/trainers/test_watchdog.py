@@ -199,6 +199,7 @@ def test_a_fetch_that_hangs_ends_all_ranks_and_the_run_goes_on(scene: Scene) -> 
     reader = RunReader(scene.runs, "run")
     crash = reader.crashes()[1]
     assert crash.failure.state is State.FAILED_INFRA
+    assert not crash.failure.is_of_place
     assert "no progress for" in crash.reason
     logs = [line for line in reader.log_lines(rank=1).new() if "no progress" in line["message"]]
     assert "reads rows" in logs[0]["message"]
