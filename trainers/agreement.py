@@ -16,8 +16,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from jobs.record import Failure
 from trainers import watchdog
 from trainers.session import COLLECTIVE_TIMEOUT
+
+
+class AgreedFailure(Exception):  # noqa: N818 - it carries the failure that all ranks were told
+    """Raised on all ranks at the same point: one of them cannot go on."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.problems[0][0])
+        self.failure = failure
 
 
 @dataclass(frozen=True)

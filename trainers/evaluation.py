@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,14 +15,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from trainers import watchdog
 from trainers.agreement import Agreement
+from trainers.controls import Requests
+from trainers.data.lanes import NotNeeded
 from trainers.data.stream import RankBatch
 from trainers.memory import passes_over
 from trainers.microbatch import Cutting, IntArray, cut_microbatches
 from trainers.parallel import autocast
 from trainers.tasks.task import Batch, Metrics, Task
-
-if TYPE_CHECKING:
-    from trainers.controls import Requests
 
 OnOutput = Callable[[IntArray, torch.Tensor, Batch], None]
 """Called with row ids [n], the model's output [n, ...] and the batch."""
@@ -54,14 +52,15 @@ def measure(
     cutting: Cutting,
     on_output: OnOutput | None = None,
     agreement: Agreement | None = None,
-    asked: Callable[[], Requests] | None = None,
+    asked: Callable[[], Requests] = Requests,
 ) -> None:
     """Updates `metrics` with what `model` (without its replication) says of the rows of `batches`.
 
     Add the states of all ranks afterwards, so that the result does not depend on how rows are
     shared out. With an `agreement` it is called by all ranks at the same time: where one of them
     cannot go on, it raises its error, and the others return; where one is `asked` to end, all raise
-    BrokenOff. A model that is cut over the ranks needs it, as each pass gathers weights from all.
+    BrokenOff. `batches` raise NotNeeded where they are waited for and `asked` says so from then on.
+    A model that is cut over the ranks needs the agreement, as each pass gathers weights from all.
 
     Raises MicrobatchTooLarge where memory runs out in a pass, on this rank alone.
     """
@@ -124,7 +123,7 @@ def _run_together(
     agreement: Agreement,
     *,
     is_cut: bool,
-    asked: Callable[[], Requests] | None,
+    asked: Callable[[], Requests],
 ) -> None:
     """Runs the passes of this rank; of a model that is cut, as many on all ranks.
 
@@ -133,18 +132,21 @@ def _run_together(
     """
     at_once, seconds, error = 1, 0.0, None
     while True:
-        own, stops, yields = list[_Pass](), False, False
+        own, requests = list[_Pass](), Requests()
         try:
-            if error is None and asked is not None:
-                requests = asked()
-                if requests.superseded is not None:
-                    raise requests.superseded
-                stops, yields = requests.stop, requests.yields
             if error is None:
+                requests = asked()
                 own = list(itertools.islice(passes, at_once))
+        except NotNeeded:
+            # The others wait for this rank: by its vote they hear of it, and that rows are left.
+            requests, own = asked(), [_PLACE]
+            assert requests.ends
         except Exception as caught:
             error = caught
-        votes = agreement.gather([len(own), error is not None, stops, yields, seconds])
+        error = error or requests.superseded
+        votes = agreement.gather(
+            [len(own), error is not None, requests.stop, requests.yields, seconds]
+        )
         if error is not None:
             raise error
         numbers, failed, stop, yielding, taken = zip(*votes, strict=True)

@@ -23,7 +23,7 @@ from torch import nn
 from jobs.errors import Problem, TrainingError
 from jobs.spec import JobSpec
 from trainers import watchdog
-from trainers.agreement import Agreement, Decision, PendingDecision, Vote
+from trainers.agreement import AgreedFailure, Agreement, Decision, PendingDecision, Vote
 from trainers.assignment import EvaluationReport, TrialPlan, Verdict
 from trainers.buffers import KeptBuffers, SharedStatistics
 from trainers.data.lanes import NotNeeded
@@ -179,7 +179,8 @@ class Surroundings(Protocol):
     def evaluate(self, progress: Progress) -> Evaluation | None:
         """The validation metrics of the model as it is; None without a validation set.
 
-        Raises BrokenOff where the attempt is asked to end meanwhile.
+        Raises BrokenOff where the attempt is asked to end meanwhile, and AgreedFailure where a rank
+        cannot go on.
         """
         ...
 
@@ -219,7 +220,8 @@ def train(
     time: TimeAccount,
     trial: TrialPlan | None = None,
 ) -> tuple[Ending, Progress, Exception | None]:
-    """Trains from `progress` on; returns how it ended, where, and this rank's error if it has one.
+    """Trains from `progress` on; returns how it ended, where, and this rank's error if it has one,
+    or that of all in an evaluation.
 
     The order at a step: step, evaluation, early stopping, the study's verdict on a trial, commit.
     All that a decision depends on is committed with it, so a run killed anywhere takes the same
@@ -241,12 +243,12 @@ def train(
     window = _Window(spec.train.max_skipped_in_a_row, stopwatch, time)
     committed_step = progress.step
     if progress.evaluation_pending:
-        progress, evaluation, ending = _evaluate(spec, plan, progress, around, trial)
+        progress, evaluation, ending, failure = _evaluate(spec, plan, progress, around, trial)
         saves = ending is Ending.YIELDED or commit_is_due(spec, progress)
         if saves and not progress.evaluation_pending:
             around.commit(progress, evaluation)
         if ending is not None:
-            return ending, progress, None
+            return ending, progress, failure
     coming = None if progress.finished else feed.next_after(progress)
     while coming is not None:
         with time.spent("synchronisation"):
@@ -288,10 +290,10 @@ def train(
         if is_told:
             window.tell(around, agreement, time)
 
-        evaluation, ending = None, None
+        evaluation, ending, failure = None, None, None
         if is_evaluated:
-            progress, evaluation, ending = _evaluate(spec, plan, progress, around, trial)
-        if ending in (Ending.STOPPED, Ending.YIELDED) or commit_is_due(spec, progress):
+            progress, evaluation, ending, failure = _evaluate(spec, plan, progress, around, trial)
+        if ending not in (None, Ending.PRUNED) or commit_is_due(spec, progress):
             progress = window.look(progress, around)
             around.commit(progress, evaluation)
             committed_step = progress.step
@@ -301,31 +303,35 @@ def train(
                 following.pending.wait()
             window.tell(around, agreement, time)
         if ending is not None:
-            return ending, progress, None
+            return ending, progress, failure
         coming = None if progress.finished else following
     return Ending.FINISHED, progress, None
 
 
 def _evaluate(
     spec: JobSpec, plan: Plan, progress: Progress, around: Surroundings, trial: TrialPlan | None
-) -> tuple[Progress, Evaluation | None, Ending | None]:
+) -> tuple[Progress, Evaluation | None, Ending | None, AgreedFailure | None]:
     """The progress after the evaluation at its step, and why training ends there: the evaluation
-    was broken off, or a trial is not to go on."""
+    was broken off, by a request or a failure, or a trial is not to go on."""
+    pending = replace(progress, evaluation_pending=True)
     try:
         evaluation = around.evaluate(progress)
     except BrokenOff as broken:
         ending = Ending.STOPPED if broken.stops else Ending.YIELDED
-        return replace(progress, evaluation_pending=True), None, ending
+        return pending, None, ending, None
+    except AgreedFailure as failure:
+        return pending, None, Ending.FAILED, failure
     progress = judge(spec, replace(progress, evaluation_pending=False), evaluation)
     if progress.step == plan.total_steps:
         progress = replace(progress, finished=True)
     if trial is None or evaluation is None:
-        return progress, evaluation, None
+        return progress, evaluation, None, None
     progress, report = score(trial, plan, progress, evaluation)
     verdict = around.decide(report)
     if progress.finished or verdict is Verdict.GO_ON:
-        return progress, evaluation, None
-    return progress, evaluation, Ending.YIELDED if verdict is Verdict.PAUSE else Ending.PRUNED
+        return progress, evaluation, None, None
+    ending = Ending.YIELDED if verdict is Verdict.PAUSE else Ending.PRUNED
+    return progress, evaluation, ending, None
 
 
 # ------------------------------------------------------------------------------ pure decisions

@@ -33,7 +33,7 @@ from jobs.record import (
     by_merit,
 )
 from trainers import watchdog
-from trainers.agreement import Agreement
+from trainers.agreement import AgreedFailure, Agreement
 from trainers.assignment import Assignment, EvaluationReport, Verdict
 from trainers.attempt import Claim, as_cut, claim_attempt
 from trainers.block_training import compile_ahead, compiler_settings
@@ -79,14 +79,6 @@ _EVALUATION_ROWS = 512
 """Rows of an evaluation that are fetched at once; they are cut by tokens afterwards."""
 
 Given = TypeVar("Given")
-
-
-class AgreedFailure(Exception):  # noqa: N818 - it carries the failure that all ranks were told
-    """Raised on all ranks at the same point: one of them cannot go on."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.problems[0][0])
-        self.failure = failure
 
 
 def train_worker(session: Session, assignment: Assignment, *, kept: Kept | None = None) -> Outcome:
@@ -201,7 +193,8 @@ class _Rank:
             cache_folder() / "rows", limit_bytes=int(self._spec.data.cache_gib * 2**30)
         )
         self._poller: ControlPoller | None = None
-        self._stream: RankStream | None = None
+        self._streams: list[RankStream] = []
+        """Those that are open."""
         self._told_at = time.monotonic()
         self._waited_before = 0.0
         self._stragglers = Stragglers()
@@ -334,7 +327,7 @@ class _Rank:
             )
         with contextlib.ExitStack() as stack:
             stack.callback(writer.close)
-            stack.callback(self._close_stream)
+            stack.callback(self._close_streams)
             if self._session.rank == 0:
                 poller = ControlPoller(
                     self._impatient_store,
@@ -376,8 +369,8 @@ class _Rank:
         with self._account.spent("checkpoint"):
             self._saving.make_durable()
         with self._account.spent("finish"):
-            # Last, as a thread of it may hang in a request.
-            self._close_stream()
+            # Last, as a thread of them may hang in a request.
+            self._close_streams()
         if ending is Ending.FAILED:
             self._raise_any(error)
         if ending is Ending.STOPPED:
@@ -386,7 +379,12 @@ class _Rank:
             return self._outcome(State.RECOVERING, best_step=progress.best_step)
         if ending is Ending.PRUNED:
             return self._outcome(State.PRUNED, best_step=progress.best_step)
-        tested = self._test_best(progress)
+        try:
+            tested = self._test_best(progress)
+        except BrokenOff as broken:
+            # The state is stored: what is left for the next attempt is the test.
+            state = State.STOPPED if broken.stops else State.RECOVERING
+            return self._outcome(state, best_step=progress.best_step)
         return self._outcome(State.SUCCEEDED, best_step=progress.best_step, test=tested)
 
     def _evaluate_untrained(self) -> dict[str, Any] | None:
@@ -395,9 +393,7 @@ class _Rank:
             return None
         with self._account.spent("evaluation"):
             try:
-                evaluation = self._measure(
-                    plain(self._prepared.trainee.model), data, asked=self._asked_meanwhile
-                )
+                evaluation = self._measure(plain(self._prepared.trainee.model), data)
             except BrokenOff:
                 return None  # the loop hears of it before its first step
             self._tell_evaluation(evaluation, name, step=0)
@@ -472,12 +468,12 @@ class _Rank:
     # ---- the loop's surroundings
 
     def rows(self, progress: Progress) -> Iterator[RankBatch]:
-        self._close_stream()
+        self._close_streams()
         position = self._prepared.position
-        self._stream = self._open_stream(
+        stream = self._open_stream(
             self._prepared.train, lanes=position.lanes, window=position.window
         )
-        return self._stream.batches(
+        return stream.batches(
             epoch=progress.epoch,
             next_item=progress.next_item,
             global_batch_size=position.global_batch_size,
@@ -489,9 +485,7 @@ class _Rank:
         if data is None:
             return None
         with self._account.spent("evaluation"):
-            evaluation = self._measure(
-                plain(self._prepared.trainee.model), data, asked=self._asked_meanwhile
-            )
+            evaluation = self._measure(plain(self._prepared.trainee.model), data)
             self._tell_evaluation(evaluation, "validation", step=progress.step)
         return evaluation
 
@@ -588,7 +582,7 @@ class _Rank:
 
     def _asked_meanwhile(self) -> Requests:
         """What was asked for, which `requests` tells again."""
-        return self._requests(self._poller.look() if self._poller is not None else Requests())
+        return self._requests(self._poller.look() if self._poller is not None else self._heard)
 
     def _requests(self, asked: Requests) -> Requests:
         """What the run was asked for, with what the platform asks of this rank."""
@@ -655,7 +649,7 @@ class _Rank:
         self._last_words.hang(hang, step=self._step, spec=self._spec)
 
     def _open_stream(self, data: DataSet, *, lanes: int, window: int) -> RankStream:
-        return RankStream(
+        stream = RankStream(
             store=data.store,
             index=data.index,
             columns=self._prepared.task.columns,
@@ -668,41 +662,40 @@ class _Rank:
             cache=self._cache,
             patience=self._patience,
         )
+        self._streams.append(stream)
+        return stream
 
-    def _close_stream(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+    def _close_streams(self) -> None:
+        while self._streams:
+            self._streams.pop().close()
 
-    def _measure(
-        self,
-        model: torch.nn.Module,
-        data: DataSet,
-        *,
-        asked: Callable[[], Requests] | None = None,
-    ) -> Evaluation:
-        """The evaluation of `model` on a data set, over all ranks; BrokenOff if `asked` to end."""
+    def _measure(self, model: torch.nn.Module, data: DataSet) -> Evaluation:
+        """The evaluation of `model` on a data set, over all ranks.
+
+        Raises BrokenOff where the attempt is to end, and AgreedFailure where a rank cannot go on.
+        The stream is left open then: a thread of it may hang in a request, and the state comes
+        first.
+        """
         task = self._prepared.task
         metrics = task.metrics()
         stream = self._together(
             lambda: self._open_stream(data, lanes=self._session.world_size, window=1)
         )
-        try:
-            self._together(
-                lambda: measure(
-                    model,
-                    task,
-                    stream.sequential(batch_rows=_EVALUATION_ROWS),
-                    metrics,
-                    device=self._session.device,
-                    dtype=self._prepared.trainee.dtype,
-                    cutting=Cutting.of(self._spec.batching),
-                    agreement=self._agreement,
-                    asked=asked,
-                )
+        self._together(
+            lambda: measure(
+                model,
+                task,
+                stream.sequential(batch_rows=_EVALUATION_ROWS, unless=self._hears_that_it_ends),
+                metrics,
+                device=self._session.device,
+                dtype=self._prepared.trainee.dtype,
+                cutting=Cutting.of(self._spec.batching),
+                agreement=self._agreement,
+                asked=self._asked_meanwhile,
             )
-        finally:
-            stream.close()
+        )
+        self._streams.remove(stream)
+        stream.close()
         return metrics.compute(self._agreement.sum(metrics.state()))
 
     def _tell_evaluation(self, evaluation: Evaluation, split: str, *, step: int) -> None:
@@ -733,7 +726,9 @@ class _Rank:
         return given[0]
 
     def _raise_any(self, error: Exception | None) -> None:
-        """Raises AgreedFailure on all ranks if any of them comes with an error."""
+        """Raises AgreedFailure on all ranks if any of them comes with an error, or all with one."""
+        if isinstance(error, AgreedFailure):
+            raise error
         own = None
         if error is not None:
             log.error("%s", error, exc_info=None if isinstance(error, ShoalError) else error)

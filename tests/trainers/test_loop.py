@@ -402,8 +402,8 @@ def test_a_validation_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it
 ) -> None:
     whole = worker._Rank._measure
 
-    def measured(rank: Any, model: Any, data: Any, **asked: Any) -> Evaluation:
-        found = whole(rank, model, data, **asked)
+    def measured(rank: Any, model: Any, data: Any) -> Evaluation:
+        found = whole(rank, model, data)
         metrics = found.metrics | ({"loss": math.nan} if rank._step == 10 else {})
         return dataclasses.replace(found, metrics=metrics)
 

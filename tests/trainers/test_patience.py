@@ -7,12 +7,14 @@ import dataclasses
 import itertools
 import os
 import re
+import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pytest
@@ -29,6 +31,7 @@ from cluster.storage import (
 from jobs.errors import Problem, render_error
 from jobs.record import Control, Outcome, State
 from jobs.runs import RunReader
+from jobs.spec import JobSpec
 from tests.evidence import final_weights, rows_by_epoch
 from tests.ranks import assignment_of, on_ranks, run_group, run_ranks
 from tests.scene import Scene
@@ -39,8 +42,9 @@ from trainers.data.reader import VerifiedReader
 from trainers.data.stream import RankBatch, RankStream
 from trainers.loop import Progress
 from trainers.patience import Patience
-from trainers.records import read_manifests
+from trainers.records import read_attempts, read_manifests
 from trainers.session import Session
+from trainers.tasks.task import Evaluation
 from trainers.watchdog import Watchdog
 
 
@@ -496,3 +500,191 @@ def train_as_under_torchrun(
     if session.rank:
         assignment = dataclasses.replace(assignment, generation=0, controls_seen=0)
     return worker.train_worker(session, assignment)
+
+
+# --------------------------------------------------------------- a run that waits in an evaluation
+
+
+class AwayInEvaluation:
+    """The validation set goes away for good on some ranks, in their first evaluation on it."""
+
+    def __init__(self, folder: str, *, ranks: tuple[int, ...]) -> None:
+        self.folder = folder
+        self.ranks = ranks
+
+    def __call__(self) -> None:
+        worker._LISTEN_SECONDS = 0.1
+        os.environ["SHOAL_CACHE"] += os.environ["RANK"]  # so that each rank reads by itself
+        if int(os.environ["RANK"]) not in self.ranks:
+            return
+        evaluate = worker._Rank.evaluate
+
+        def take_away_and_evaluate(rank: worker._Rank, progress: Progress) -> Evaluation | None:
+            take_stores_away(self.folder, after_reads=1, seconds=600)
+            return evaluate(rank, progress)
+
+        worker._Rank.evaluate = take_away_and_evaluate  # type: ignore[method-assign]
+
+
+def evaluated_job(scene: Scene, world_size: int, **parts: Any) -> JobSpec:
+    """Ten steps, evaluations after the third, sixth, ninth and last; saved where that is due."""
+    return scene.job(
+        workers={"count": world_size, **parts.pop("workers", {})},
+        checkpoint={"every_steps": 100},
+        data={"lanes": 2},
+        train={"evaluate_every_steps": 3, "log_rows": True},
+        **parts,
+    )
+
+
+def assert_made_up(
+    scene: Scene, spec: JobSpec, *, world_size: int, controls_seen: int, generation: int = 2
+) -> None:
+    """Of the run, broken off after three steps: they are saved, their evaluation is to be made, and
+    the next attempt does that first, and ends as a run that was left alone."""
+    [saved] = read_manifests(scene.runs, scene.paths())
+    assert (saved.step, saved.evaluation, saved.evaluation_pending) == (3, {}, True)
+    goes_on = assignment_of(spec, "run", generation=generation)
+    goes_on = dataclasses.replace(goes_on, controls_seen=controls_seen)
+    outcomes = run_group(goes_on, world_size=world_size)
+    assert {outcome.state for outcome in outcomes} == {State.SUCCEEDED}
+    last = read_attempts(scene.runs, scene.paths())[-1]
+    assert (last.restored_step, last.evaluates_first) == (3, True)
+    run_group(assignment_of(spec, "calm"), world_size=world_size)
+    run, calm = (
+        [line["metrics"] for line in RunReader(scene.runs, name).metrics() if is_evaluation(line)]
+        for name in ("run", "calm")
+    )
+    assert run == calm
+    assert final_weights(scene.runs, "run") == final_weights(scene.runs, "calm")
+    rows = rows_by_epoch(scene.runs, "run")
+    assert all(set(epoch.values()) == {1} for epoch in rows.values())
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    return bool(line["kind"] == "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "world_size", "kind", "strategy"),
+    [
+        ((0,), 1, "stop", "ddp"),
+        ((0,), 2, "stop", "ddp"),
+        ((1,), 2, "yield", "ddp"),
+        ((1,), 2, "stop", "fsdp"),
+        ((0, 1), 2, "stop", "ddp"),
+    ],
+)
+def test_a_request_is_heard_while_an_evaluation_waits_for_its_rows(
+    scene: Scene,
+    ranks: tuple[int, ...],
+    world_size: int,
+    kind: Literal["stop", "yield"],
+    strategy: str,
+) -> None:
+    spec = evaluated_job(scene, world_size, workers={"strategy": strategy})
+    away = AwayInEvaluation(scene.data["validation"], ranks=ranks)
+    with asking(scene, kind):
+        outcomes = run_group(assignment_of(spec, "run"), world_size=world_size, before=away)
+    state = State.STOPPED if kind == "stop" else State.RECOVERING
+    assert [(o.state, o.step, o.failure) for o in outcomes] == [(state, 3, None)] * world_size
+    assert_made_up(scene, spec, world_size=world_size, controls_seen=1)
+
+
+@pytest.mark.parametrize(("ranks", "world_size"), [((0,), 1), ((0,), 2), ((1,), 2)])
+def test_a_run_whose_evaluation_waits_too_long_saves_its_state_and_says_how_to_go_on(
+    scene: Scene, ranks: tuple[int, ...], world_size: int
+) -> None:
+    spec = evaluated_job(scene, world_size, retries={"wait_minutes": 0.01})
+    away = AwayInEvaluation(scene.data["validation"], ranks=ranks)
+    for outcome in run_group(assignment_of(spec, "run"), world_size=world_size, before=away):
+        assert outcome.step == 3
+        assert outcome.failure is not None
+        assert outcome.failure.exit_code == 3
+        assert outcome.failure.where.startswith(f"rank {ranks[0]} ")
+        [(message, hint)] = outcome.failure.problems
+        assert "retries.wait_minutes" in message
+        assert "shoal resume" in str(hint)
+    assert_made_up(scene, spec, world_size=world_size, controls_seen=0)
+
+
+def test_an_evaluation_that_waits_too_long_twice_is_made_up_for_once(scene: Scene) -> None:
+    spec = evaluated_job(scene, 1, retries={"wait_minutes": 0.01})
+    away = AwayInEvaluation(scene.data["validation"], ranks=(0,))
+    for generation in (1, 2):
+        [outcome] = run_group(
+            assignment_of(spec, "run", generation=generation), world_size=1, before=away
+        )
+        assert outcome.failure is not None
+        assert (outcome.step, outcome.failure.exit_code) == (3, 3)
+    assert_made_up(scene, spec, world_size=1, controls_seen=0, generation=3)
+
+
+def hang_in_evaluation(manifests: Path) -> None:
+    """In the first evaluation on validation rows a stop is asked for while a thread reads some; it
+    gets no answer before a checkpoint is whole, as in a request that hangs."""
+    read, evaluate = VerifiedReader.read, worker._Rank.evaluate
+    is_evaluating = threading.Event()
+
+    def tell_and_evaluate(rank: worker._Rank, progress: Progress) -> Evaluation | None:
+        is_evaluating.set()
+        return evaluate(rank, progress)
+
+    def hang(reader: VerifiedReader, group: int) -> pa.Table:
+        if is_evaluating.is_set() and "/validation" in reader._store.uri and group == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 60
+            while not any(manifests.glob("*/manifest.json")):
+                if time.monotonic() > deadline:
+                    os._exit(1)
+                time.sleep(0.05)
+        return read(reader, group)
+
+    worker._Rank.evaluate = tell_and_evaluate  # type: ignore[method-assign]
+    VerifiedReader.read = hang  # type: ignore[method-assign]
+
+
+def test_a_request_that_hangs_does_not_keep_a_state_from_being_saved(scene: Scene) -> None:
+    spec = evaluated_job(scene, 1)
+    hangs = partial(hang_in_evaluation, scene.run_folder() / "checkpoints")
+    [outcome] = run_group(assignment_of(spec, "run"), world_size=1, before=hangs)
+    assert (outcome.state, outcome.step) == (State.STOPPED, 3)
+    assert_made_up(scene, spec, world_size=1, controls_seen=0)
+
+
+class AwayInTest:
+    """The test set goes away for good on the first rank, in the test of the best model."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self) -> None:
+        os.environ["SHOAL_CACHE"] += os.environ["RANK"]
+        worker._LISTEN_SECONDS = 0.1
+        test = worker._Rank._test_best
+
+        def take_away_and_test(rank: worker._Rank, progress: Progress) -> dict[str, Any] | None:
+            if rank._session.rank == 0:
+                shutil.rmtree(os.environ["SHOAL_CACHE"])  # it has the rows of the test before
+                take_stores_away(self.folder, after_reads=1, seconds=600)
+            return test(rank, progress)
+
+        worker._Rank._test_best = take_away_and_test  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_test_that_waits_for_its_rows_ends_and_is_made_by_the_next_attempt(
+    scene: Scene, asks: bool
+) -> None:
+    spec = evaluated_job(scene, 2, retries={"wait_minutes": 30 if asks else 0.01})
+    away = AwayInTest(scene.data["test"])
+    with asking(scene, "stop") if asks else contextlib.nullcontext():
+        outcomes = run_group(assignment_of(spec, "run"), world_size=2, before=away)
+    ended = State.STOPPED if asks else State.FAILED_INFRA
+    assert [(o.state, o.step, o.test) for o in outcomes] == [(ended, 10, None)] * 2
+    goes_on = dataclasses.replace(assignment_of(spec, "run", generation=2), controls_seen=int(asks))
+    outcomes = run_group(goes_on, world_size=2)
+    [calm, _] = run_group(assignment_of(spec, "calm"), world_size=2)
+    assert calm.test is not None
+    assert [(o.state, o.step, o.test) for o in outcomes] == [(State.SUCCEEDED, 10, calm.test)] * 2
+    assert read_attempts(scene.runs, scene.paths())[-1].restored_step == 10

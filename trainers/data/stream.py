@@ -75,7 +75,8 @@ class RankBatch:
 
 class RankStream:
     """The batches of one rank, from one data set. One thread iterates; `close` may be called by
-    any, and at any time."""
+    any, and at any time. Iterations that are left before their end wait for nothing: `close` does.
+    """
 
     def __init__(
         self,
@@ -195,12 +196,13 @@ class RankStream:
                 )
                 first = int(stops[num_steps - 1])
 
-    def sequential(self, *, batch_rows: int) -> Iterator[RankBatch]:
+    def sequential(self, *, batch_rows: int, unless: Unless | None = None) -> Iterator[RankBatch]:
         """Every row of the data set once over all ranks, unshuffled, for evaluation.
 
         A rank has one run of rows, cut between row groups where that is near enough to even; its
         batches have `batch_rows` rows, the last one fewer. Numbers of batches differ by rank, and
-        a rank without rows has none. `first_item` and `next_item` count rows of the index.
+        a rank without rows has none. `first_item` and `next_item` count rows of the index. `unless`
+        as in `batches`.
         """
         first, stop = sequential_share(
             self._index.group_rows, rank=self._rank, world_size=self._world_size
@@ -208,7 +210,8 @@ class RankStream:
         blocks = rows_in_groups(self._index.group_rows, first=first, stop=stop)
         held = 2 * self._window * lanes_of_rank(self._lanes, self._world_size)
         num_ahead = min(self._fetch_threads, held - 1)
-        with self._dealer([sequential_plans(blocks)], num_ahead=num_ahead) as dealer:
+        plans = [sequential_plans(blocks)]
+        with self._dealer(plans, num_ahead=num_ahead, unless=unless) as dealer:
             while first < stop:
                 steps = max(1, min(dealer.num_ready, self._run_rows) // batch_rows)
                 stops = np.minimum(np.arange(1, steps + 1) * batch_rows + first, stop)
@@ -281,9 +284,9 @@ class RankStream:
         self._dealers.add(dealer)
         try:
             yield dealer
-        except NotNeeded:
+        except (NotNeeded, GeneratorExit) as ended:
             # Its threads may hang in a request: `close` waits for them, when there is time.
-            self._is_closed = True
+            self._is_closed |= isinstance(ended, NotNeeded)
             dealer.cancel()
             raise
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import subprocess
@@ -44,7 +45,9 @@ def local(tmp_path, watched):
     return watched(open_store(tmp_path / "set"))
 
 
-def stream_of(store, index, cache, *, rank=0, world_size=1, lanes=12, window=2, encode=encode):
+def stream_of(
+    store, index, cache, *, rank=0, world_size=1, lanes=12, window=2, encode=encode, fetch_threads=4
+):
     return RankStream(
         store=store,
         index=index,
@@ -56,6 +59,7 @@ def stream_of(store, index, cache, *, rank=0, world_size=1, lanes=12, window=2, 
         lanes=lanes,
         window=window,
         cache=cache,
+        fetch_threads=fetch_threads,
     )
 
 
@@ -204,7 +208,7 @@ def test_a_restart_reads_only_from_the_block_that_holds_the_position(local, writ
     stream = stream_of(local, index, cache, lanes=2, window=2)
     batches = stream.batches(epoch=0, next_item=next_item, global_batch_size=4)
     next(batches)
-    batches.close()
+    stream.close()
     held = set()
     for lane in range(2):
         number = order.block_of(lane, next_item // 2)
@@ -222,7 +226,7 @@ def test_the_first_batch_needs_only_the_first_blocks_of_its_lanes(local, write_s
     stream = stream_of(local, index, cache, lanes=2, window=3)
     batches = stream.batches(epoch=0, next_item=0, global_batch_size=4)
     assert next(batches).rows.tolist() == pure_order(index, lanes=2, window=3)[:4].tolist()
-    batches.close()
+    stream.close()
 
 
 def test_no_more_than_two_blocks_of_each_lane_are_alive(local, write_set, cache):
@@ -422,15 +426,31 @@ def test_an_encoder_that_loses_rows_is_noticed(local, write_set, cache):
 # -------------------------------------------------------------------------------------------- close
 
 
-def test_an_abandoned_iterator_joins_its_threads(local, write_set, cache):
-    index = write_set(local, SHARDS)
-    batches = stream_of(local, index, cache).batches(epoch=0, next_item=0, global_batch_size=4)
+@pytest.mark.parametrize("is_shuffled", [True, False])
+def test_an_abandoned_iterator_waits_for_nothing_and_close_joins_its_threads(
+    local, write_set, cache, is_shuffled
+):
+    index = write_set(local, ONE_GROUP_SHARDS)
+    encoding, go_on = threading.Event(), threading.Event()
+    encoded = itertools.count()
+
+    def slow(rows, first_row):
+        if next(encoded):  # what is served first is encoded first
+            encoding.set()
+            assert go_on.wait(30)
+        return encode(rows, first_row)
+
+    stream = stream_of(local, index, cache, lanes=1, window=1, encode=slow, fetch_threads=1)
+    if is_shuffled:
+        batches = stream.batches(epoch=0, next_item=0, global_batch_size=4)
+    else:
+        batches = stream.sequential(batch_rows=4)
     next(batches)
+    assert encoding.wait(30)
     del batches
-    assert not [t for t in threading.enumerate() if t.name.startswith("shoal-stream")]
-    sequential = stream_of(local, index, cache).sequential(batch_rows=4)
-    next(sequential)
-    sequential.close()
+    assert [t for t in threading.enumerate() if t.name.startswith("shoal-stream")]
+    go_on.set()
+    stream.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("shoal-stream")]
 
 
