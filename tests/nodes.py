@@ -117,6 +117,7 @@ class Node:
                       else ["--node-ip-address", self.address]),
                     "--num-cpus", str(self.cpus), "--num-gpus", "0",
                     "--object-store-memory", str(100 * 2**20), "--disable-usage-stats",
+                    "--include-log-monitor=false",
                 ],
                 node=self,
                 stdout=log,

@@ -73,7 +73,7 @@ class Raylets:
                 [
                     sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--block",
                     "--num-cpus", str(cpus), "--num-gpus", "0",
-                    "--object-store-memory", str(100 * 2**20),
+                    "--object-store-memory", str(100 * 2**20), "--include-log-monitor=false",
                 ],
                 env=os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_seconds)},
                 stdout=log,

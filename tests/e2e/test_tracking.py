@@ -43,6 +43,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             "algorithm": "random",
             "scheduler": {"kind": "asha", "reduction_factor": 2, "first": 0.25},
             "trials": 4,
+            "max_concurrent": 1,
             "baseline": False,
             "finalists": None,
         },
