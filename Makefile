@@ -8,9 +8,9 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	command -v $$name >/dev/null && $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	2>/dev/null && echo $$name && break; done)
 ARGS ?=
-# Files of tests go on side by side, two of them, each with a store of its own: those of whole runs
-# wait a lot. Their order is that of tests/conftest.py.
-PARALLEL ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Files of tests go on side by side, three of them, each with a store of its own: those of whole runs
+# wait a lot. Who takes which is said in tests/conftest.py.
+PARALLEL ?= --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Settings of the caller's shell that would change what the targets do. Without byte code every
 # process of Ray compiles torch anew (twice the time to start); optimized Python drops the tests'

@@ -60,8 +60,11 @@ def is_attached() -> bool:
 
 
 @contextmanager
-def ray_cluster(workers: Workers) -> Iterator[None]:
+def ray_cluster(workers: Workers, *, python: str | None = None) -> Iterator[None]:
     """A Ray cluster for the workers, inside the block.
+
+    `python` is the command by which all processes of this driver are started on a cluster that is
+    made here, where it is not the interpreter.
 
     Attaches where RAY_ADDRESS is set, and leaves that cluster running: nodes may still come to it.
     Raises ClusterError where it is not reached or does not start, or where this machine, which can
@@ -93,6 +96,7 @@ def ray_cluster(workers: Workers) -> Iterator[None]:
                     include_dashboard=False,
                     object_store_memory=_OBJECT_STORE_BYTES,
                     logging_level=logging.WARNING,
+                    runtime_env={"py_executable": python} if python else None,
                 )
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"

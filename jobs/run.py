@@ -157,12 +157,13 @@ def _fit(
             with ExitStack() as stack:
                 workers = assignment.spec.workers
                 # On a cluster that is there, workers are on other machines. With a GPU, no module
-                # may have touched it before the fork, which only a GPU can show. Trials with one
-                # worker have it in the processes of Ray Tune.
+                # may have touched it before the fork, which only a GPU can show.
                 forks = not is_attached() and not workers.gpus
-                forks = forks and (assignment.spec.search is None or workers.count > 1)
                 python = stack.enter_context(fork_server()) if forks else None
-                stack.enter_context(ray_cluster(workers))
+                # Trials with one worker have it in the processes of Ray Tune, whose command is that
+                # of all.
+                is_in_slot = assignment.spec.search is not None and workers.count == 1
+                stack.enter_context(ray_cluster(workers, python=python if is_in_slot else None))
                 stack.enter_context(own_node_watched(taken.announce))
                 # Not in the main thread: there Ray would take SIGINT for an abort without a
                 # checkpoint.

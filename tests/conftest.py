@@ -5,12 +5,29 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from cluster import embedded
 from cluster.embedded import EmbeddedStore
 from cluster.storage import Store, open_store
+
+
+class _FromBothEnds(LoadFileScheduling):
+    """Two processes take the files in their order, the others from its end: whole runs, which need
+    all cores at times and wait at others, are two at a time, beside short tests."""
+
+    def _assign_work_unit(self, node: Any) -> None:
+        if node.gateway.id not in ("gw0", "gw1"):
+            self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
+        super()._assign_work_unit(node)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _FromBothEnds | None:
+    return _FromBothEnds(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
