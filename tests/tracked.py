@@ -1,4 +1,18 @@
-"""A run that is tracked, and dies: for tests of trackers."""
+"""What tests of trackers share: which packages they need, and a run that is tracked, and dies."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    """Skips tests where a package is missing. None is loaded: processes that run other tests would
+    do so as well, and for seconds."""
+    missing = [package for package in packages if find_spec(package) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
 
 KILLED_AT_STEP_8 = """
 import os, signal, sys

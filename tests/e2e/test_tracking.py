@@ -16,12 +16,10 @@ from jobs.study.events import Reported
 from jobs.study.log import read_events
 from tests.mlflow_server import mlflow_server
 from tests.tiny import tiny_model, tiny_reviews, tiny_tree
+from tests.tracked import needs
 from tests.wandb_files import offline_runs
 
-for package in ("mlflow", "flask", "sqlalchemy", "wandb"):
-    pytest.importorskip(package)
-
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), needs("mlflow", "flask", "sqlalchemy", "wandb")]
 
 
 @pytest.fixture

@@ -15,13 +15,10 @@ from jobs.record import RunPaths
 from tests.mlflow_server import mlflow_server
 from tests.scene import Scene
 from tests.tiny import tiny_tree
-from tests.tracked import KILLED_AT_STEP_8
+from tests.tracked import KILLED_AT_STEP_8, needs
 from trainers.tracking.tracker import Ended, Parameters, Point, TrackedRun
 
-for package in ("mlflow", "flask", "sqlalchemy"):
-    pytest.importorskip(package)
-
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), needs("mlflow", "flask", "sqlalchemy")]
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,10 @@ import yaml
 
 from tests.scene import Scene
 from tests.tiny import tiny_tree
-from tests.tracked import KILLED_AT_STEP_8
+from tests.tracked import KILLED_AT_STEP_8, needs
 from tests.wandb_files import offline_runs
 
-pytest.importorskip("wandb")
-
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), needs("wandb")]
 
 
 @pytest.fixture(autouse=True)
