@@ -31,7 +31,7 @@ def wait_for(
     condition: Callable[[], bool], process: subprocess.Popen[str] | subprocess.Popen[bytes]
 ) -> None:
     """Returns when the condition holds; the process may not end before."""
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 300
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
