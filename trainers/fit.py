@@ -148,13 +148,6 @@ def _fit_once(
     )
     try:
         result = trainer.fit()
-    except OSError as error:
-        raise EnvironmentFault(
-            Problem(
-                f"Ray's notes cannot be kept in {notes}: {error}",
-                "free space there, or set TMPDIR to another folder",
-            )
-        ) from error
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         cause = error.controller_failure if isinstance(error, ControllerError) else error
         if isinstance(cause, EndedWhileWaiting):
@@ -163,6 +156,13 @@ def _fit_once(
             return BrokenStart(*restart_notice(error), _failure(error))
         told = _told_before(assignment) if isinstance(error, WorkerGroupError) else None
         return told or _failure(error)
+    except OSError as error:  # after Ray's own, some of which are OSErrors as well
+        raise EnvironmentFault(
+            Problem(
+                f"Ray's controller failed on this machine: {error}",
+                f"look for free space in {notes.parent}, or set TMPDIR to another folder",
+            )
+        ) from error
     return Outcome.model_validate_json(getattr(result, "return_value"))  # noqa: B009 - untyped
 
 

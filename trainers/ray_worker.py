@@ -16,7 +16,7 @@ from cluster.storage import StorageError, open_store
 from jobs.record import RunPaths
 from trainers.assignment import Assignment, EvaluationReport, StudyAt, Verdict
 from trainers.fence import Fence, Superseded
-from trainers.telemetry import log
+from trainers.telemetry import IMPATIENT, log
 from trainers.verdicts import ask
 from trainers.worker import train_worker
 
@@ -41,7 +41,8 @@ def _give_room_to_successor(assignment: Assignment) -> None:
     study's."""
     if _room is None or assignment.trial is not None:
         return
-    store = open_store(assignment.spec.store.uri, assignment.spec.store.access)
+    place = assignment.spec.store
+    store = open_store(place.uri, place.access, transfer=IMPATIENT)
     try:
         Fence(store, RunPaths(assignment.run_id), generation=assignment.generation).check()
     except Superseded:

@@ -256,8 +256,22 @@ def test_a_machine_that_has_no_room_for_rays_notes_is_no_fault_of_the_user(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(broken, "fit", full)
-    with pytest.raises(EnvironmentFault, match=r"notes cannot be kept in .*No space left"):
+    with pytest.raises(EnvironmentFault, match=r"on this machine: .*No space left"):
         fit(assignment(tmp_path), Told())  # type: ignore[arg-type]
+
+
+def test_an_error_of_ray_is_told_as_such_though_it_is_one_of_the_system_too(
+    tmp_path: Path, broken: type[TrainerStub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reset(_: TrainerStub) -> None:
+        raise RESET
+
+    assert isinstance(RESET, OSError)
+    monkeypatch.setattr(broken, "fit", reset)
+    ended = fit(assignment(tmp_path), Told())  # type: ignore[arg-type]
+    assert isinstance(ended, Failure)
+    assert ended.state is State.FAILED_INFRA
+    assert ended.problems[0][0].startswith("Ray Train gave up: RayTaskError(ConnectionError)")
 
 
 def test_what_our_own_part_of_the_controller_says_is_not_tried_again(
