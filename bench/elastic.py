@@ -134,6 +134,7 @@ def main() -> int:
         # The head trains nothing, as on Kubernetes.
         with raylets(cpus=0) as cluster:
             _run_elastic(place, runs, plan, cluster, proxy)
+        said = _log_of(place, RUN).read_text(errors="replace")
         polling = None if arguments.small else _measure_polling(place)
         _say(f"the same run with {FIXED_WORKERS} workers throughout")
         _run_fixed(place, runs, last_step=max(losses(runs, RUN)))
@@ -142,7 +143,10 @@ def main() -> int:
     if picture is not None:
         _draw(result, picture)
     lab.tell("elastic", result, tables=_tables(result), json_file=arguments.json)
-    return 0 if result["is_right"] else 1
+    if not result["is_right"]:
+        sys.stderr.write(said)
+        return 1
+    return 0
 
 
 def _prepare(place: Path, plan: Plan) -> Store:
@@ -224,10 +228,15 @@ def _run_fixed(place: Path, runs: Store, *, last_step: int) -> None:
         run.wait(WAIT_SECONDS)
 
 
+def _log_of(place: Path, run_id: str) -> Path:
+    """What the command said that trained the run."""
+    return place / f"{run_id}.log"
+
+
 @contextmanager
 def _process(command: list[str], place: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A Python program that is ended with the block; what it says is shown where it fails."""
-    said = place / f"{command[-1]}.log"
+    said = _log_of(place, command[-1])
     with said.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *command],
