@@ -140,6 +140,7 @@ def _fit_once(
     )  # fmt: skip
     trainer = RunTrainer(
         train,
+        workers=spec.workers,
         is_own_cluster=is_own_cluster,
         train_loop_config={"assignment": assignment},
         scaling_config=_scaling(spec),

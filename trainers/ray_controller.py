@@ -2,7 +2,8 @@
 
 Ray starts the workers again by itself after a failure, and with more or fewer of them where the
 cluster has changed. RunController is called at these points, in the controller's own process;
-RunFailurePolicy says there which budget a failure counts for.
+RunFailurePolicy says there which budget a failure counts for, and RunScalingPolicy whether workers
+at work are ended for more of them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,14 @@ from ray.train.v2._internal.execution.controller.state import (
     TrainControllerState,
 )
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import (
     ControllerError,
     PreemptionError,
@@ -47,7 +55,7 @@ from cluster.ray_runtime import describe_shortage, free_on_nodes, room_for, stay
 from cluster.storage import StorageError, Store, open_store
 from jobs.errors import ClusterError, Problem, ShoalError
 from jobs.record import RunPaths, State
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, Workers
 from trainers.controls import ask_to_yield, last_attempt, requests_to
 from trainers.notices import Kind, write_notice
 from trainers.patience import Patience
@@ -266,6 +274,30 @@ class RunFailurePolicy(DefaultFailurePolicy):
             info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"unknown": ranks})
             training_failed_error = PreemptionError(preemption_info=info, drain_timed_out=True)
         return super().make_decision(training_failed_error)
+
+
+class RunScalingPolicy(ElasticScalingPolicy):
+    """Ray's own, which ends workers for more of them only where those have room.
+
+    Ray also counts nodes that are being drained, minutes long on some platforms, and for up to 20 s
+    nodes that have died: it would start as many workers anew as there were.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig, workers: Workers) -> None:
+        super().__init__(scaling_config)
+        self._workers = workers
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        now = worker_group_state.num_workers
+        grows = isinstance(decision, ResizeDecision) and decision.num_workers > now
+        if grows and room_for(self._workers, staying_nodes()) <= now:
+            return NoopDecision()
+        return decision
 
 
 def taken_ranks(error: TrainingFailedError) -> list[int]:

@@ -28,7 +28,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import (
 )
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
     DefaultPlacementGroupHandle,
@@ -37,8 +37,9 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from jobs.spec import Workers
 from trainers.loading import without_collections
-from trainers.ray_controller import RunFailurePolicy
+from trainers.ray_controller import RunFailurePolicy, RunScalingPolicy
 
 _LOAD_SECONDS = 1800.0
 """How long workers may take to load what they need: nothing watches them yet."""
@@ -52,11 +53,17 @@ class RunTrainer(DataParallelTrainer):
     """Ray's, but for where its controller runs, and for the helpers that nobody needs here."""
 
     def __init__(
-        self, train_func: Callable[[dict[str, Any]], Any], *, is_own_cluster: bool, **parts: Any
+        self,
+        train_func: Callable[[dict[str, Any]], Any],
+        *,
+        workers: Workers,
+        is_own_cluster: bool,
+        **parts: Any,
     ) -> None:
         """`is_own_cluster`: this machine is all there is, for as long as the driver lives. No node
         comes, and none is taken without the driver."""
         super().__init__(train_func, **parts)
+        self._workers = workers
         self._is_own_cluster = is_own_cluster
 
     def _initialize_and_run_controller(self, **parts: Any) -> ray.train.Result:
@@ -65,6 +72,8 @@ class RunTrainer(DataParallelTrainer):
         is_room_held = ray.util.get_current_placement_group() is not None
         if (self._is_own_cluster or is_room_held) and isinstance(asked, FixedScalingPolicy):
             parts["scaling_policy"] = _UnannouncedPolicy(asked.scaling_config)
+        elif isinstance(asked, ElasticScalingPolicy):
+            parts["scaling_policy"] = RunScalingPolicy(asked.scaling_config, self._workers)
         controller = _Controller(**parts, watches_nodes=not self._is_own_cluster)
         try:
             asyncio.run(controller.run())  # type: ignore[no-untyped-call]

@@ -19,13 +19,14 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, SchedulingState
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from cluster.folder import FolderStore
 from jobs.errors import ClusterError
 from jobs.record import Control, RunPaths, State
+from jobs.spec import Workers
 from tests.tiny import tiny_job
 from trainers import ray_controller as module
 from trainers.controls import ask_to_yield
@@ -33,6 +34,7 @@ from trainers.ray_controller import (
     EndedWhileWaiting,
     RunController,
     RunFailurePolicy,
+    RunScalingPolicy,
     give_back_room,
     restart_notice,
 )
@@ -111,6 +113,34 @@ def test_workers_that_could_not_be_set_up_are_a_failure_unless_their_node_was_ta
     found, message = restart_notice(ControllerError(lost(taken=taken)))
     assert found == kind
     assert message.startswith("the workers could not be set up (RayActorError); ")
+
+
+# ------------------------------------------------------------------------ while workers are at work
+
+
+@pytest.mark.parametrize(
+    ("nodes", "counted", "wanted"),
+    [
+        (1, 2, None),  # the other is being drained, or has died
+        (2, 2, 2),
+        (2, 3, 3),
+        (2, 1, None),
+        (1, 1, None),
+    ],
+)
+def test_workers_at_work_are_ended_for_more_of_them_only_where_those_have_room(
+    monkeypatch: pytest.MonkeyPatch, nodes: int, counted: int, wanted: int | None
+) -> None:
+    """`counted` is how many workers Ray believes that there is room for."""
+    workers = Workers(count=4, min=1, resize_seconds=1.0)
+    policy = RunScalingPolicy(ScalingConfig(num_workers=(1, 4)), workers)
+    monkeypatch.setattr(module, "staying_nodes", lambda: [{"CPU": 1.0}] * nodes)
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+    reserved = {str(number): {"CPU": 1.0} for number in range(counted)}
+    monkeypatch.setattr(policy, "_get_reserved_resources", lambda: reserved)
+    at_work = SimpleNamespace(num_workers=1, start_time=float("-inf"))
+    decision = policy.make_decision_for_running_worker_group(at_work, None)
+    assert getattr(decision, "num_workers", None) == wanted
 
 
 # -------------------------------------------------------------------- while there are no workers
