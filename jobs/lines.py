@@ -32,7 +32,8 @@ class LineReader:
         self._folder = paths.lines_folder(kind)
         self._wanted = wanted
         self._last_key: dict[Source, str] = {}
-        self._ended: set[Source] = set()
+        self._ended: set[str] = set()
+        """Folders of drivers and attempts that write no more, all of whose lines were read."""
         self.problems: list[str] = []
         """What could not be read, in the order in which it was met."""
 
@@ -41,10 +42,9 @@ class LineReader:
         sources = list(self._sources())
         keys: list[tuple[Source, str]] = []
         for source in sources:
-            if source not in self._ended:
-                known = self._last_key.get(source)
-                heads = self._store.list(self._folder_of(source), after=known)
-                keys.extend((source, head.key) for head in heads if head.key.endswith(".jsonl"))
+            known = self._last_key.get(source)
+            heads = self._store.list(self._folder_of(source), after=known)
+            keys.extend((source, head.key) for head in heads if head.key.endswith(".jsonl"))
         lines = self._read(keys)
         # Only now: had a read failed, the next call would have to ask for the same objects.
         self._last_key.update(keys)
@@ -70,7 +70,10 @@ class LineReader:
         return posixpath.join(self._folder, source.folder) + "/"
 
     def _sources(self) -> Iterator[Source]:
+        """Of drivers and attempts that may still write."""
         for span in self._store.list_folders(self._folder):
+            if span in self._ended:
+                continue
             for writer in self._store.list_folders(f"{self._folder}{span}/"):
                 try:
                     source = Source.parse(f"{span}/{writer}")
@@ -110,11 +113,11 @@ class LineReader:
             self.problems.append(problem)
 
 
-def _superseded(sources: Iterable[Source]) -> set[Source]:
-    """Sources that grow no more: a newer driver, or a newer attempt, writes now."""
+def _superseded(sources: Iterable[Source]) -> set[str]:
+    """Folders of drivers or attempts that a newer driver, or a newer attempt, has succeeded."""
     newest: dict[bool, int] = {}
     sources = list(sources)
     for source in sources:
         driver = source.rank is None
         newest[driver] = max(newest.get(driver, 0), source.number)
-    return {s for s in sources if s.number < newest[s.rank is None]}
+    return {s.span for s in sources if s.number < newest[s.rank is None]}

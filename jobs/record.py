@@ -598,10 +598,13 @@ class Source:
     """None: the driver."""
 
     @property
+    def span(self) -> str:
+        """The folder of all who write in that generation, or that attempt."""
+        return f"{'gen' if self.rank is None else 'attempt'}-{self.number:04d}"
+
+    @property
     def folder(self) -> str:
-        if self.rank is None:
-            return f"gen-{self.number:04d}/driver"
-        return f"attempt-{self.number:04d}/rank-{self.rank}"
+        return f"{self.span}/{'driver' if self.rank is None else f'rank-{self.rank}'}"
 
     @classmethod
     def parse(cls, folder: str) -> Source:

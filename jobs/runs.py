@@ -152,18 +152,31 @@ class RunReader:
 
     def attempts(self) -> list[Attempt]:
         """Starts of the worker group, in order."""
-        heads = self._heads(self.paths.attempts)
-        heads = [h for h in heads if self.paths.is_attempt(h.key)]
-        return sorted(self._read_all(heads, Attempt), key=lambda a: a.attempt)
+        return self._attempts(self._heads(self.paths.attempts))
 
     def outcomes(self) -> dict[int, Outcome]:
         """How attempts ended, by their number; an attempt that was killed has none."""
-        heads = self._heads(self.paths.attempts, "-outcome.json")
-        return {o.attempt: o for o in self._read_all(heads, Outcome)}
+        return self._outcomes(self._heads(self.paths.attempts))
 
     def crashes(self) -> dict[int, Crash]:
         """Why attempts broke off, by their number, where one of their ranks could tell."""
-        heads = self._heads(self.paths.attempts, "-crash.json")
+        return self._crashes(self._heads(self.paths.attempts))
+
+    def attempts_with_ends(self) -> tuple[list[Attempt], dict[int, Outcome], dict[int, Crash]]:
+        """`attempts`, `outcomes` and `crashes`, of one listing."""
+        heads = self._heads(self.paths.attempts)
+        return self._attempts(heads), self._outcomes(heads), self._crashes(heads)
+
+    def _attempts(self, heads: Sequence[Head]) -> list[Attempt]:
+        heads = [h for h in heads if self.paths.is_attempt(h.key)]
+        return sorted(self._read_all(heads, Attempt), key=lambda a: a.attempt)
+
+    def _outcomes(self, heads: Sequence[Head]) -> dict[int, Outcome]:
+        heads = [h for h in heads if h.key.endswith("-outcome.json")]
+        return {o.attempt: o for o in self._read_all(heads, Outcome)}
+
+    def _crashes(self, heads: Sequence[Head]) -> dict[int, Crash]:
+        heads = [h for h in heads if h.key.endswith("-crash.json")]
         return {c.attempt: c for c in self._read_all(heads, Crash)}
 
     def manifests(self) -> list[Manifest]:

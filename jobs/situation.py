@@ -176,6 +176,8 @@ class Look:
     lease: Lease | None
     """Of a trial, none: its study's driver has it."""
     result: Result | None
+    events: list[Line]
+    """All of the run so far."""
 
 
 def look(
@@ -188,13 +190,15 @@ def look(
     """Looks at a run; `result` and `onlooker` as for `jobs.status.read_status`."""
     study = reader.study
     if study is not None:
-        return Look(_trial_situation(reader, study, now=now, onlooker=onlooker), None, None)
+        situation = _trial_situation(reader, study, now=now, onlooker=onlooker)
+        return Look(situation, None, None, reader.events())
     # In this order: a driver writes its result before it gives the lease back, and ends after that.
     lease = reader.lease() if onlooker is None else onlooker.lease_of(reader)
     has_ended = None if lease is None else runs.driver_has_ended(lease)
     result = result or reader.result()
+    events = reader.events()
     situation = derive_state(
-        events=reader.events(),
+        events=events,
         lease=lease,
         result=result,
         now=time.time() if now is None else now,
@@ -203,7 +207,7 @@ def look(
         was_renewed=onlooker is not None and onlooker.was_renewed,
         run=reader.uri,
     )
-    return Look(situation, lease, result)
+    return Look(situation, lease, result, events)
 
 
 def _trial_situation(

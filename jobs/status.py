@@ -13,7 +13,17 @@ from typing import Any
 from jobs.account import Account, account_of
 from jobs.lines import Line
 from jobs.onlooker import Onlooker
-from jobs.record import Attempt, Crash, Lease, Manifest, Outcome, Result
+from jobs.record import (
+    Attempt,
+    Crash,
+    Lease,
+    Manifest,
+    Outcome,
+    Result,
+    best_manifest,
+    live_manifests,
+    merge_metrics,
+)
 from jobs.runs import RunReader
 from jobs.situation import Situation, look
 from jobs.study_status import StudyStatus, read_study
@@ -153,12 +163,13 @@ def read_status(
     spec = reader.spec()
     submitted_at = reader.spec_head().modified_at
     seen = look(reader, now=now, result=result, onlooker=onlooker)
-    situation, lease, result = seen.situation, seen.lease, seen.result
-    events = reader.events()
-    metrics = reader.metrics()
+    situation, lease, result, events = seen.situation, seen.lease, seen.result, seen.events
     lines = reader.metrics_lines()
-    attempts = reader.attempts()
-    outcomes = reader.outcomes()
+    # Manifests first: an attempt that starts in between supersedes some, never adds any.
+    manifests = reader.manifests()
+    attempts, outcomes, crashes = reader.attempts_with_ends()
+    live = live_manifests(manifests, attempts)
+    metrics = merge_metrics(lines, attempts)
     now = time.time() if now is None else now
     current = result if result and result.generation == situation.generation else None
     over = situation.is_over
@@ -186,11 +197,11 @@ def read_status(
         losses=tuple(x for line in training if (x := _number(line, "loss")) is not None),
         evaluations=tuple(line for line in metrics if line["kind"] == "evaluation"),
         best_metric=spec.best[0],
-        best=reader.best_manifest(),
-        checkpoints=tuple(reader.live_manifests()),
+        best=best_manifest(live),
+        checkpoints=tuple(live),
         attempts=tuple(attempts),
         outcomes=outcomes,
-        crashes=reader.crashes(),
+        crashes=crashes,
         result=current,
         events=tuple(events),
         skipped=tuple(line for line in metrics if line["kind"] == "skipped"),

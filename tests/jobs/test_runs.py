@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from synthetic import START, SyntheticRun, running, succeeded
@@ -102,6 +103,32 @@ def test_only_new_objects_are_fetched(local_store: Store) -> None:
         ("d", 1, 2),
     ]
     assert len(counting.reads) == len(set(counting.reads)) == 4
+
+
+def test_a_look_asks_as_often_of_a_run_that_was_restarted(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = SyntheticRun(local_store).submit()
+    made.lease(renewed_at=START)
+    reader, asked, counts = RunReader(local_store, made.run_id), list[str](), list[int]()
+    for name in ("list", "list_folders", "read"):
+        whole = getattr(local_store, name)
+
+        def counted(prefix: str = "", _whole: Any = whole, **options: Any) -> Any:
+            asked.append(prefix)
+            return _whole(prefix, **options)
+
+        monkeypatch.setattr(local_store, name, counted)
+    for attempt in (1, 2, 3, 4):
+        made.start_attempt(attempt, time=START + attempt)
+        for source in (Source(attempt, None), Source(attempt, 0)):
+            made.lines("events", source, {"time": START + attempt, "event": "told"})
+        read_status(reader, now=START + attempt)
+        asked.clear()
+        assert len(read_status(reader, now=START + attempt).attempts) == attempt
+        counts.append(len(asked))
+    assert counts == [counts[0]] * 4
+    assert counts[0] <= 12
 
 
 def test_a_missing_run_names_the_nearest(local_store: Store) -> None:
