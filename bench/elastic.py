@@ -8,8 +8,8 @@ touches. In full: 4 workers, of whose nodes two are taken with notice, then a no
 then the second joins; is taken, while the store refuses checkpoints for longer than the notice
 leaves; and the first is taken as another joins: 1 -> 2 -> 1 -> 1. At last the head is taken, and
 with it the driver: it has the state saved and ends. What was trained is compared, step by step,
-with a run of two workers under torchrun that nothing has happened to. In full it is also measured
-what each step pays for hearing of notices, against Ray's own call.
+with a run under torchrun that nothing has happened to, of two workers, in the small size of one. In
+full it is also measured what each step pays for hearing of notices, against Ray's own call.
 
 Exit code 1 if a row was lost or repeated, a global batch, a loss or an evaluation differs, the
 workers were others than planned, an attempt ended without saving although there was time for it, or
@@ -55,10 +55,11 @@ HELD_OUT = 64
 GLOBAL_BATCH = 16
 CHECKPOINT_STEPS = 20
 RUN, FIXED = "elastic", "fixed"
-FIXED_WORKERS = 2
 WAIT_SECONDS = 400
 GRACE_SECONDS = 30.0
 """Between the notice that a node is taken and its end, as some platforms have it."""
+SLOW_SECONDS = 2.0
+"""That a slow store takes over each request that writes a part of a checkpoint."""
 MOST_POLLING = 0.005
 """Share of a step's time that hearing of notices may cost."""
 MOST_DIFFERENCE = 1e-4
@@ -87,6 +88,8 @@ class Plan:
     workers: int
     changes: tuple[Change, ...]
     steps: int
+    fixed_workers: int = 2
+    """Of the run that nothing happens to."""
     store_is_slow: bool = False
     """Saves take their time, and training waits for them: nodes come and go in the same seconds,
     but fewer steps are made meanwhile, all of which the fixed run makes, too."""
@@ -112,7 +115,8 @@ SMALL = Plan(
         Change(taken=1, store_refuses=True),
         Change(taken=1, joining=1),
     ),
-    steps=60,
+    steps=45,
+    fixed_workers=1,
     store_is_slow=True,
 )
 
@@ -136,8 +140,8 @@ def main() -> int:
             _run_elastic(place, runs, plan, cluster, proxy)
         said = _log_of(place, RUN).read_text(errors="replace")
         polling = None if arguments.small else _measure_polling(place)
-        _say(f"the same run with {FIXED_WORKERS} workers throughout")
-        _run_fixed(place, runs, last_step=max(losses(runs, RUN)))
+        _say(f"the same run with {_count(plan.fixed_workers)} throughout")
+        _run_fixed(place, runs, workers=plan.fixed_workers, last_step=max(losses(runs, RUN)))
         result = _compare(runs, plan, polling)
     picture = arguments.picture or (arguments.json and arguments.json.with_suffix(".png"))
     if picture is not None:
@@ -179,6 +183,7 @@ def _run_elastic(
     def recover() -> None:
         proxy.faults.clear()
         if plan.store_is_slow:
+            proxy.late_seconds = SLOW_SECONDS
             proxy.fail("late", "PUT", "checkpoints/", times=_EVER)
 
     recover()
@@ -216,10 +221,10 @@ def _make(change: Change, cluster: Raylets, nodes: list[Node]) -> list[Node]:
     return nodes[:stay] + [cluster.add(cpus=1, drain_seconds=change.grace_seconds) for _ in joining]
 
 
-def _run_fixed(place: Path, runs: Store, *, last_step: int) -> None:
+def _run_fixed(place: Path, runs: Store, *, workers: int, last_step: int) -> None:
     reader = RunReader(runs, FIXED)
     command = [
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(FIXED_WORKERS),
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers),
         "-m", "trainers", "job.yaml", "--run-id", FIXED,
     ]  # fmt: skip
     with _process(command, place) as run:
@@ -271,7 +276,7 @@ def _await(
         return len(_steps_of(reader).get(found[-1], ())) >= steps
 
     _wait_for(is_so, run)
-    _say(f"{workers} worker{'s' if workers > 1 else ''}, {steps} steps done")
+    _say(f"{_count(workers)}, {steps} steps done")
     return found[-1]
 
 
@@ -281,6 +286,10 @@ def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -
         if process.poll() is not None or time.monotonic() > deadline:
             raise AssertionError("the run has ended, or hangs")
         time.sleep(0.5)
+
+
+def _count(workers: int) -> str:
+    return f"{workers} worker{'s' if workers > 1 else ''}"
 
 
 def _say(what: str) -> None:
@@ -397,6 +406,7 @@ def _compare(runs: Store, plan: Plan, polling: dict[str, float] | None) -> dict[
     evaluations = _evaluations(runs)
     share = (polling[LOOK] + polling[ENTRY]) / _quickest_step(attempts) if polling else None
     result = {
+        "fixed_workers": plan.fixed_workers,
         "attempts": attempts,
         "steps": len(shared),
         "rows": rows,
@@ -573,7 +583,8 @@ def _draw(result: dict[str, Any], file: Path) -> None:
     curves, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     for name, width, color in (("fixed", 4.0, "#b9cbe4"), ("elastic", 1.0, "#c2410c")):
         steps, values = zip(*sorted(result["loss"][name].items()), strict=True)
-        label = f"{FIXED_WORKERS} workers throughout" if name == "fixed" else "workers come and go"
+        fixed = f"{_count(result['fixed_workers'])} throughout"
+        label = fixed if name == "fixed" else "workers come and go"
         curves.plot(steps, values, linewidth=width, color=color, label=label)
     for a in result["attempts"]:
         counts.plot([a["from_step"], a["to_step"]], [a["workers"]] * 2, color="#c2410c")

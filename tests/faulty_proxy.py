@@ -44,7 +44,7 @@ Kind = Literal[
     "lose answer",  # the store does it, the connection closes
     "cut body",  # half of the answer's body, then the connection closes
     "reset",  # half of the answer's body, then the connection is reset
-    "late",  # the answer comes after LATE_SECONDS
+    "late",  # the answer comes after `late_seconds`
     "trickle",  # the answer's body comes byte by byte, four in a second
     "slow",  # the answer's body comes steadily, SLOW_BYTES each _SLOW_SECONDS
     "slow request",  # the request's body is taken so for some seconds, then the rest of it at once
@@ -58,7 +58,6 @@ SICK: tuple[Kind, ...] = (
     "late",
 )  # fmt: skip
 """What a store in trouble does, from which its clients can recover in a few seconds."""
-LATE_SECONDS = 0.5
 _TRICKLE_SECONDS = 0.25
 SLOW_BYTES = 2**14
 _SLOW_SECONDS = 0.25
@@ -126,6 +125,7 @@ class FaultyProxy:
     ignored: Sequence[str] = ()
     """Headers of writing requests, in small letters, that are left out, as by a store that does not
     know them; the requests are signed anew, with the keys of the environment."""
+    late_seconds: float = 0.5
 
     def __enter__(self) -> FaultyProxy:
         proxy = self
@@ -279,7 +279,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "hang":
             owner.wait()
         if fault == "late":
-            owner.wait(LATE_SECONDS)
+            owner.wait(owner.late_seconds)
         if fault in ("drop", "away", "hang", "stuck request"):
             self._close()
         elif fault in _REFUSALS:

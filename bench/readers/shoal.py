@@ -13,7 +13,7 @@ from trainers.data.index import open_index
 from trainers.data.items import Items, Ragged, numbers_of
 from trainers.data.partition import fit_window
 from trainers.data.stream import RankStream
-from trainers.tasks.text_classification import padded
+from trainers.tasks.padding import padded
 
 SEED = 7
 WINDOW = 16

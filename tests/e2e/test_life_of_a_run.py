@@ -30,8 +30,8 @@ from trainers.records import read_attempts, read_manifests
 pytestmark = pytest.mark.timeout(900)
 
 ROWS = 1000
-EPOCHS = 5
-TOTAL_STEPS = 625
+EPOCHS = 3
+TOTAL_STEPS = 375
 NO_RAY = """
 import sys
 

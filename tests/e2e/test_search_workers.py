@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from jobs.study.events import Lost, Started
 from jobs.study.log import read_events
 from jobs.study.trials import Trials
 from tests.e2e.commands import is_actor, shoal, tree_of, wait_for, wait_until_none_is_left
+from tests.faulty_proxy import proxy_to
 from tests.ranks import assignment_of, run_ranks
 from tests.raylets import raylets
 from tests.tiny import tiny_model, tiny_reviews, tiny_tree
@@ -107,27 +109,33 @@ def test_trials_with_two_workers_survive_one_and_are_trained_as_they_would_be_al
         assert found == {step: calm[step] for step in found}
 
 
-def test_a_cluster_that_grows_gets_more_slots(folder: Path, s3_store: Store) -> None:
+def test_a_cluster_that_grows_gets_more_slots(
+    folder: Path, s3_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_job(
         folder,
         s3_store,
         search={"trials": 4, "scheduler": None, "max_concurrent": 3},
-        rows=9600,
-        train={"epochs": 2, "log_every_steps": 100},
-        checkpoint={"every_steps": 200},
+        train={"epochs": 100, "log_every_steps": 100},
+        checkpoint={"every_steps": 5},
     )
     reader = RunReader(s3_store.within("runs"), "study")
 
     def slots() -> set[str]:
         return {event.slot for event in reader.study_events() if isinstance(event, Started)}
 
-    with raylets(cpus=1) as cluster:
-        run = shoal("run", "job.yaml", "--run-id", "study", folder=folder)
-        wait_for(lambda: any("1 of 3 slots: room for 1" in text for text in messages(reader)), run)
-        assert len(slots()) == 1
-        cluster.add(cpus=1)
-        wait_for(lambda: len(slots()) == 2, run)
-        wait_for(lambda: any("2 of 3 slots: room for 2" in text for text in messages(reader)), run)
-        run.send_signal(signal.SIGINT)
-        output, _ = run.communicate(timeout=300)
-        assert run.returncode == 130, output
+    with proxy_to(os.environ["AWS_ENDPOINT_URL_S3"]) as proxy:
+        # Trials that mostly wait for the store take as long, and leave the others the cores.
+        proxy.fail("late", "PUT", "checkpoints/", times=10**9)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        with raylets(cpus=1) as cluster:
+            run = shoal("run", "job.yaml", "--run-id", "study", folder=folder)
+            one, two = "1 of 3 slots: room for 1", "2 of 3 slots: room for 2"
+            wait_for(lambda: any(one in text for text in messages(reader)), run)
+            assert len(slots()) == 1
+            cluster.add(cpus=1)
+            wait_for(lambda: len(slots()) == 2, run)
+            wait_for(lambda: any(two in text for text in messages(reader)), run)
+            run.send_signal(signal.SIGINT)
+            output, _ = run.communicate(timeout=300)
+            assert run.returncode == 130, output

@@ -40,7 +40,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             "space": {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-1]}},
             "algorithm": "random",
             "scheduler": {"kind": "asha", "reduction_factor": 2, "first": 0.25},
-            "trials": 4,
+            "trials": 2,
             "max_concurrent": 1,
             "baseline": False,
             "finalists": None,
@@ -74,7 +74,7 @@ def test_a_study_is_a_parent_and_each_trial_one_run_below_it(scene: Path) -> Non
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     by_id = {run.data.tags["shoal.run_id"]: run for run in runs}
-    names = [f"study/trials/{number:04d}" for number in range(4)]
+    names = [f"study/trials/{number:04d}" for number in range(2)]
     assert len(by_id) == len(runs)
     assert set(by_id) == {"study", *names}
     study = by_id["study"]
@@ -96,7 +96,7 @@ def test_a_study_is_a_parent_and_each_trial_one_run_below_it(scene: Path) -> Non
         history = client.get_metric_history(trial.info.run_id, "train/loss")
         steps = [metric.step for metric in history]
         assert steps == [*range(1, len(steps) + 1)]  # however often it was paused
-    assert len(rates) == 4
+    assert len(rates) == 2
 
     offline = offline_runs(scene)
     assert {run.run_id for run in offline} == {"study", *(n.replace("/", "-") for n in names)}

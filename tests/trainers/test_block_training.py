@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -43,6 +44,8 @@ COMPILED = Model(source="x", compile=True)
 RECOMPUTED = Model(source="x", activation_checkpointing=True)
 BOTH = Model(source="x", compile=True, activation_checkpointing=True)
 CUTTING = Cutting(max_tokens=512, launch_tokens=1)
+VEC_ISA_OK = True
+"""The compiler believes what the kernel says of the processor, without programs that try it."""
 
 
 def encoder(folder: Path) -> nn.Module:
@@ -346,6 +349,7 @@ class TestWithInductor:
         quick.chmod(0o755)
         monkeypatch.setenv("CXX", str(quick))
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+        monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", VEC_ISA_OK)
         torch._dynamo.reset()
         yield
         torch._dynamo.reset()
@@ -402,6 +406,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def compiled_gradients(_: Session) -> dict[str, Any]:
     """In a process of its own."""
+    torch._inductor.config.cpp.vec_isa_ok = VEC_ISA_OK
     model = few_kernels()
     adapt_blocks(model, COMPILED)
     with compiler_settings(COMPILED):

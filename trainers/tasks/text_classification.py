@@ -24,6 +24,7 @@ from trainers.data.tokenizers import has_own_files, tokenizer_digest
 from trainers.packing import pack_blocks, packed_tensors, packing_arguments
 from trainers.positions import most_tokens
 from trainers.tasks.confusion import ConfusionMetrics
+from trainers.tasks.padding import padded, tokens_of
 from trainers.tasks.task import Batch, Evaluation
 
 _DROPOUT_KEYS = (
@@ -249,7 +250,7 @@ class TextClassification:
         return np.asarray(numbers_of(codes), dtype=np.int64)
 
     def lengths(self, items: Items) -> npt.NDArray[np.int64]:
-        return np.diff(_ragged(items).offsets)
+        return np.diff(tokens_of(items).offsets)
 
     def weights(self, items: Items) -> npt.NDArray[np.float64]:
         return np.ones(len(items))
@@ -339,22 +340,6 @@ def cross_entropy(
     return (losses * batch["weight"]).sum()
 
 
-def padded(items: Items, *, pad_id: int) -> Batch:
-    """`input_ids` and `attention_mask` [n, longest] and `label` [n] of items with both columns."""
-    tokens = _ragged(items)
-    # Twice as quick as by np.diff and np.full, which do more than is asked of them here.
-    lengths = tokens.offsets[1:] - tokens.offsets[:-1]
-    mask = np.arange(lengths.max(initial=1)) < lengths[:, None]
-    ids = np.empty(mask.shape, dtype=np.int64)
-    ids.fill(pad_id)
-    ids[mask] = tokens.values
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-        "label": torch.from_numpy(np.asarray(items.columns["label"])),
-    }
-
-
 def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a model folder; SpecError where there is none."""
     try:
@@ -394,13 +379,6 @@ def _is_text(kind: pa.DataType) -> bool:
 def _has_number(labels: Sequence[str]) -> bool:
     """Whether a label is a whole number: a column of numbers then holds labels, not positions."""
     return any(label.removeprefix("-").isdigit() for label in labels)
-
-
-def _ragged(items: Items) -> Ragged:
-    column = items.columns["input_ids"]
-    if not isinstance(column, Ragged):
-        raise TypeError("input_ids must be ragged")
-    return column
 
 
 def _first_line(error: BaseException) -> str:
