@@ -2,13 +2,13 @@
 
     python bench/recovery.py [--rounds N] [--seed S] [--small] [--json FILE]
 
-One cluster of a head and three nodes (in the small size one), on which both train the same model on
-the same rows with two workers, in turns; a real S3 server. In each run one worker after the other
-is killed, then a node with all that runs on it, after a number of steps that is drawn from the seed
-and is the same for both. The plain loop (bench/plain_ray_train.py) saves as Ray's documentation has
-it, at the end of each epoch; Shoal five times an epoch. So the table also says for how long training
-stands still for checkpoints. Ray misses a dead node as soon as it does here for both, by the same
-settings.
+One cluster of a head and three nodes (in the small size one), on which both train the same model
+on the same rows with two workers, in turns; a real S3 server. In each run one worker after the
+other is killed, then a node with all that runs on it, after a number of steps that is drawn from
+the seed and is the same for both. The plain loop (bench/plain_ray_train.py) saves as Ray's
+documentation has it, at the end of each epoch; Shoal five times an epoch. So the table also says
+for how long training stands still for checkpoints. Ray misses a dead node as soon as it does here
+for both, by the same settings.
 
 Exit code 1 where Shoal takes longer than the plain loop to come back from a worker's death, by more
 than medians differ from one run of this to the next (1.15 times), or loses as much work; in the
