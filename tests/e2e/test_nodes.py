@@ -48,7 +48,7 @@ END_SECONDS = 150
 """Ray's processes give up a head that is gone 60 s after they have missed it, each by itself; and
 what they miss takes time to be missed where all cores are taken."""
 STEPS_BETWEEN = 15
-"""Steps that an attempt makes before the next node fails."""
+"""Steps that an attempt makes, and saves some of, before the next node fails."""
 
 
 @dataclass(frozen=True)
@@ -190,13 +190,21 @@ class Play:
         def gets_on() -> bool:
             attempts = self._reader.attempts()
             return bool(attempts) and (
-                attempts[-1].attempt >= number and self._steps_of(attempts[-1]) >= STEPS_BETWEEN
+                attempts[-1].attempt >= number
+                and self._steps_of(attempts[-1]) >= STEPS_BETWEEN
+                and self._has_saved(attempts[-1])
             )
 
         self._wait(gets_on, f"attempt {number} does not get on")
         attempt = self._reader.attempts()[-1]
         assert workers in (None, attempt.world_size)
         return attempt
+
+    def _has_saved(self, attempt: Attempt) -> bool:
+        return any(
+            manifest.attempt == attempt.attempt and manifest.step > (attempt.restored_step or 0)
+            for manifest in self._reader.manifests()
+        )
 
     def node_of(self, attempt: Attempt, *, rank: int) -> Node:
         """Where a rank of the attempt runs."""
