@@ -99,7 +99,7 @@ def story(bucket: Store, tmp_path_factory: pytest.TempPathFactory) -> Story:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
-        proxy.late_seconds = 2.0
+        proxy.late_seconds = 1.0
         proxy.fail("late", "PUT", "checkpoints/", times=10**9)
         return play(folder, runs)
 
