@@ -285,7 +285,7 @@ def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             raise AssertionError("the run has ended, or hangs")
-        time.sleep(0.5)
+        time.sleep(1.0)  # each look asks the store several times
 
 
 def _count(workers: int) -> str:

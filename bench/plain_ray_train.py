@@ -47,6 +47,7 @@ def train_func(config: dict[str, Any]) -> None:
         return dict(batch)
 
     context = ray.train.get_context()
+    is_shared = context.get_world_size() > 1  # else Ray wraps neither the model nor the sampler
     rows = pq.read_table(config["rows"]).to_pylist()
     loader = DataLoader(
         rows,  # type: ignore[arg-type]
@@ -62,7 +63,7 @@ def train_func(config: dict[str, Any]) -> None:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder, "state.pt"))
-        model.module.load_state_dict(state["model"])
+        (model.module if is_shared else model).load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         epoch, batches_done, step = state["epoch"], state["batches_done"], state["step"]
     if context.get_world_rank() == 0:
@@ -70,7 +71,8 @@ def train_func(config: dict[str, Any]) -> None:
             starts.write(f"{step}\n")
 
     while step < config["steps"]:
-        loader.sampler.set_epoch(epoch)
+        if is_shared:
+            loader.sampler.set_epoch(epoch)
         last = batches_done + config["steps"] - step
         for batch in itertools.islice(loader, batches_done, last):
             loss = model(**batch).loss
@@ -84,7 +86,7 @@ def train_func(config: dict[str, Any]) -> None:
                     checkpoint = None
                     if context.get_world_rank() == 0:
                         state = {
-                            "model": model.module.state_dict(),
+                            "model": (model.module if is_shared else model).state_dict(),
                             "optimizer": optimizer.state_dict(),
                             "epoch": epoch,
                             "batches_done": batches_done,

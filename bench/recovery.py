@@ -2,13 +2,13 @@
 
     python bench/recovery.py [--rounds N] [--seed S] [--small] [--json FILE]
 
-One cluster of a head and three nodes (in the small size one), on which both train the same model
-on the same rows with two workers, in turns; a real S3 server. In each run one worker after the
-other is killed, then a node with all that runs on it, after a number of steps that is drawn from
-the seed and is the same for both. The plain loop (bench/plain_ray_train.py) saves as Ray's
-documentation has it, at the end of each epoch; Shoal five times an epoch. So the table also says
-for how long training stands still for checkpoints. Ray misses a dead node as soon as it does here
-for both, by the same settings.
+One cluster of a head and three nodes, on which both train the same model on the same rows with two
+workers, in turns; a real S3 server. (In the small size one node and one worker.) In each run one
+worker after the other is killed, then a node with all that runs on it, after a number of steps that
+is drawn from the seed and is the same for both. The plain loop (bench/plain_ray_train.py) saves as
+Ray's documentation has it, at the end of each epoch; Shoal five times an epoch. So the table also
+says for how long training stands still for checkpoints. Ray misses a dead node as soon as it does
+here for both, by the same settings.
 
 Exit code 1 where Shoal takes longer than the plain loop to come back from a worker's death, by more
 than medians differ from one run of this to the next (1.15 times), or loses as much work; in the
@@ -50,6 +50,7 @@ GLOBAL_BATCH = 16
 STEPS_PER_EPOCH = ROWS // GLOBAL_BATCH
 SHOAL_EVERY = STEPS_PER_EPOCH // 5
 WORKERS = 2
+"""In the small size one."""
 WAIT_SECONDS = 180
 LOOK_SECONDS = 0.02
 MOST_SECONDS = 1.15
@@ -94,10 +95,7 @@ def main() -> None:
     with lab.place() as place, lab.object_store(place):
         arena = Arena(place, is_small=arguments.small)
         with nodes(cpus=0, env=arena.environment()) as cluster:
-            if arguments.small:
-                cluster.add_several(1, cpus=WORKERS)
-            else:
-                cluster.add_several(WORKERS + 1, cpus=1)
+            cluster.add_several(arena.workers + ("node" in kills), cpus=1)
             measured = lab.interleaved(
                 {
                     name: Turns(arena, cluster, name, kills, seed=arguments.seed).run
@@ -106,7 +104,9 @@ def main() -> None:
                 rounds=rounds,
             )
         shared = cluster.shared
-    result = summary(measured) | {"rounds": rounds, "seed": arguments.seed, "shared_host": shared}
+    result = summary(measured) | {
+        "workers": arena.workers, "rounds": rounds, "seed": arguments.seed, "shared_host": shared,
+    }  # fmt: skip
     result["is_right"] = arguments.small or is_right(result)
     lab.tell("recovery", result, tables=tables(result), json_file=arguments.json)
     sys.exit(0 if result["is_right"] else 1)
@@ -121,6 +121,7 @@ class Arena:
     def __init__(self, place: Path, *, is_small: bool) -> None:
         self.place = place
         self.bucket = f"s3://{embedded.DEFAULT_BUCKET}"
+        self.workers = 1 if is_small else WORKERS
         larger = {} if is_small else {"layers": 4, "hidden": 128}
         self.model = tiny_model(place / "model", **larger)
         self.data = tiny_reviews(
@@ -141,7 +142,7 @@ class Arena:
             config = {
                 "model": str(self.model), "labels": LABELS, "max_tokens": MAX_TOKENS,
                 "rows": join_uri(self.data, "shard-00000.parquet"),
-                "global_batch_size": GLOBAL_BATCH, "workers": WORKERS,
+                "global_batch_size": GLOBAL_BATCH, "workers": self.workers,
                 "learning_rate": 3e-4, "checkpoint_every": STEPS_PER_EPOCH,
                 "steps": sys.maxsize, "name": run_id,
                 "storage": join_uri(self.bucket, "plain"), "starts": str(self.starts(run_id)),
@@ -155,7 +156,7 @@ class Arena:
             optimizer={"learning_rate": 3e-4, "schedule": "constant"},
             train={"epochs": 10_000, "log_every_steps": 10},
             checkpoint={"every_steps": SHOAL_EVERY},
-            workers={"count": WORKERS},
+            workers={"count": self.workers},
             retries={"worker_failures": 100},
         )
         job = self.place / f"{run_id}.yaml"
@@ -241,9 +242,9 @@ class Turns:
     def _kill(self, what: str) -> float:
         """SIGKILL to a worker, or to all that runs on its node; Unix seconds."""
         workers = self._workers()
-        if len(workers) != WORKERS:
+        if len(workers) != self._arena.workers:
             raise SystemExit(f"there are {len(workers)} workers")
-        node, worker = workers[self._draw.randrange(WORKERS)]
+        node, worker = workers[self._draw.randrange(len(workers))]
         at = time.time()
         if what == "worker":
             worker.kill()
@@ -382,7 +383,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
         else f"raylets of one host ({result['shared_host']})"
     )
     table = Table(
-        title=f"Recovery, {WORKERS} workers, {network}; medians of {result['rounds']} rounds",
+        title=f"Recovery, workers: {result['workers']}, {network}; medians of {result['rounds']} "
+        "rounds",
         title_justify="left",
     )
     for name, justify in (("", "left"), ("Shoal", "right"), ("plain", "right"), ("ratio", "right")):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-_PAUSE_SECONDS = 0.3
+_PAUSE_SECONDS = 0.5
 """Between two looks, each of which asks the store several times: the cores are for what is looked
 at."""
 

@@ -236,7 +236,7 @@ class Play:
         while not condition():
             if self._run.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"{otherwise}:\n{self._said.read_text()}")
-            time.sleep(0.2)
+            time.sleep(1.0)  # each look asks the store several times
 
 
 def is_worker(process: psutil.Process) -> bool:
