@@ -324,6 +324,7 @@ WINDOWS = Transfer(slow_window_seconds=0.5, slow_bytes_per_second=2**14, retry_s
 trickles lasts longer than transient faults are retried."""
 
 
+@pytest.mark.timeout(300)  # it waits a lot: its file is not to be the last (tests/conftest.py)
 @pytest.mark.parametrize("num_bytes", [5_000, 20 * MIB])
 def test_a_body_that_trickles_is_given_up_and_read_again(
     proxy: FaultyProxy, s3_store: Store, num_bytes: int
