@@ -27,7 +27,7 @@ class _FromBothEnds(LoadFileScheduling):
 
 
 def pytest_configure() -> None:
-    """Object stores, and the core of W&B, are written in Go: with several threads that run at a time
+    """Object stores, and the core of W&B, are written in Go: with several threads that run at once
     each request costs them half as much again."""
     os.environ.setdefault("GOMAXPROCS", "1")
 
