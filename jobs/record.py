@@ -415,7 +415,7 @@ class Result(Record):
     step: int
     finished_at: float
     best_checkpoint: str | None = None
-    """Folder of the best checkpoint, relative to the run folder."""
+    """Folder of the best checkpoint, relative to the run folder; None: nothing was evaluated."""
     last_checkpoint: str | None = None
     outcome: Outcome | None = None
     failure: Failure | None = None

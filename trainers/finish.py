@@ -41,7 +41,6 @@ def build_result(
     outcome = ended if isinstance(ended, Outcome) else None
     tested_step = outcome.test["step"] if outcome is not None and outcome.test else None
     best = next((m for m in live if m.step == tested_step), None) or best_manifest(live)
-    best = best or (live[-1] if live else None)
     failure = ended if isinstance(ended, Failure) else ended.failure
     return Result(
         run_id=paths.run_id,

@@ -108,3 +108,10 @@ def test_a_run_whose_attempt_is_damaged_says_so_and_goes_on_once_it_is_mended(
     scene.runs.write(key, whole)
     assert scene.train(spec, generation=2).state is State.SUCCEEDED
     assert [a.restored_step for a in read_attempts(scene.runs, PATHS)] == [None, 10]
+
+
+def test_a_run_that_evaluates_nothing_has_no_best_checkpoint(scene: Scene) -> None:
+    trained = scene.train(scene.job(data={"validation": "", "test": ""}))
+    result = build_result(scene.runs, PATHS, generation=1, ended=trained)
+    assert (result.state, result.best_checkpoint) == (State.SUCCEEDED, None)
+    assert result.last_checkpoint == "checkpoints/step-00000010-attempt-0001"
