@@ -415,7 +415,8 @@ class Result(Record):
     step: int
     finished_at: float
     best_checkpoint: str | None = None
-    """Folder of the best checkpoint, relative to the run folder; None: nothing was evaluated."""
+    """Folder of the best checkpoint, relative to the run folder; None where nothing was evaluated,
+    or where the best one is gone."""
     last_checkpoint: str | None = None
     outcome: Outcome | None = None
     failure: Failure | None = None
