@@ -26,13 +26,14 @@ LOOPBACK := 127.0.0.1,localhost
 export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(shell printf ,))$(LOOPBACK)
 export no_proxy := $(NO_PROXY)
 
-.PHONY: help demo test chaos check clean
+.PHONY: help demo test chaos figures check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    fine-tune a real model on real data, on two workers, through an S3 store'
 	@echo 'make test    run the tests                    (make test ARGS="-k stream")'
-	@echo 'make chaos   the experiments of bench/ in full: kills, faults, speed (hours)'
+	@echo 'make chaos   what is left of runs after kills and faults: bench/ in full (an hour)'
+	@echo 'make figures the other experiments of bench/: speed, growth, searches (hours)'
 	@echo 'make check   formatting, lint, types, import fences'
 	@echo 'make clean   stop the demo store; remove .venv, .shoal, .assets and all caches'
 
@@ -42,11 +43,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
+chaos: EXPERIMENTS := chaos faults elastic recovery resume checkpoint
+figures: EXPERIMENTS := start stream train growth search_quality search_overhead search_chaos
 # One after the other: each takes all cores. All of them run, and their exit codes are joined.
-chaos: $(INSTALLED)
+chaos figures: $(INSTALLED)
 	@mkdir -p build/bench; failed=; \
-	for name in chaos faults elastic recovery resume checkpoint start stream train growth \
-		search_quality search_overhead search_chaos; do \
+	for name in $(EXPERIMENTS); do \
 		$(PY) bench/$$name.py --json build/bench/$$name.json $(ARGS) || failed="$$failed $$name"; \
 	done; \
 	[ -z "$$failed" ] || { echo "error: failed:$$failed" >&2; exit 1; }

@@ -8,12 +8,12 @@ gives way to it. The same steps are made without checkpoints, with Shoal's, and 
 of these, a part without, and so on, in orders that take turns, as the speed of a machine changes
 within minutes. A checkpoint is saved after the first step of a part, so that its upload goes on
 beside the rest of them: training stands still for (seconds of the part with it - mean seconds of
-the parts without before and after it). What is still under way at the end of a part is waited for
-and told apart. Then the state alone: copied, uploaded and restored by Shoal, and the same bytes
-copied, and moved by parallel PUTs and GETs that verify nothing. A restore ends in files of the
-cache's folder; it is measured on the disk and in memory (/dev/shm), each against GETs that end in
-files there too, and each at its second time. GETs whose bytes are held and written nowhere are told
-beside them.
+the parts without before and after it). What is still under way at the end of a part is waited for,
+and counts as well, as the next checkpoint would wait for it. Then the state alone: copied, uploaded
+and restored by Shoal, and the same bytes copied, and moved by parallel PUTs and GETs that verify
+nothing. A restore ends in files of the cache's folder; it is measured on the disk and in memory
+(/dev/shm), each against GETs that end in files there too, and each at its second time. GETs whose
+bytes are held and written nowhere are told beside them.
 
 Exit code 1 where training stands still for more than a tenth of what SYNC costs, the copy takes
 longer than 1.5 plain ones, or an upload or a restore has less than four fifths of the raw speed. In
@@ -155,7 +155,7 @@ def summarize(found: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
         name, own, calm = part["saver"], part["own"], part["calm"]
         calm_seconds.append(statistics.fmean(each["seconds"] for each in calm))
         calm_step = statistics.median([s for each in calm for s in each["step_seconds"]])
-        still[name].append(own["seconds"] - calm_seconds[-1])
+        still[name].append(own["seconds"] + own["left"] - calm_seconds[-1])
         after = own["step_seconds"][1 : 1 + max(1, sizes.every // 5)]
         slower[name].append(statistics.median(after) / calm_step)
         first[name].append(own["step_seconds"][1] / calm_step)
@@ -213,7 +213,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     )
     columns = (
         "", "seconds", "smallest", "largest",
-        "the step after it", "a step during the upload", "s after the end",
+        "of it after the last step", "the step after it", "a step during the upload",
     )  # fmt: skip
     for column in columns:
         still.add_column(column, justify="left" if not column else "right")
@@ -223,9 +223,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
         still.add_row(
             name,
             *(f"{spread[key]:.3f}" for key in ("median", "min", "max")),
+            f"{result['left_seconds'][name]['median']:.2f}",
             f"{first:.2f} x",
             f"{slower:.2f} x",
-            f"{result['left_seconds'][name]['median']:.2f}",
         )
     state = Table(title="The state alone", title_justify="left")
     for column in ("", "shoal", "plain", "ratio"):

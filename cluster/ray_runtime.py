@@ -10,10 +10,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.errors import ClusterError, Problem
 from jobs.spec import JobSpec, Workers, format_bytes
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
 
 _SETTINGS = {
     # A report waits for the controller to look; two seconds, the default, are felt at the end.
@@ -234,12 +237,19 @@ def staying_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in _staying()]
 
 
-def free_on_nodes() -> list[dict[str, float]]:
-    """What nobody holds of the resources of each of `staying_nodes`."""
+def free_on_nodes(*, own: PlacementGroup | None = None) -> list[dict[str, float]]:
+    """What nobody holds of the resources of each of `staying_nodes`, but for the group `own`."""
     import ray
 
     free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
-    return [free.get(node["NodeID"], {}) for node in _staying()]
+    found = {node["NodeID"]: dict(free.get(node["NodeID"], {})) for node in _staying()}
+    if own is not None:
+        held = ray.util.placement_group_table(own)
+        places = held["bundles_to_node_id"] if held["state"] != "REMOVED" else {}
+        for number, node in places.items():  # a bundle whose node is lost may have none
+            for name, amount in held["bundles"][number].items() if node in found else ():
+                found[node][name] = found[node].get(name, 0.0) + amount
+    return list(found.values())
 
 
 def _staying() -> list[dict[str, Any]]:

@@ -196,6 +196,8 @@ class Attempt(SealedRecord):
     """Step of the checkpoint from which it went on; None: from the start."""
     evaluates_first: bool = False
     """Whether it begins with the evaluation at that step, which was broken off."""
+    controls_seen: int = 0
+    """Number of the newest request to the run that was not meant for it, but for a start before."""
     started_at: float
     """Unix seconds, as the first rank opened its account of the time."""
     hosts: tuple[str, ...] = ()
@@ -406,7 +408,7 @@ class Amendment(SealedRecord):
     """Unix seconds."""
 
 
-class Result(Record):
+class Result(SealedRecord):
     """How the run ended: the last object that a driver writes."""
 
     run_id: str

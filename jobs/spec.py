@@ -345,8 +345,7 @@ class Workers(SpecPart):
     stay the same. null: always `count`."""
     resize_seconds: PositiveFloat = 60.0
     """With `min`: time between two looks whether the cluster has room for more workers. Each
-    change saves the state and starts the workers anew. Ray counts dead nodes for up to 20 s: with
-    less than that the workers may be started anew for nothing."""
+    change saves the state and starts the workers anew."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: each worker holds the whole model. fsdp: weights, gradients and optimizer state are cut
     over the workers (FSDP2), for models larger than one device; a node needs room for the whole

@@ -36,6 +36,7 @@ from trainers.assignment import Assignment
 from trainers.controls import last_request
 from trainers.finish import build_result, write_result
 from trainers.patience import Patience
+from trainers.records import read_attempts
 from trainers.session import ProcessSession
 from trainers.tracking.feeds import tell_end
 from trainers.worker import train_worker
@@ -83,8 +84,7 @@ def _train(spec: JobSpec, run_id: str) -> int:
         with acquire(store, paths.lease, ttl_seconds=_LEASE_SECONDS, wait=True) as lease:
             if spec.unguarded is not None:
                 sys.stderr.write(f"shoal: {spec.unguarded}\n")
-            # Requests before this start were for the one before; before the first they count.
-            seen = last_request(store, paths) if lease.generation > 1 else 0
+            seen = _controls_seen(store, paths, generation=lease.generation)
             assignment = Assignment(spec, run_id, lease.generation, controls_seen=seen)
             _record_changes(store, paths, spec)
             with _ends_with(lease):
@@ -100,6 +100,21 @@ def _train(spec: JobSpec, run_id: str) -> int:
             problems = (Problem(message, hint) for message, hint in result.failure.problems)
             click.echo(render_error(ShoalError(*problems)), err=True)
         return _exit_code(outcome)
+
+
+def _controls_seen(store: Store, paths: RunPaths, *, generation: int) -> int:
+    """Number of the newest request that was meant for a start before this one.
+
+    Before the first start all requests count. Where torchrun has started the ranks again, those
+    count that came since it was started itself.
+    """
+    if generation == 1:
+        return 0
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        last = read_attempts(store, paths)[-1:]
+        if last and last[0].generation == generation - 1:
+            return last[0].controls_seen
+    return last_request(store, paths)
 
 
 def _exit_code(outcome: Outcome) -> int:

@@ -165,6 +165,7 @@ def _claim(
         world_size=session.world_size,
         restored_step=restored.step if restored else None,
         evaluates_first=restored is not None and restored.evaluation_pending,
+        controls_seen=assignment.controls_seen,
         started_at=started_at,
         hosts=tuple(hosts),
         versions=dict(versions()),

@@ -16,15 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import ValidationError
 
-from cluster.storage import ObjectMissing, Store, join_uri, open_store, read_whole
+from cluster.storage import (
+    DamagedObject,
+    ObjectMissing,
+    Store,
+    join_uri,
+    open_store,
+    read_whole,
+)
 from jobs.errors import DataError, EnvironmentFault, Problem, SpecError
 from jobs.parse import recorded_spec
 from jobs.record import (
     DAMAGED_RECORD_HINT,
     Manifest,
-    Result,
     RunPaths,
     best_manifest,
     live_manifests,
@@ -42,7 +47,7 @@ from trainers.microbatch import Cutting, IntArray
 from trainers.parallel import compute_type, float32_products
 from trainers.predictions import PredictionWriter
 from trainers.pretrained import model_of_checkpoint
-from trainers.records import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests, read_result
 from trainers.tasks.task import Batch, Evaluation, Task, build_task
 
 PREDICTIONS = "predictions.parquet"
@@ -228,14 +233,13 @@ def _read_spec(store: Store, paths: RunPaths) -> JobSpec:
 def _best_manifest(store: Store, paths: RunPaths) -> Manifest:
     """The best checkpoint of the run: that of its result, or the best so far while it goes on."""
     uri = join_uri(store.uri, paths.run_id)
-    head = store.head(paths.result)
-    result = Result.model_validate_json(store.read(paths.result)) if head is not None else None
+    result = read_result(store, paths)
     folder = result and (result.best_checkpoint or result.last_checkpoint)
     if folder:
+        key = f"{paths.run_id}/{folder.rstrip('/')}/manifest.json"
         try:
-            data = store.read(f"{paths.run_id}/{folder.rstrip('/')}/manifest.json")
-            return Manifest.model_validate_json(data)
-        except (ObjectMissing, ValidationError) as error:
+            return read_whole(store, key, Manifest.model_validate_json, hint="")
+        except (ObjectMissing, DamagedObject) as error:
             raise DataError(
                 Problem(
                     f"the best checkpoint of {uri} ({folder}) is gone or damaged",

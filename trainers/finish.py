@@ -17,7 +17,7 @@ from jobs.record import (
     live_manifests,
 )
 from trainers.fence import Superseded
-from trainers.records import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests, read_result
 
 _WRITE_ATTEMPTS = 5
 
@@ -63,14 +63,20 @@ def build_result(
     reraise=True,
 )
 def write_result(store: Store, paths: RunPaths, result: Result) -> None:
-    """Makes the result that of the run, unless a newer driver has written one (Superseded)."""
+    """Makes the result that of the run, unless a newer driver has written one (Superseded).
+
+    A damaged one is replaced.
+    """
     head = store.head(paths.result)
     if head is None:
         store.write_if_absent(paths.result, result.to_bytes())
         return
     # If it is replaced in between, the ETag is the older one: the write fails.
-    there = Result.model_validate_json(store.read(paths.result))
-    if there.generation > result.generation:
+    try:
+        there = read_result(store, paths)
+    except DamagedObject:
+        there = None
+    if there is not None and there.generation > result.generation:
         raise Superseded(
             Problem(
                 f"generation {result.generation} of the run was superseded: generation "

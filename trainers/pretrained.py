@@ -7,14 +7,15 @@ import os
 import re
 from pathlib import Path
 
-from cluster.storage import Store, is_s3, open_store, split_uri
+from cluster.storage import Store, is_s3, open_store, read_whole, split_uri
 from jobs.errors import EnvironmentFault, Problem, SpecError
-from jobs.record import Manifest, Part, Result, RunPaths
+from jobs.record import Manifest, Part, RunPaths
 from jobs.spec import JobSpec
 from trainers import watchdog
 from trainers.consolidation import complete_weights
 from trainers.layout import LAYOUT_NAME, WEIGHTS, shard_stem
 from trainers.local_copy import TICKING, local_copy
+from trainers.records import read_result
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -81,8 +82,7 @@ def _run_of_uri(uri: str, spec: JobSpec) -> tuple[Store, str]:
 def _in_run(runs: Store, run_id: str, cache_folder: Path) -> Path:
     """The best model of a run that has ended, each file verified."""
     paths = RunPaths(run_id)
-    head = runs.head(paths.result)
-    result = Result.model_validate_json(runs.read(paths.result)) if head is not None else None
+    result = read_result(runs, paths)
     folder = result and (result.best_checkpoint or result.last_checkpoint)
     if not folder:
         raise SpecError(
@@ -92,7 +92,12 @@ def _in_run(runs: Store, run_id: str, cache_folder: Path) -> Path:
             )
         )
     checkpoint = runs.within(run_id).within(folder.rstrip("/"))
-    manifest = Manifest.model_validate_json(checkpoint.read("manifest.json"))
+    manifest = read_whole(
+        checkpoint,
+        "manifest.json",
+        Manifest.model_validate_json,
+        hint=f"see what is left with: shoal checkpoints {runs.uri}/{run_id}",
+    )
     return model_of_checkpoint(checkpoint, manifest, cache_folder)
 
 

@@ -62,6 +62,9 @@ from trainers.patience import Patience
 
 _LOOK_SECONDS = 1.0
 _POLL_SECONDS = 0.25
+_RELEASE_SECONDS = 5.0
+"""How long elastic workers wait before they start for what others hold of the cluster: Ray may be
+about to take it back, as from a driver before this one."""
 _LOST_PEER = re.compile(r"gloo/transport|Connection (closed|reset) by peer|\bNCCL\b|ncclUniqueId")
 """In what gloo and NCCL say to a rank whose collective another has left."""
 
@@ -159,9 +162,11 @@ class RunController(ControllerCallback, WorkerGroupCallback):
     def _await_room(self) -> int:
         """How many workers there is room for: the fewest at least, after a wait.
 
-        Raises ClusterError when `retries.wait_minutes` have passed without workers at work.
+        What others hold of the cluster's nodes is no room for elastic workers; a number that is
+        fixed is asked for until it has its place. Raises ClusterError when `retries.wait_minutes`
+        have passed without workers at work.
         """
-        workers = self._spec.workers
+        workers, began = self._spec.workers, time.monotonic()
         while True:
             nodes = staying_nodes()
             room = room_for(workers, nodes)
@@ -182,8 +187,20 @@ class RunController(ControllerCallback, WorkerGroupCallback):
             if not has_room or self._failed_start:  # no worker hears them
                 self._heed_requests()
             if has_room:
-                return room
+                room = min(room, workers.count)
+                now = room if workers.min is None else room_for(workers, self._free())
+                # What workers that are still there hold is counted: nothing is about to be free.
+                is_waited = self._group is not None or time.monotonic() - began > _RELEASE_SECONDS
+                if now >= room or is_waited:
+                    return max(workers.fewest, min(now, room))
             time.sleep(_LOOK_SECONDS)
+
+    def _free(self) -> list[dict[str, float]]:
+        """What the next workers may have of the cluster: that of the present ones as well."""
+        if self._group is None:
+            return free_on_nodes()
+        state = self._group.get_worker_group_state()
+        return free_on_nodes(own=state.placement_group_handle.placement_group)
 
     def _shortage(self, nodes: list[dict[str, float]]) -> str:
         workers = self._spec.workers
@@ -279,8 +296,9 @@ class RunFailurePolicy(DefaultFailurePolicy):
 class RunScalingPolicy(ElasticScalingPolicy):
     """Ray's own, which ends workers for more of them only where those have room.
 
-    Ray also counts nodes that are being drained, minutes long on some platforms, and for up to 20 s
-    nodes that have died: it would start as many workers anew as there were.
+    Ray also counts nodes that are being drained, minutes long on some platforms, for up to 20 s
+    nodes that have died, and what actors and tasks of others hold: it would start as many workers
+    anew as there were, or ask for more than get a place.
     """
 
     def __init__(self, scaling_config: ScalingConfig, workers: Workers) -> None:
@@ -294,10 +312,14 @@ class RunScalingPolicy(ElasticScalingPolicy):
             worker_group_state, worker_group_status
         )
         now = worker_group_state.num_workers
-        grows = isinstance(decision, ResizeDecision) and decision.num_workers > now
-        if grows and room_for(self._workers, staying_nodes()) <= now:
-            return NoopDecision()
-        return decision
+        if not isinstance(decision, ResizeDecision) or decision.num_workers <= now:
+            return decision
+        try:
+            has_room = room_for(self._workers, free_on_nodes()) > 0
+        except Exception as error:  # of whatever kind: Ray would end the run for it
+            _log.warning("the cluster cannot be looked at, so no worker is added: %s", error)
+            has_room = False
+        return decision if has_room else NoopDecision()
 
 
 def taken_ranks(error: TrainingFailedError) -> list[int]:

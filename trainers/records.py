@@ -11,7 +11,7 @@ from functools import partial
 
 from pydantic import ValidationError
 
-from cluster.storage import DamagedObject, ObjectMissing, Store, read_whole
+from cluster.storage import DamagedObject, ObjectMissing, Store, join_uri, read_whole
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import (
     DAMAGED_RECORD_HINT,
@@ -20,6 +20,7 @@ from jobs.record import (
     Crash,
     Manifest,
     Outcome,
+    Result,
     RunPaths,
     live_manifests,
 )
@@ -116,6 +117,19 @@ def outcome_of(store: Store, paths: RunPaths, attempt: int) -> Outcome | None:
             paths.outcome(attempt),
             Outcome.model_validate_json,
             hint="let another driver take the run over: shoal resume RUN",
+        )
+    except ObjectMissing:
+        return None
+
+
+def read_result(store: Store, paths: RunPaths) -> Result | None:
+    """How the run ended; None where it has not. Raises DamagedObject where it cannot be told."""
+    try:
+        return read_whole(
+            store,
+            paths.result,
+            Result.model_validate_json,
+            hint=f"have it written again: shoal resume {join_uri(store.uri, paths.run_id)}",
         )
     except ObjectMissing:
         return None

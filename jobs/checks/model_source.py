@@ -23,8 +23,9 @@ from jobs.checks.finding import (
 )
 from jobs.checks.stores import Stores
 from jobs.errors import EnvironmentFault, Problem, ShoalError, SpecError
-from jobs.record import Manifest, Result, RunPaths
+from jobs.record import Manifest, RunPaths
 from jobs.spec import JobSpec, StoreAccess
+from trainers.records import read_result
 
 PART = "model"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -109,10 +110,7 @@ def _in_folder(shown: str, store: Store, spec: JobSpec) -> tuple[list[Finding], 
 def _in_run(runs: Store, run_id: str) -> tuple[list[Finding], ModelFolder | None]:
     """The best model of a run that has ended."""
     uri = f"{runs.uri}/{run_id}"
-    try:
-        result = Result.model_validate_json(runs.read(RunPaths(run_id).result))
-    except ObjectMissing:
-        result = None
+    result = read_result(runs, RunPaths(run_id))
     folder = result and (result.best_checkpoint or result.last_checkpoint)
     if not folder:
         raise SpecError(

@@ -121,6 +121,55 @@ with ray_cluster(Workers()):
 """
 
 
+SHARED_CLUSTER = """
+import time
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, remove_placement_group
+from cluster.ray_runtime import free_on_nodes, room_for
+from jobs.spec import Workers
+
+def soon(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, (free_on_nodes(), free_on_nodes(own=own))
+        time.sleep(0.05)
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+ray.init(address=cluster.address, log_to_driver=False)
+try:
+    own = placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD")
+    another = placement_group([{"CPU": 1}])
+    assert own.wait(60) and another.wait(60)
+    soon(lambda: room_for(Workers(), free_on_nodes()) == 1)
+    assert room_for(Workers(), free_on_nodes(own=own)) == 3
+    (held,) = ray.util.placement_group_table(another)["bundles_to_node_id"].values()
+    lost, = (node for node in nodes if node.node_id != held)
+    cluster.remove_node(lost)
+    soon(lambda: (room_for(Workers(), free_on_nodes(own=own)), len(free_on_nodes())) == (1, 2))
+    remove_placement_group(own)
+    soon(lambda: room_for(Workers(), free_on_nodes()) == 1)
+    assert room_for(Workers(), free_on_nodes(own=own)) == 1
+finally:
+    ray.shutdown()
+    cluster.shutdown()
+print("counted")
+"""
+
+
+def test_room_is_what_others_do_not_hold_on_nodes_that_live() -> None:
+    """On a real cluster: with a group of one's own over two nodes, and another's."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SHARED_CLUSTER],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.stdout.splitlines()[-1:] == ["counted"], done.stdout + done.stderr
+
+
 def test_a_driver_that_is_asked_to_end_decides_itself_what_it_does() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     ended = subprocess.run(

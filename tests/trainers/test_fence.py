@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from cluster.folder import FolderStore
-from cluster.storage import Store, open_store
+from cluster.storage import DamagedObject, Store, open_store
 from jobs.record import (
     Attempt,
     Lease,
@@ -25,7 +25,7 @@ from tests.scene import Scene
 from trainers import controls, worker
 from trainers.fence import Fence, Superseded
 from trainers.finish import write_result
-from trainers.records import read_attempts, read_manifests
+from trainers.records import read_attempts, read_manifests, read_result
 
 PATHS = RunPaths("run")
 
@@ -135,6 +135,24 @@ def test_a_late_result_does_not_replace_that_of_a_newer_driver(store: Store) -> 
     with pytest.raises(Superseded, match="generation 3 has ended it as SUCCEEDED"):
         write_result(store, PATHS, result(2, State.STOPPED))
     assert Result.model_validate_json(store.read(PATHS.result)).generation == 3
+
+
+@pytest.mark.parametrize(
+    ("whole", "damaged"),
+    [(b'"generation": 1', b'"generation": 9'), (b'"step"', b'"stop"'), (b"\n}", b"")],
+    ids=["a generation", "a name", "its end"],
+)
+def test_a_damaged_result_is_believed_by_nobody_and_written_anew(
+    store: Store, whole: bytes, damaged: bytes
+) -> None:
+    write_result(store, PATHS, result(1))
+    data = store.read(PATHS.result)
+    assert whole in data
+    store.write(PATHS.result, data.replace(whole, damaged))
+    with pytest.raises(DamagedObject, match=r"result\.json is damaged"):
+        read_result(store, PATHS)
+    write_result(store, PATHS, result(2))
+    assert read_result(store, PATHS) == result(2)
 
 
 def test_of_results_that_are_written_at_once_the_newest_stays(local_store: Store) -> None:

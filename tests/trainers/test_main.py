@@ -17,7 +17,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from jobs.record import Amendment, Lease, State
+from jobs.record import Amendment, Attempt, Control, Lease, State
 from jobs.runs import RunReader
 from tests.evidence import final_weights, global_batches
 from tests.scene import Scene
@@ -219,3 +219,23 @@ def test_what_a_driver_commits_that_was_frozen_and_succeeded_is_ignored(scene: S
     assert invoke(job, "calm")[0] == 0
     assert final_weights(scene.runs, "run") == final_weights(scene.runs, "calm")
     assert global_batches(scene.runs, "run") == global_batches(scene.runs, "calm")
+
+
+@pytest.mark.parametrize(("restarts", "seen"), [("0", 4), ("1", 2)], ids=["by hand", "by torchrun"])
+def test_requests_that_came_before_torchrun_started_the_ranks_again_still_count(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, restarts: str, seen: int
+) -> None:
+    """One was for a start before; two came while the ranks were at work that have died."""
+    paths = scene.paths()
+    died = Attempt(
+        attempt=1, generation=2, world_size=1, restored_step=None, started_at=0.0, controls_seen=2
+    )
+    scene.runs.write(paths.attempt(1), died.to_bytes())
+    for number in (1, 2, 3, 4):
+        request = Control(kind="stop", requested_at=0.0)
+        scene.runs.write(paths.control_request(number), request.to_bytes())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    assert module._controls_seen(scene.runs, paths, generation=3) == seen
+    # The last one has no attempt of its own: nobody knows what it was started for.
+    assert module._controls_seen(scene.runs, paths, generation=4) == 4
+    assert module._controls_seen(scene.runs, paths, generation=1) == 0

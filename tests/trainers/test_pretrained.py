@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file
 
-from cluster.storage import Store
-from jobs.errors import DataError, EnvironmentFault, ShoalError, SpecError
+from cluster.storage import DamagedObject, Store
+from jobs.errors import DataError, EnvironmentFault, ShoalError, SpecError, render_error
 from jobs.spec import JobSpec, StoreAccess
 from tests.scene import Scene
 from trainers.data.tokenizers import load_tokenization
@@ -161,6 +161,16 @@ def test_a_run_is_taken_by_its_id_its_folder_and_its_uri(scene: Scene, trained: 
     folder = scene.run_folder("teacher")
     for source in ("teacher", str(folder), f"file://{folder}"):
         assert weights(found(scene, source)) == weights(trained)
+
+
+def test_a_run_whose_result_is_damaged_is_refused_with_a_way_out(
+    scene: Scene, trained: Path
+) -> None:
+    key = scene.paths("teacher").result
+    scene.runs.write(key, scene.runs.read(key).replace(b"step-", b"stop-"))
+    with pytest.raises(DamagedObject, match=r"teacher/result\.json is damaged") as refused:
+        found(scene, "teacher")
+    assert f"shoal resume {scene.runs.uri}/teacher" in render_error(refused.value)
 
 
 def test_a_run_in_another_store_is_taken_by_its_uri(

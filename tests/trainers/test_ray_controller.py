@@ -119,28 +119,44 @@ def test_workers_that_could_not_be_set_up_are_a_failure_unless_their_node_was_ta
 
 
 @pytest.mark.parametrize(
-    ("nodes", "counted", "wanted"),
+    ("free", "counted", "wanted"),
     [
-        (1, 2, None),  # the other is being drained, or has died
-        (2, 2, 2),
-        (2, 3, 3),
-        (2, 1, None),
+        (0, 2, None),  # the other node is being drained, or has died, or is held by somebody else
+        (1, 2, 2),
+        (1, 3, 3),
         (1, 1, None),
+        (0, 1, None),
     ],
 )
 def test_workers_at_work_are_ended_for_more_of_them_only_where_those_have_room(
-    monkeypatch: pytest.MonkeyPatch, nodes: int, counted: int, wanted: int | None
+    monkeypatch: pytest.MonkeyPatch, free: int, counted: int, wanted: int | None
 ) -> None:
     """`counted` is how many workers Ray believes that there is room for."""
+    monkeypatch.setattr(module, "free_on_nodes", lambda: [{}] + [{"CPU": 1.0}] * free)
+    assert wanted_workers(monkeypatch, counted=counted) == wanted
+
+
+def test_a_cluster_that_cannot_be_looked_at_ends_no_workers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def look() -> list[dict[str, float]]:
+        raise ConnectionError("the head is away")
+
+    monkeypatch.setattr(module, "free_on_nodes", look)
+    assert wanted_workers(monkeypatch, counted=2) is None
+    assert "so no worker is added: the head is away" in caplog.text
+
+
+def wanted_workers(monkeypatch: pytest.MonkeyPatch, *, counted: int) -> int | None:
+    """To how many the one worker that is at work is changed; None: it goes on."""
     workers = Workers(count=4, min=1, resize_seconds=1.0)
     policy = RunScalingPolicy(ScalingConfig(num_workers=(1, 4)), workers)
-    monkeypatch.setattr(module, "staying_nodes", lambda: [{"CPU": 1.0}] * nodes)
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     reserved = {str(number): {"CPU": 1.0} for number in range(counted)}
     monkeypatch.setattr(policy, "_get_reserved_resources", lambda: reserved)
     at_work = SimpleNamespace(num_workers=1, start_time=float("-inf"))
     decision = policy.make_decision_for_running_worker_group(at_work, None)
-    assert getattr(decision, "num_workers", None) == wanted
+    return getattr(decision, "num_workers", None)
 
 
 # -------------------------------------------------------------------- while there are no workers
@@ -177,7 +193,7 @@ def test_a_run_whose_room_is_held_by_something_else_ends_when_it_is_asked_to(
     store.write(PATHS.attempt(2), b"{}")
     request = Control(kind="stop", requested_at=0.0)
     store.write(PATHS.control_request(1), request.to_bytes())
-    assert controller._await_room() == 8, "its workers will hear it"
+    assert controller._await_room() == 2, "its workers will hear it"
     controller._failed_start = "2 workers were given no place in the time that Ray waits for it"
     with pytest.raises(EndedWhileWaiting):
         controller._await_room()
@@ -302,6 +318,30 @@ def test_a_worker_that_dies_while_it_is_set_up_ends_the_controller_so_that_it_is
     assert raised.value is death
 
 
+@pytest.mark.parametrize(
+    ("free", "workers"), [([1, 1, 1], 3), ([1, 1, 0], 2), ([1, 0, 0], 2), ([0, 0, 0], 2)]
+)
+def test_elastic_workers_leave_to_others_what_those_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: list[float], workers: int
+) -> None:
+    """As many as have room now, and the fewest where there is less: somebody may let go of it."""
+    controller, _ = waiting(tmp_path, monkeypatch, workers={"count": 3, "min": 2})
+    monkeypatch.setattr(module, "staying_nodes", lambda: [{"CPU": 1.0}] * 3)
+    monkeypatch.setattr(module, "free_on_nodes", lambda: [{"CPU": each} for each in free])
+    monkeypatch.setattr(module, "_RELEASE_SECONDS", 0.05)
+    assert controller._await_room() == workers
+
+
+def test_what_an_ended_driver_held_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, _ = waiting(tmp_path, monkeypatch, workers={"count": 3, "min": 2})
+    monkeypatch.setattr(module, "staying_nodes", lambda: [{"CPU": 3.0}])
+    looks = iter([0.0, 1.0, 3.0])
+    monkeypatch.setattr(module, "free_on_nodes", lambda: [{"CPU": next(looks)}])
+    assert controller._await_room() == 3
+
+
 class HalfSetUp(WorkerGroup):
     """A group of workers that counts how often it is ended."""
 
@@ -333,6 +373,7 @@ def waiting(
     *,
     minutes: float = 5,
     hang_minutes: float = 10,
+    workers: dict[str, int] | None = None,
 ) -> tuple[RunController, FolderStore]:
     """The controller of a cluster without nodes, for which it waits so long."""
     data = {"train": str(tmp_path / "train")}
@@ -341,7 +382,7 @@ def waiting(
         data,
         str(tmp_path / "runs"),
         retries={"wait_minutes": minutes, "hang_minutes": hang_minutes},
-        workers={"count": 2},
+        workers=workers or {"count": 2},
     )
     controller = RunController(
         spec, "run", generation=GENERATION, controls_seen=0, notices=tmp_path / "notices"
