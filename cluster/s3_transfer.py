@@ -10,7 +10,6 @@ import logging
 import os
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -21,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 from botocore.auth import PAYLOAD_BUFFER
 from botocore.exceptions import ClientError, ReadTimeoutError
+from isal import isal_zlib
 
 from cluster.folder import write_whole
 from cluster.s3_errors import error_code
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 def checksum(data: bytes | memoryview) -> str:
     """CRC32 as S3 takes it: big-endian, base64."""
-    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+    return base64.b64encode(isal_zlib.crc32(data).to_bytes(4, "big")).decode()
 
 
 def write_parts(
