@@ -26,7 +26,7 @@ LOOPBACK := 127.0.0.1,localhost
 export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(shell printf ,))$(LOOPBACK)
 export no_proxy := $(NO_PROXY)
 
-.PHONY: help demo test chaos check clean
+.PHONY: help demo test chaos check manifests constraints clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,8 @@ help:
 	@echo 'make test    run the tests                    (make test ARGS="-k stream")'
 	@echo 'make chaos   the experiments of bench/ in full: kills, faults, speed (hours)'
 	@echo 'make check   formatting, lint, types, import fences'
+	@echo 'make manifests    k8s/: builds all overlays, checks each object, the network, alerts, the image'
+	@echo 'make constraints  k8s/constraints.txt: versions for the image, from .venv as it was tested'
 	@echo 'make clean   stop the demo store; remove .venv, .shoal, .assets and all caches'
 
 demo: $(INSTALLED)
@@ -56,6 +58,12 @@ check: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+
+manifests: $(INSTALLED)
+	@$(PY) -m pytest tests/k8s $(ARGS)
+
+constraints: $(INSTALLED)
+	@$(PY) k8s/constraints.py > k8s/constraints.new && mv k8s/constraints.new k8s/constraints.txt
 
 clean:
 	@if [ -x $(VENV)/bin/shoal ] && [ -d .shoal/store ]; then \
