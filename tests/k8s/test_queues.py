@@ -88,15 +88,17 @@ def test_what_asks_for_no_gpu_is_never_admitted_to_nodes_with_taints() -> None:
     flavors = of_kind(built(KUEUE), "ResourceFlavor")
     for name, resources in quotas_by_flavor().items():
         assert ("tolerations" in flavors[name]["spec"]) == (GPU in resources)
-    tolerated = {t["key"] for t in flavors[SPOT]["spec"]["tolerations"]}
-    assert "shoal/spot" in tolerated
-    assert "shoal/spot" not in {t["key"] for t in flavors[ON_DEMAND]["spec"]["tolerations"]}
+    spot, on_demand = (
+        {t["key"] for t in flavors[name]["spec"]["tolerations"]} for name in (SPOT, ON_DEMAND)
+    )
+    assert on_demand == {GPU}
+    assert spot == {GPU, "cloud.google.com/gke-spot"}
 
 
 def test_there_is_a_class_for_runs_that_give_way_and_one_for_those_that_do_not() -> None:
     classes = of_kind(built(KUEUE), "WorkloadPriorityClass")
     values = {name: each["value"] for name, each in classes.items()}
-    assert values["shoal-low"] < values["shoal-normal"] == 0 < values["shoal-high"]
+    assert values["interruptible"] < values["normal"] == 0 < values["urgent"]
     assert cluster_queue()["spec"]["preemption"]["withinClusterQueue"] == "LowerPriority"
 
 
@@ -129,7 +131,7 @@ def test_a_queued_example_may_be_admitted(name: str) -> None:
     labels = rayjob_of(name)["metadata"]["labels"]
     assert rayjob_of(name)["metadata"]["namespace"] == NAMESPACE
     assert labels["kueue.x-k8s.io/queue-name"] in of_kind(built(KUEUE), "LocalQueue")
-    priority = labels.get("kueue.x-k8s.io/priority-class", "shoal-normal")
+    priority = labels.get("kueue.x-k8s.io/priority-class", "normal")
     assert priority in of_kind(built(KUEUE), "WorkloadPriorityClass")
     asked, nominal = requests_of(rayjob_of(name)), nominal_quotas()
     for resource, amount in asked.items():
@@ -138,11 +140,26 @@ def test_a_queued_example_may_be_admitted(name: str) -> None:
     assert asked[GPU] <= max(quotas.get(GPU, 0) for quotas in quotas_by_flavor().values())
 
 
+@pytest.mark.parametrize("name", QUEUED)
+def test_nodes_that_a_queued_example_asks_for_are_told_apart_by_the_flavors(name: str) -> None:
+    """Kueue heeds of a pod's selector what a flavour has a label for, and nothing else."""
+    spot = getattr(example(name).cluster, "spot", None)
+    if spot is None:
+        return
+    flavors = of_kind(built(KUEUE), "ResourceFlavor")
+    assert flavors[SPOT]["spec"]["nodeLabels"].get(spot.label) == spot.value
+    assert spot.label in flavors[ON_DEMAND]["spec"]["nodeLabels"]
+    tolerated = {t["key"] for t in flavors[SPOT]["spec"]["tolerations"]}
+    assert (spot.taint or spot.label) in tolerated
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_fits_into_the_quota_of_an_overlay(name: str) -> None:
     asked = requests_of(rayjob_of(name))
     overlays = [KUEUE] if name in QUEUED else ["gpu"] if asked[GPU] else ["cpu-dev", "gpu"]
+    priority = getattr(example(name).cluster, "priority_class", None)
     for overlay in overlays:
+        assert priority in {None, *of_kind(built(overlay), "PriorityClass")}
         hard = quota(overlay)
         for resource, amount in asked.items():
             assert amount <= hard[resource], (overlay, resource)
