@@ -34,7 +34,7 @@ help:
 	@echo 'make test    run the tests                    (make test ARGS="-k stream")'
 	@echo 'make chaos   the experiments of bench/ in full: kills, faults, speed (hours)'
 	@echo 'make check   formatting, lint, types, import fences'
-	@echo 'make manifests    k8s/: builds all overlays, checks each object, the network, alerts, the image'
+	@echo 'make manifests    what is in k8s/: overlays, network, alerts, image, rendered examples'
 	@echo 'make constraints  k8s/constraints.txt: versions for the image, from .venv as it was tested'
 	@echo 'make clean   stop the demo store; remove .venv, .shoal, .assets and all caches'
 
@@ -60,7 +60,7 @@ check: $(INSTALLED)
 	$(VENV)/bin/lint-imports
 
 manifests: $(INSTALLED)
-	@$(PY) -m pytest tests/k8s $(ARGS)
+	@$(PY) -m pytest tests/k8s tests/cluster/test_rayjob.py $(ARGS)
 
 constraints: $(INSTALLED)
 	@$(PY) k8s/constraints.py > k8s/constraints.new && mv k8s/constraints.new k8s/constraints.txt
