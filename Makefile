@@ -26,15 +26,17 @@ LOOPBACK := 127.0.0.1,localhost
 export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(shell printf ,))$(LOOPBACK)
 export no_proxy := $(NO_PROXY)
 
-.PHONY: help demo test chaos figures check clean
+.PHONY: help demo test chaos figures check manifests constraints clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    fine-tune a real model on real data, on two workers, through an S3 store'
 	@echo 'make test    run the tests                    (make test ARGS="-k stream")'
 	@echo 'make chaos   what is left of runs after kills and faults: bench/ in full (an hour)'
-	@echo 'make figures the other experiments of bench/: speed, growth, searches (hours)'
+	@echo 'make figures  the other experiments of bench/: speed, growth, searches (hours)'
 	@echo 'make check   formatting, lint, types, import fences'
+	@echo 'make manifests    what is in k8s/: overlays, network, alerts, image, rendered examples'
+	@echo 'make constraints  k8s/constraints.txt: versions for the image, from .venv as it was tested'
 	@echo 'make clean   stop the demo store; remove .venv, .shoal, .assets and all caches'
 
 demo: $(INSTALLED)
@@ -58,6 +60,12 @@ check: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+
+manifests: $(INSTALLED)
+	@$(PY) -m pytest tests/k8s tests/cluster/test_rayjob.py $(ARGS)
+
+constraints: $(INSTALLED)
+	@$(PY) k8s/constraints.py > k8s/constraints.new && mv k8s/constraints.new k8s/constraints.txt
 
 clean:
 	@if [ -x $(VENV)/bin/shoal ] && [ -d .shoal/store ]; then \

@@ -23,13 +23,18 @@ _NO_GAUGES = frozenset({"time", "step", "attempt", "rank", "total_steps", "rows"
 
 
 def exposition(status: RunStatus, lines: Iterable[Line]) -> str:
+    """The metrics of a run as text; see `families`."""
+    registry = CollectorRegistry()
+    registry.register(_Families(status, list(lines)))
+    return generate_latest(registry).decode()
+
+
+def families(status: RunStatus, lines: Iterable[Line]) -> list[Metric]:
     """The metrics of a run, each with the label `run`; `lines` are all of its metrics.
 
     Gauges tell of the newest line; counters also count what attempts did that were superseded.
     """
-    registry = CollectorRegistry()
-    registry.register(_Families(status, list(lines)))
-    return generate_latest(registry).decode()
+    return list(_Families(status, list(lines)).collect())
 
 
 class _Families:
@@ -52,6 +57,9 @@ class _Families:
         yield self._one_gauge("step", "Optimizer steps that are done.", status.step)
         if status.total_steps:
             yield self._one_gauge("total_steps", "Steps of all epochs.", status.total_steps)
+        if status.checkpoints:
+            newest = status.checkpoints[-1].step
+            yield self._one_gauge("checkpoint_step", "Step of the newest checkpoint.", newest)
         yield from self._newest()
 
         seconds = self._counter("seconds", "Wall clock of the run, by purpose.", "purpose")
@@ -68,6 +76,11 @@ class _Families:
                 "skipped_steps",
                 "Steps that changed nothing, as their gradient was not finite.",
                 sum(line["kind"] == "skipped" for line in self._lines),
+            ),
+            (
+                "failed_saves",
+                "Checkpoints that could not be stored.",
+                sum("failures_in_a_row" in event for event in status.events),
             ),
         ):
             family = self._counter(name, meaning)

@@ -27,6 +27,7 @@ from cluster.ray_runtime import is_attached, own_node_watched, ray_cluster
 from cluster.storage import StorageError, Store, open_store, split_uri
 from jobs.capture import captured_output
 from jobs.errors import ShoalError, render_error
+from jobs.exporter import metrics_served
 from jobs.record import NOTHING_PAST, Failure, Lease, Outcome, Past, Result, RunPaths, Source, State
 from jobs.report import write_report
 from jobs.runs import RunReader
@@ -112,12 +113,9 @@ def drive(
         record_changes(store, run_id, overrides)
         spec = reader.spec()
         with ExitStack() as stack:
+            impatient = open_store(spec.store.uri, spec.store.access, transfer=IMPATIENT)
             telemetry = stack.enter_context(
-                Telemetry(
-                    open_store(spec.store.uri, spec.store.access, transfer=IMPATIENT),
-                    paths,
-                    Source(lease.generation, None),
-                )
+                Telemetry(impatient, paths, Source(lease.generation, None))
             )
             output = logging.getLogger("shoal.output")
             output.setLevel(logging.DEBUG)
@@ -126,6 +124,8 @@ def drive(
             telemetry.state(State.STARTING, "starting Ray and the workers", began_at=began_at)
             if spec.unguarded is not None:
                 telemetry.event("warning", spec.unguarded)
+            if isinstance(spec.cluster, KubeRayCluster):
+                stack.enter_context(metrics_served(impatient, run_id, warn=telemetry.warn))
             assignment = Assignment(spec, run_id, lease.generation, past.controls)
             ended = _fit(assignment, store, lease, telemetry, attended_by=attended_by)
             if isinstance(ended, Failure) and ended.traceback:

@@ -37,7 +37,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "click": ("jobs.*", "trainers.__main__"),
     "rich": ("jobs.*",),
     "jinja2": ("jobs.*",),
-    "prometheus_client": ("jobs.prometheus",),
+    "prometheus_client": ("jobs.exporter", "jobs.prometheus"),
     "optuna": ("jobs.study.optuna_samplers", "jobs.study.importance"),
     "cmaes": ("jobs.study.cmaes_sampler",),
     "tensorboardX": ("trainers.tracking.tensorboard",),

@@ -120,6 +120,7 @@ class Saving:
                 "warning",
                 f"a checkpoint could not be stored ({self._failures_in_a_row} in a row, "
                 f"{self._max_failures} are borne): {failures[0].message}",
+                failures_in_a_row=self._failures_in_a_row,
             )
         return failures
 

@@ -9,6 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +23,7 @@ from cluster.lease import acquire
 from cluster.storage import Store, StoreAway
 from jobs import run
 from jobs.errors import ClusterError, Problem
+from jobs.exporter import metrics_served
 from jobs.record import Control, Failure, Outcome, RunPaths, State
 from jobs.runs import RunReader
 from tests.ranks import assignment_of
@@ -219,6 +223,34 @@ def test_the_first_event_of_a_driver_tells_when_it_began(
     first = RunReader(local_store, "run").events()[0]
     assert first["state"] == State.STARTING
     assert before - 0.001 <= first["began_at"] <= first["time"]
+
+
+@pytest.mark.parametrize("cluster", [KUBERAY, {"kind": "local"}], ids=["pod", "laptop"])
+def test_on_kubernetes_alone_the_driver_serves_the_runs_metrics(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch, cluster: dict[str, str]
+) -> None:
+    ports: list[int | None] = []
+    told: list[str] = []
+
+    @contextmanager
+    def served(*arguments: Any, **options: Any) -> Iterator[int | None]:
+        with metrics_served(*arguments, **options, port=0) as port:
+            ports.append(port)
+            yield port
+
+    def fit(*_: Any, **__: Any) -> Failure:
+        for port in ports:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+                told.append(answer.read().decode())
+        return Failure(state=State.FAILED_INFRA, problems=(("a test", None),))
+
+    monkeypatch.setattr(run, "metrics_served", served)
+    monkeypatch.setattr(run, "_fit", fit)
+    assignment(local_store, cluster=cluster)
+    run.drive(local_store, "run")
+    assert ['shoal_state{run="run",state="STARTING"} 1.0' in text for text in told] == (
+        [True] if cluster is KUBERAY else []
+    )
 
 
 CHANGE = ("train.epochs=7",)

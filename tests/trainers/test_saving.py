@@ -10,8 +10,10 @@ import pytest
 from cluster.folder import FolderStore
 from cluster.storage import StorageError, Store, StoreAway
 from jobs.errors import Problem
+from jobs.prometheus import exposition
 from jobs.record import Outcome, State
 from jobs.runs import RunReader
+from jobs.status import read_status
 from tests.evidence import final_weights, rows_by_epoch
 from tests.ranks import assignment_of, run_group
 from tests.scene import Scene
@@ -88,6 +90,9 @@ def test_training_goes_on_past_saves_that_fail(scene: Scene) -> None:
         "a checkpoint could not be stored (1 in a row",
         "a checkpoint could not be stored (2 in a row",
     ]
+    reader = RunReader(scene.runs, "run")
+    counted = exposition(read_status(reader), reader.metrics_lines())
+    assert 'shoal_failed_saves_total{run="run"} 2.0' in counted
     trained(scene, SavesFail(StorageError), "calm")
     assert final_weights(scene.runs, "run") == final_weights(scene.runs, "calm")
 
