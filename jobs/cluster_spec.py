@@ -129,20 +129,23 @@ def _own_label(label: str) -> str:
     return label
 
 
-def _variable(name: str) -> str:
-    if not _VARIABLE.fullmatch(name):
-        raise UnfitError(
-            "must be the name of an environment variable: letters, digits and _, no digit first",
-            "write for example HF_TOKEN",
-            shows_value=False,
-        )
-    if name in _OWN_VARIABLES or name.startswith(_OWN_VARIABLE_PREFIXES):
-        raise UnfitError(
-            f"must be none of {', '.join(_OWN_VARIABLES)} and none that begins with "
-            f"{', '.join(_OWN_VARIABLE_PREFIXES)}: Shoal and KubeRay set those",
-            "remove it",
-        )
-    return name
+def _variables(named: object) -> object:
+    """Looked at before what they are from, whose errors would name them: a name may be a value."""
+    for name in named if isinstance(named, dict) else ():
+        if not _VARIABLE.fullmatch(name) or _VALUE_OF_A_SECRET.fullmatch(name):
+            raise UnfitError(
+                "must have names of environment variables as keys: letters, digits and _, no digit "
+                "first",
+                "write for example HF_TOKEN: {secret: hub, key: token}",
+                shows_value=False,
+            )
+        if name in _OWN_VARIABLES or name.startswith(_OWN_VARIABLE_PREFIXES):
+            raise UnfitError(
+                f"has {name}, but Shoal and KubeRay set {', '.join(_OWN_VARIABLES)} and what "
+                f"begins with {', '.join(_OWN_VARIABLE_PREFIXES)}",
+                f"remove {name}",
+            )
+    return named
 
 
 def _image(image: str) -> str:
@@ -151,7 +154,7 @@ def _image(image: str) -> str:
             "must be an image as containers are named, without a scheme or a login",
             "write REGISTRY/NAME:TAG, as in registry.example.com/shoal:0.1.0; registries are "
             "logged in to by cluster.image_pull_secrets",
-            shows_value="@" not in image.rpartition("@sha256:")[0],
+            shows_value="@" not in image.partition("@sha256:")[0],
         )
     return image
 
@@ -337,9 +340,9 @@ class KubeRayCluster(SpecPart):
     env_from_config_maps: tuple[KubernetesName, ...] = ()
     """Config maps whose keys become environment variables of head and workers, for what is no
     secret, such as MLFLOW_TRACKING_URI or NCCL_SOCKET_IFNAME."""
-    env_secrets: dict[
-        Annotated[str, AfterValidator(_variable)],
-        Annotated[SecretKey, BeforeValidator(_only_names("{secret: NAME, key: KEY}"))],
+    env_secrets: Annotated[
+        dict[str, Annotated[SecretKey, BeforeValidator(_only_names("{secret: NAME, key: KEY}"))]],
+        BeforeValidator(_variables),
     ] = Field(default_factory=dict)
     """Environment variables of head and workers, each from one key of a secret:
     `HF_TOKEN: {secret: hub, key: token}`."""

@@ -92,8 +92,9 @@ class Sources:
             target = override.partition("=")[0].strip()
             brought = target.startswith(dotted + ".") and path not in self.lines
             if brought or dotted == target or dotted.startswith(target + "."):
-                unknown = field_schema(tuple(target.split("."))) is None
-                if not shows_value or (unknown and _SECRET.search(target)):
+                is_known = field_schema(tuple(target.split("."))) is not None
+                told = override.removeprefix(target) if is_known else override
+                if not shows_value or _SECRET.search(told):
                     return f"--set {target}=..."
                 return f"--set {override}"
         while path:

@@ -108,9 +108,6 @@ def drive(
     Where a driver after `past` has ended the run for a reason that a restart would meet again,
     nothing is started.
     """
-    from trainers.assignment import Assignment
-    from trainers.finish import build_result, write_result
-
     began_at = round(time.time(), 3)
     reader, paths = RunReader(store, run_id), RunPaths(run_id)
     reader.spec()
@@ -122,6 +119,10 @@ def drive(
     ):
         sys.stderr.write(f"shoal: the run has ended: {ended_before.state}\n")
         return ended_before.exit_code
+    # Only now what takes time to load: a platform may start an ended run again and again.
+    from trainers.assignment import Assignment
+    from trainers.finish import build_result, write_result
+
     with acquire(store, paths.lease, ttl_seconds=LEASE_SECONDS, wait=_say_waiting) as lease:
         record_changes(store, run_id, overrides)
         spec = reader.spec()

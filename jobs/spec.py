@@ -91,9 +91,12 @@ Bytes = Annotated[
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+_LOGIN = re.compile(r"[^:/]*://([^/@]*@|[^/@:]*:(?!\d+(/|$))[^@]*@)")
+"""A user, or a user and a password, which may hold a slash; not a port."""
+
+
 def _without_login(uri: str) -> str:
-    place = uri.partition("://")[2].partition("/")[0]
-    if "@" in place:
+    if _LOGIN.match(uri):
         raise UnfitError(
             "must not hold a user or password: the job file is stored with the run",
             "name a profile, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",

@@ -20,7 +20,7 @@ from cluster.lease import acquire
 from cluster.storage import Store, StoreAway
 from jobs import run
 from jobs.errors import ClusterError, Problem
-from jobs.record import Control, Failure, Outcome, RunPaths, State
+from jobs.record import Control, Failure, Outcome, Past, Result, RunPaths, State
 from jobs.runs import RunReader
 from tests.ranks import assignment_of
 from tests.tiny import tiny_job
@@ -219,6 +219,65 @@ def test_the_first_event_of_a_driver_tells_when_it_began(
     first = RunReader(local_store, "run").events()[0]
     assert first["state"] == State.STARTING
     assert before - 0.001 <= first["began_at"] <= first["time"]
+
+
+def end(store: Store, state: State) -> None:
+    """A driver before has ended the run like that."""
+    ended = Result(run_id="run", state=state, generation=1, step=5, finished_at=time.time())
+    store.write(PATHS.result, ended.to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [
+        (State.SUCCEEDED, 0),
+        (State.STOPPED, 130),
+        (State.FAILED_USER, 1),
+        (State.FAILED_SPEC, 2),
+        (State.FAILED_INFRA, None),
+        (State.FAILED_RESOURCES, None),
+    ],
+)
+def test_a_run_that_has_ended_for_its_users_sake_is_not_started_again_by_a_platform(
+    local_store: Store, fitted: list[Assignment], state: State, code: int | None
+) -> None:
+    assignment(local_store)
+    end(local_store, state)
+    assert run.drive(local_store, "run") == (3 if code is None else code)
+    assert len(fitted) == (code is None)
+    # Its user may start it again.
+    fitted.clear()
+    run.drive(local_store, "run", past=Past(controls=0, generation=1))
+    assert len(fitted) == 1
+
+
+LOADED_BY_A_RESTART = """
+import sys
+from jobs import run
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("ray", "torch", "transformers", "datasets", "pandas", "matplotlib"):
+            sys.exit(f"a run that has ended loads {name}")
+
+sys.meta_path.insert(0, Absent())
+run.main([sys.argv[1]])
+"""
+
+
+def test_such_a_run_ends_before_ray_and_all_that_takes_time_to_load(local_store: Store) -> None:
+    assignment(local_store)
+    end(local_store, State.FAILED_USER)
+    ended = subprocess.run(
+        [sys.executable, "-c", LOADED_BY_A_RESTART, f"{local_store.uri}/run"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "shoal: the run has ended: FAILED_USER\n"
+    # Nobody has asked for the lease, for which a driver on another machine is waited for.
+    assert local_store.head(PATHS.lease) is None
 
 
 CHANGE = ("train.epochs=7",)
