@@ -15,7 +15,9 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.grace import Grace, grace_for
 from cluster.placement import Manifest as Manifest
@@ -41,6 +43,7 @@ _SUBMITTER_RETRIES = 4
 """The submitter's pod submits, then only follows the driver's output. KubeRay 1.7 asks whether the
 job is there before it submits again, so a retry attaches to the run; without retries, a submitter
 that is evicted would end a healthy run."""
+_PAST_CONTROLS, _PAST_GENERATION = "SHOAL_PAST_CONTROLS", "SHOAL_PAST_GENERATION"
 _MAX_LABEL_CHARACTERS = 63
 
 
@@ -163,9 +166,24 @@ def _driver_environment(spec: JobSpec, past: Past) -> dict[str, str]:
     if given := spec.store.access.model_dump(mode="json", exclude_defaults=True):
         environment["SHOAL_STORE_ACCESS"] = json.dumps(given)
     if past != NOTHING_PAST:
-        environment["SHOAL_PAST_CONTROLS"] = str(past.controls)
-        environment["SHOAL_PAST_GENERATION"] = str(past.generation)
+        environment[_PAST_CONTROLS] = str(past.controls)
+        environment[_PAST_GENERATION] = str(past.generation)
     return environment
+
+
+def driver_environment(rayjob: Mapping[str, Any]) -> dict[str, str]:
+    """The variables with values that the driver of a RayJob finds on its head."""
+    head = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    variables = head["containers"][0].get("env") or ()
+    return {v["name"]: v["value"] for v in variables if "value" in v}
+
+
+def past_of(rayjob: Mapping[str, Any]) -> Past:
+    """What is past for the driver of a RayJob, as it was rendered."""
+    told = driver_environment(rayjob)
+    return Past(
+        controls=int(told.get(_PAST_CONTROLS, 0)), generation=int(told.get(_PAST_GENERATION, 0))
+    )
 
 
 def _grace(

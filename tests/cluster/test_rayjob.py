@@ -15,11 +15,11 @@ import yaml
 from click.testing import CliRunner
 
 from cluster.disruption import disruption_budgets
-from cluster.rayjob import RAY_VERSION, build_rayjob, label_value
+from cluster.rayjob import RAY_VERSION, build_rayjob, driver_environment, label_value, past_of
 from jobs import run
 from jobs.errors import SpecError
 from jobs.parse import load_spec
-from jobs.record import Past
+from jobs.record import NOTHING_PAST, Past
 from jobs.spec import StoreAccess
 from tests.manifests import groups_of, templates_of
 from tests.rayjobs import GPUS, JOBS, SPOT, job, on_kuberay, rayjob
@@ -451,10 +451,12 @@ def test_the_driver_hears_the_rest_from_the_environment_of_the_head(
     monkeypatch.setattr(run, "open_store", open_store)
     monkeypatch.setattr(run, "drive", lambda *_, **options: heard.update(options) or 0)
     words = shlex.split(made["spec"]["entrypoint"])[3:]
-    ended = CliRunner(env=environment(head)).invoke(run.main, words)
+    assert driver_environment(made) == environment(head)
+    ended = CliRunner(env=driver_environment(made)).invoke(run.main, words)
     assert ended.exit_code == 0, ended.output
     assert (heard["uri"], heard["access"]) == (spec.store.uri, spec.store.access)
-    assert heard["past"] == Past(controls=3, generation=2)
+    assert heard["past"] == past_of(made) == Past(controls=3, generation=2)
+    assert past_of(rayjob(spec)) == NOTHING_PAST
     assert not [name for name in environment(worker) if name.startswith("SHOAL_PAST")]
 
 
