@@ -155,9 +155,14 @@ def selector_of(labels: Mapping[str, str], *, role: str) -> dict[str, str]:
 
 
 def autoscaler_options(cluster: KubeRayCluster) -> Manifest:
-    """What KubeRay gives the container beside the head that has it add and remove pods."""
+    """What KubeRay gives the container beside the head that has it add and remove pods.
+
+    Ray's autoscaler is version 2 since Ray 2.47; only where that is said does KubeRay replace pods
+    that have ended instead of starting them again, as that version expects.
+    """
     scratch = _scratch()
     return {
+        "version": "v2",
         **_pull_policy(cluster),
         "env": _values({"HOME": _SCRATCH_FOLDER}),
         "volumeMounts": [{"name": scratch.name, "mountPath": scratch.folder}],

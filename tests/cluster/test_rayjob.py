@@ -173,6 +173,7 @@ def test_an_elastic_run_starts_with_its_fewest_workers_and_asks_for_more() -> No
         assert cluster["enableInTreeAutoscaling"] is True
         security = container(pods(made)[1])["securityContext"]
         assert cluster["autoscalerOptions"]["securityContext"] == security
+        assert cluster["autoscalerOptions"]["version"] == "v2"
         elastic = made["metadata"]["annotations"].get("kueue.x-k8s.io/elastic-job")
         assert elastic == ("true" if "queue" in kind else None)
 
