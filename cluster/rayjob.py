@@ -172,10 +172,13 @@ def _driver_environment(spec: JobSpec, past: Past) -> dict[str, str]:
 
 
 def driver_environment(rayjob: Mapping[str, Any]) -> dict[str, str]:
-    """The variables with values that the driver of a RayJob finds on its head."""
-    head = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    variables = head["containers"][0].get("env") or ()
-    return {v["name"]: v["value"] for v in variables if "value" in v}
+    """The variables with values that the driver of a RayJob finds on its head; none where it has
+    no cluster of its own."""
+    cluster = rayjob["spec"].get("rayClusterSpec")
+    if not cluster:
+        return {}
+    (container, *_) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    return {v["name"]: v["value"] for v in container.get("env") or () if "value" in v}
 
 
 def past_of(rayjob: Mapping[str, Any]) -> Past:

@@ -458,6 +458,7 @@ def test_the_driver_hears_the_rest_from_the_environment_of_the_head(
     assert (heard["uri"], heard["access"]) == (spec.store.uri, spec.store.access)
     assert heard["past"] == past_of(made) == Past(controls=3, generation=2)
     assert past_of(rayjob(spec)) == NOTHING_PAST
+    assert past_of({"spec": {"clusterSelector": {"ray.io/cluster": "a"}}}) == NOTHING_PAST
     assert not [name for name in environment(worker) if name.startswith("SHOAL_PAST")]
 
 

@@ -282,8 +282,8 @@ def manifest_of(*, step: int, size: int) -> Manifest:
 
 
 def test_a_run_that_starts_again_has_time_to_save_what_it_has_saved(s3_shell: Shell) -> None:
-    s3_shell.run("submit", s3_shell.job(), "--skip-check", "--run-id", "sentiment-1")
     store, uri = open_store(s3_shell.store), f"{s3_shell.store}/sentiment-1"
+    store.write(RunPaths("sentiment-1").spec, s3_shell.spec().to_bytes())
     drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     first = environment_of(rayjob_of(s3_shell.run("render", uri)))[drain]
     paths = RunPaths("sentiment-1")
