@@ -1,56 +1,67 @@
 """A run as a RayJob of KubeRay: which pods it has, what they are given, what they execute. Pure.
 
-build_rayjob -> _cluster -> _head, _workers -> _pod
+build_rayjob -> _ray_cluster -> _head, _workers -> cluster.pods
 
-Made for KubeRay 1.7 (ray.io/v1). One worker of the job is one pod; the head trains nothing, and
-runs the driver that `cluster.local` starts on a laptop. The manifest holds names of secrets only.
+Made for KubeRay 1.7 (ray.io/v1); what KubeRay 1.4 does not know is left out where the job says so
+(`cluster.auth: null`, no `cluster.start_deadline_minutes`). One worker of the job is one pod; the
+head trains nothing, and runs the driver that `cluster.local` starts on a laptop. The manifest holds
+names of secrets only.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
+import re
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from cluster.grace import Grace, grace_for
+from cluster.placement import Manifest as Manifest
+from cluster.pod_count import PodCount, count_pods
+from cluster.pods import (
+    WorkerRoom,
+    autoscaler_options,
+    head_pod,
+    submitter_pod,
+    worker_pod,
+)
+from jobs.cluster_spec import KubeRayCluster
 from jobs.errors import Problem, SpecError
 from jobs.record import NOTHING_PAST, Past
-from jobs.spec import JobSpec, KubeRayCluster, StoreAccess
+from jobs.spec import JobSpec
 
-Manifest = dict[str, Any]
+RAY_VERSION = "2.60.0"
+"""Of the image, as pyproject.toml has it: KubeRay asks for it where tokens are wanted."""
 
-CACHE_FOLDER = "/cache"
-"""$SHOAL_CACHE of the workers."""
-
-_HEAD_CPUS = 2
-_HEAD_MEMORY_MIB = 4096
-"""Ray's own servers, its dashboard, and the driver with torch."""
-_RAY_MEMORY_MIB = 1024
-"""What Ray's processes and its object store take in a worker's pod besides the worker."""
 _OBJECT_STORE_BYTES = 200 * 2**20
 """Nothing large goes through Ray's object store: rows come from storage, states go there."""
-_SHARED_MEMORY_MIB = 512
-_GRACE_SECONDS = 120
-"""Between the notice that a pod must go and its end."""
-_DRAIN_SECONDS = 110
-"""How long a node of Ray that got this notice waits for workers to save and for the driver to write
-down how the run stands. It ends as soon as they have; the rest of the grace is for its own end."""
-_SECONDS_AFTER_END = 60
-"""How long the Ray cluster outlives the run: for its last lines, not for idle GPUs."""
 _SUBMITTER_RETRIES = 4
 """The submitter's pod submits, then only follows the driver's output. KubeRay 1.7 asks whether the
 job is there before it submits again, so a retry attaches to the run; without retries, a submitter
 that is evicted would end a healthy run."""
-_USER_ID = 1000
+_PAST_CONTROLS, _PAST_GENERATION = "SHOAL_PAST_CONTROLS", "SHOAL_PAST_GENERATION"
+_MAX_LABEL_CHARACTERS = 63
 
 
 def build_rayjob(
-    spec: JobSpec, *, run_id: str, run_uri: str, past: Past = NOTHING_PAST
+    spec: JobSpec,
+    *,
+    run_id: str,
+    run_uri: str,
+    past: Past = NOTHING_PAST,
+    checkpoint_bytes: int | None = None,
+    user: str | None = None,
 ) -> Manifest:
     """The manifest of the run, keys in the order in which people write them.
 
-    The same arguments give the same manifest. `past` is that of a run that starts again. Raises
-    SpecError where `cluster.kind` is not kuberay.
+    The same arguments give the same manifest. `past` is that of a run that starts again;
+    `checkpoint_bytes` is the size of a checkpoint, measured or estimated, for which pods that must
+    go are given time (None: nobody knows, see `cluster.grace`); `user` is who submits, for a label.
+    Raises SpecError where `cluster.kind` is not kuberay.
     """
     cluster = spec.cluster
     if not isinstance(cluster, KubeRayCluster):
@@ -61,251 +72,215 @@ def build_rayjob(
                 "--set 'cluster={kind: kuberay, image: registry.example.com/shoal:0.1.0}'",
             )
         )
-    labels = _labels(spec, run_id)
-    queue = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue is not None else {}
-    # Without it Kueue refuses what changes its size.
-    is_elastic = cluster.queue is not None and spec.workers.min is not None
-    elastic = {"kueue.x-k8s.io/elastic-job": "true"} if is_elastic else {}
+    pods = count_pods(spec)
+    run = _Run(
+        spec,
+        cluster,
+        labels=_labels(spec, cluster, run_id=run_id, user=user),
+        pods=pods,
+        grace=_grace(spec, cluster, pods, checkpoint_bytes),
+        driver_environment=_driver_environment(spec, past),
+    )
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {
             "name": run_id,
             "namespace": cluster.namespace,
-            "labels": {**labels, **queue},
-            "annotations": {"shoal/run": run_uri, **elastic},
+            "labels": {**run.labels, **_queue_labels(cluster)},
+            "annotations": {"shoal/run": run_uri, **_queue_annotations(run)},
         },
         "spec": {
-            "entrypoint": _entrypoint(run_uri, access=spec.store.access, past=past),
+            "entrypoint": shlex.join(["python", "-m", "jobs.run", run_uri]),
+            **({"suspend": True} if cluster.suspend else {}),
             "shutdownAfterJobFinishes": True,
-            "ttlSecondsAfterFinished": _SECONDS_AFTER_END,
+            "ttlSecondsAfterFinished": cluster.ttl_seconds,
             "backoffLimit": cluster.backoff_limit,
+            **_seconds("activeDeadlineSeconds", cluster.deadline_minutes),
+            **_seconds("preRunningDeadlineSeconds", cluster.start_deadline_minutes),
             "submissionMode": "K8sJobMode",
             "submitterConfig": {"backoffLimit": _SUBMITTER_RETRIES},
-            "submitterPodTemplate": _submitter(cluster, labels),
-            "rayClusterSpec": _cluster(spec, cluster, run_id),
+            "submitterPodTemplate": submitter_pod(cluster, run.labels),
+            "rayClusterSpec": _ray_cluster(run),
         },
     }
 
 
-def _cache_gib(spec: JobSpec) -> int:
-    """Size of a worker's cache volume: half for rows, half for copies of models and checkpoints.
+@dataclass(frozen=True)
+class _Run:
+    """What all parts of the manifest follow from."""
 
-    Rows alone are kept within `data.cache_gib`, and a pod that outgrows its volume is evicted.
-    """
-    return math.ceil(2 * spec.data.cache_gib)
-
-
-def _entrypoint(run_uri: str, *, access: StoreAccess, past: Past) -> str:
-    """The driver's command line, for a shell; as `cluster.local.start_driver` has it.
-
-    Two shells read it: the submitter's, and the one in which Ray starts the driver. Older versions
-    of Ray put it together for the second without quoting what holds no space, so that a shell
-    would expand the braces of compact JSON; the spaces in this JSON make all versions quote it.
-    """
-    command = ["python", "-m", "jobs.run", run_uri]
-    if given := access.model_dump(mode="json", exclude_defaults=True):
-        command += ["--store-access", json.dumps(given)]
-    if past != NOTHING_PAST:
-        command += ["--past-controls", str(past.controls)]
-        command += ["--past-generation", str(past.generation)]
-    return shlex.join(command)
+    spec: JobSpec
+    cluster: KubeRayCluster
+    labels: dict[str, str]
+    """Of all objects of the run."""
+    pods: PodCount
+    grace: Grace
+    driver_environment: dict[str, str]
 
 
-def _labels(spec: JobSpec, run_id: str) -> dict[str, str]:
+def _labels(
+    spec: JobSpec, cluster: KubeRayCluster, *, run_id: str, user: str | None
+) -> dict[str, str]:
     return {
+        **cluster.labels,
         "app.kubernetes.io/name": "shoal",
         "app.kubernetes.io/instance": run_id,
+        "app.kubernetes.io/version": label_value(importlib.metadata.version("shoal")),
         "shoal/job": spec.name,
+        **({"shoal/user": label_value(user)} if user else {}),
     }
 
 
-def _submitter(cluster: KubeRayCluster, labels: dict[str, str]) -> Manifest:
-    """A small pod that talks to the head alone: no secrets, no service account's token.
+def label_value(text: str) -> str:
+    """The text as a label's value may be: `alice-example.com` of alice@example.com."""
+    allowed = re.sub(r"[^-A-Za-z0-9_.]", "-", text).strip("-_.")
+    return allowed[:_MAX_LABEL_CHARACTERS].rstrip("-_.")
 
-    KubeRay fills in its command.
+
+def _queue_labels(cluster: KubeRayCluster) -> dict[str, str]:
+    named = {
+        "kueue.x-k8s.io/queue-name": cluster.queue,
+        "kueue.x-k8s.io/priority-class": cluster.queue_priority,
+    }
+    return {label: name for label, name in named.items() if name is not None}
+
+
+def _queue_annotations(run: _Run) -> dict[str, str]:
+    """Without it Kueue refuses what changes its size."""
+    is_elastic = run.cluster.queue is not None and run.pods.is_elastic
+    return {"kueue.x-k8s.io/elastic-job": "true"} if is_elastic else {}
+
+
+def _seconds(key: str, minutes: float | None) -> dict[str, int]:
+    return {} if minutes is None else {key: math.ceil(60 * minutes)}
+
+
+def _driver_environment(spec: JobSpec, past: Past) -> dict[str, str]:
+    """What the driver must know before it can read the run's spec; options of `jobs.run`.
+
+    As variables, so that no shell between here and there reads them: KubeRay's submitter and Ray
+    each have one.
     """
-    container = {
-        "name": "ray-job-submitter",
-        "image": cluster.image,
-        "resources": _resources(cpus=1, memory_mib=1024),
-        "securityContext": _container_security(),
-    }
+    environment = {}
+    if given := spec.store.access.model_dump(mode="json", exclude_defaults=True):
+        environment["SHOAL_STORE_ACCESS"] = json.dumps(given)
+    if past != NOTHING_PAST:
+        environment[_PAST_CONTROLS] = str(past.controls)
+        environment[_PAST_GENERATION] = str(past.generation)
+    return environment
+
+
+def driver_environment(rayjob: Mapping[str, Any]) -> dict[str, str]:
+    """The variables with values that the driver of a RayJob finds on its head; none where it has
+    no cluster of its own."""
+    cluster = rayjob["spec"].get("rayClusterSpec")
+    if not cluster:
+        return {}
+    (container, *_) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    return {v["name"]: v["value"] for v in container.get("env") or () if "value" in v}
+
+
+def past_of(rayjob: Mapping[str, Any]) -> Past:
+    """What is past for the driver of a RayJob, as it was rendered."""
+    told = driver_environment(rayjob)
+    return Past(
+        controls=int(told.get(_PAST_CONTROLS, 0)), generation=int(told.get(_PAST_GENERATION, 0))
+    )
+
+
+def _grace(
+    spec: JobSpec, cluster: KubeRayCluster, pods: PodCount, checkpoint_bytes: int | None
+) -> Grace:
+    """What the pod needs that has most to upload: the first rank saves all of a model that is not
+    cut; with several trials in a pod each of them saves."""
+    held = None
+    if checkpoint_bytes is not None:
+        ranks = spec.workers.fewest if spec.workers.strategy == "fsdp" else 1
+        held = math.ceil(checkpoint_bytes / ranks) * pods.workers_each
+    return grace_for(held, bytes_per_second=cluster.upload_mib_per_second * 2**20)
+
+
+def _ray_cluster(run: _Run) -> Manifest:
+    cluster, is_elastic = run.cluster, run.pods.is_elastic
     return {
-        "metadata": {"labels": labels.copy()},
-        "spec": {
-            "restartPolicy": "Never",
-            "automountServiceAccountToken": False,
-            **_pull_secrets(cluster),
-            "securityContext": _pod_security(),
-            "containers": [container],
+        "rayVersion": RAY_VERSION,
+        **({"authOptions": {"mode": "token"}} if cluster.auth == "token" else {}),
+        **(_autoscaling(cluster) if is_elastic else {}),
+        "headGroupSpec": {
+            "rayStartParams": {
+                "dashboard-host": "0.0.0.0",  # noqa: S104 - of the pod; the submitter is another
+                # No cores to give, so that no worker is placed there.
+                "num-cpus": "0",
+                "object-store-memory": str(_OBJECT_STORE_BYTES),
+            },
+            "template": head_pod(
+                cluster,
+                run.labels,
+                environment=run.driver_environment,
+                grace=run.grace,
+                has_autoscaler=is_elastic,
+            ),
         },
+        "workerGroupSpecs": _groups(run),
     }
 
 
-def _cluster(spec: JobSpec, cluster: KubeRayCluster, run_id: str) -> Manifest:
-    return {
-        **(_autoscaling() if spec.workers.min is not None else {}),
-        "headGroupSpec": _head(spec, cluster, run_id),
-        "workerGroupSpecs": [_workers(spec, cluster, run_id)],
-    }
-
-
-def _autoscaling() -> Manifest:
+def _autoscaling(cluster: KubeRayCluster) -> Manifest:
     """A container beside the head that has KubeRay add the pods which the run asks Ray for.
 
     KubeRay starts a run only once all `replicas` are there. Those of an elastic run are its fewest
-    workers; Ray Train asks for the others while it trains.
+    workers; Ray Train and Ray Tune ask for the others meanwhile.
     """
-    return {
-        "enableInTreeAutoscaling": True,
-        "autoscalerOptions": {"securityContext": _container_security()},
-    }
+    return {"enableInTreeAutoscaling": True, "autoscalerOptions": autoscaler_options(cluster)}
 
 
-def _head(spec: JobSpec, cluster: KubeRayCluster, run_id: str) -> Manifest:
-    """The head has no cores to give, so that no worker is placed there."""
-    return {
-        "rayStartParams": {
-            "dashboard-host": "0.0.0.0",  # noqa: S104 - of the pod; the submitter reaches it there
-            "num-cpus": "0",
-            "object-store-memory": str(_OBJECT_STORE_BYTES),
-        },
-        "template": _pod(
-            spec,
-            cluster,
-            run_id,
-            container={
-                "name": "ray-head",
-                "image": cluster.image,
-                "ports": [
-                    {"name": "gcs-server", "containerPort": 6379},
-                    {"name": "dashboard", "containerPort": 8265},
-                    {"name": "client", "containerPort": 10001},
-                ],
-                "resources": _resources(cpus=_HEAD_CPUS, memory_mib=_HEAD_MEMORY_MIB),
-            },
-            speaks_to_kubernetes=spec.workers.min is not None,
-        ),
-    }
+def _groups(run: _Run) -> list[Manifest]:
+    """One group of workers, or two where only those beyond the fewest are on spot nodes."""
+    spot, fewest, most = run.cluster.spot, run.pods.fewest, run.pods.most
+    if spot is None or not spot.over_min:
+        return [_group(run, "workers", fewest=fewest, most=most, on_spot=spot is not None)]
+    return [
+        _group(run, "workers", fewest=fewest, most=fewest, on_spot=False),
+        _group(run, "spot", fewest=0, most=most - fewest, on_spot=True),
+    ]
 
 
-def _workers(spec: JobSpec, cluster: KubeRayCluster, run_id: str) -> Manifest:
-    """One pod for each worker; Ray offers in it what the worker asks Ray for, no more."""
-    workers = spec.workers
-    ray = {"num-cpus": str(workers.cpus), "object-store-memory": str(_OBJECT_STORE_BYTES)}
-    memory_mib = None
+def _group(run: _Run, name: str, *, fewest: int, most: int, on_spot: bool) -> Manifest:
+    """Pods in which Ray offers what their workers ask Ray for, no more."""
+    workers, each = run.spec.workers, run.pods.workers_each
+    memory_gib = None if workers.memory_gib is None else each * workers.memory_gib
+    params = {"num-cpus": str(each * workers.cpus)}
+    if workers.gpus:
+        params["num-gpus"] = str(workers.gpus)
+    params["object-store-memory"] = str(_OBJECT_STORE_BYTES)
     if workers.memory_gib is not None:
-        ray["memory"] = str(int(workers.memory_gib * 2**30))
-        memory_mib = math.ceil(workers.memory_gib * 1024) + _RAY_MEMORY_MIB
-    cache_gib = _cache_gib(spec)
+        params["memory"] = str(each * int(workers.memory_gib * 2**30))
     return {
-        "groupName": "workers",
-        "replicas": workers.fewest,
-        "minReplicas": workers.fewest,
-        "maxReplicas": workers.count,
-        "rayStartParams": ray,
-        "template": _pod(
-            spec,
-            cluster,
-            run_id,
-            container={
-                "name": "ray-worker",
-                "image": cluster.image,
-                "resources": _resources(
-                    cpus=workers.cpus,
-                    memory_mib=memory_mib,
-                    gpus=workers.gpus,
-                    disk_gib=cache_gib,
-                ),
-            },
-            environment={
-                "SHOAL_CACHE": CACHE_FOLDER,
-                "HF_HOME": f"{CACHE_FOLDER}/huggingface",
-            },
-            volumes={CACHE_FOLDER: {"name": "cache", "emptyDir": {"sizeLimit": f"{cache_gib}Gi"}}},
+        "groupName": name,
+        "replicas": fewest,
+        "minReplicas": fewest,
+        "maxReplicas": most,
+        "rayStartParams": params,
+        "template": worker_pod(
+            run.cluster,
+            run.labels,
+            room=WorkerRoom(
+                cpus=each * workers.cpus,
+                memory_gib=memory_gib,
+                gpus=workers.gpus,
+                cache_gib=_cache_gib(run.spec, each),
+            ),
+            grace=run.grace,
+            on_spot=on_spot,
         ),
     }
 
 
-def _pod(
-    spec: JobSpec,
-    cluster: KubeRayCluster,
-    run_id: str,
-    *,
-    container: Manifest,
-    environment: dict[str, str] | None = None,
-    volumes: dict[str, Manifest] | None = None,
-    speaks_to_kubernetes: bool = False,
-) -> Manifest:
-    """A pod of Ray. `volumes` are by the folder at which they are mounted."""
-    shared_memory = {"medium": "Memory", "sizeLimit": f"{_SHARED_MEMORY_MIB}Mi"}
-    volumes = {"/dev/shm": {"name": "shared-memory", "emptyDir": shared_memory}, **(volumes or {})}  # noqa: S108
-    environment = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_SECONDS),
-        **(environment or {}),
-    }
-    secrets = [{"secretRef": {"name": name}} for name in cluster.env_from_secrets]
-    account = {"serviceAccountName": cluster.service_account} if cluster.service_account else {}
-    return {
-        "metadata": {"labels": _labels(spec, run_id)},
-        "spec": {
-            **account,
-            # Only an autoscaler speaks to Kubernetes; clouds give their own tokens.
-            "automountServiceAccountToken": speaks_to_kubernetes,
-            **_pull_secrets(cluster),
-            "terminationGracePeriodSeconds": _GRACE_SECONDS,
-            "securityContext": _pod_security(),
-            "containers": [
-                {
-                    **container,
-                    "env": [{"name": key, "value": value} for key, value in environment.items()],
-                    **({"envFrom": secrets} if secrets else {}),
-                    "volumeMounts": [
-                        {"name": volume["name"], "mountPath": folder}
-                        for folder, volume in volumes.items()
-                    ],
-                    "securityContext": _container_security(),
-                }
-            ],
-            "volumes": list(volumes.values()),
-        },
-    }
+def _cache_gib(spec: JobSpec, workers_each: int) -> int:
+    """Size of a pod's cache volume: a part for rows, and as much for each worker's copies of models
+    and checkpoints.
 
-
-def _resources(
-    *, cpus: int, memory_mib: int | None, gpus: int = 0, disk_gib: int | None = None
-) -> Manifest:
-    """Requests that are also the limits, so that pods are the last to be evicted."""
-    amounts = {"cpu": str(cpus)}
-    if memory_mib is not None:
-        whole_gib = memory_mib % 1024 == 0
-        amounts["memory"] = f"{memory_mib // 1024}Gi" if whole_gib else f"{memory_mib}Mi"
-    if gpus:
-        amounts["nvidia.com/gpu"] = str(gpus)
-    requests = dict(amounts)
-    if disk_gib is not None:
-        requests["ephemeral-storage"] = f"{disk_gib}Gi"
-    return {"requests": requests, "limits": amounts}
-
-
-def _pull_secrets(cluster: KubeRayCluster) -> Manifest:
-    if not cluster.image_pull_secrets:
-        return {}
-    return {"imagePullSecrets": [{"name": name} for name in cluster.image_pull_secrets]}
-
-
-def _pod_security() -> Manifest:
-    """What the Pod Security Standard `restricted` asks of a pod; volumes belong to the user."""
-    return {
-        "runAsNonRoot": True,
-        "runAsUser": _USER_ID,
-        "runAsGroup": _USER_ID,
-        "fsGroup": _USER_ID,
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-
-
-def _container_security() -> Manifest:
-    return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    Rows alone are kept within `data.cache_gib`, and a pod that outgrows its volume is evicted.
+    """
+    return math.ceil((1 + workers_each) * spec.data.cache_gib)

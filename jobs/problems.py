@@ -36,6 +36,9 @@ _EXAMPLES = {
     "cluster.service_account": "shoal",
     "cluster.queue": "team-a",
     "cluster.env_from_secrets": "[object-store]",
+    "cluster.env_secrets": "{HF_TOKEN: {secret: hub, key: token}}",
+    "cluster.spot": "{label: cloud.google.com/gke-spot}",
+    "cluster.nodes": "{selector: {pool: gpu}}",
     "store": "s3://shoal/runs",
     "store.uri": "s3://shoal/runs",
     "train.early_stopping": "{metric: validation/f1, patience: 3}",
@@ -81,13 +84,18 @@ class Sources:
     overrides: Sequence[str] = ()
     """`path=value` from the command line; they count more than the file."""
 
-    def of(self, path: Path) -> str:
-        """`job.yaml, line 7` or `--set optimizer.kind=adam`."""
+    def of(self, path: Path, *, shows_value: bool = True) -> str:
+        """`job.yaml, line 7` or `--set optimizer.kind=adam`; without the value where that may be a
+        secret."""
         dotted = ".".join(map(str, path))
         for override in reversed(self.overrides):
             target = override.partition("=")[0].strip()
             brought = target.startswith(dotted + ".") and path not in self.lines
             if brought or dotted == target or dotted.startswith(target + "."):
+                is_known = field_schema(tuple(target.split("."))) is not None
+                told = override.removeprefix(target) if is_known else override
+                if not shows_value or _SECRET.search(told):
+                    return f"--set {target}=..."
                 return f"--set {override}"
         while path:
             if path in self.lines:
@@ -106,8 +114,10 @@ def problems_of(error: ValidationError, sources: Sources) -> list[Problem]:
         # Each branch of `auto or a number` fails; one of them is enough.
         found.setdefault(path, detail)
     problems: dict[Path, Problem] = {}
+    # One override may bring many keys, of which one is wrong and another a secret.
+    shows_value = all(_shows_value(detail) for detail in found.values())
     for path, detail in found.items():
-        where, group = sources.of(path), path[:-1]
+        where, group = sources.of(path, shows_value=shows_value), path[:-1]
         if _is_of_another_kind(path, detail):
             # All of them are told at once, at the place of the first.
             others = [p for p, d in found.items() if p[:-1] == group and _is_of_another_kind(p, d)]
@@ -179,6 +189,12 @@ def _follows_from_parts(path: Path, found: dict[Path, ErrorDetails]) -> bool:
     )
 
 
+def _shows_value(detail: ErrorDetails) -> bool:
+    """Whether what was given may be repeated: not what may be a secret."""
+    unfit = detail.get("ctx", {}).get("error")
+    return unfit.shows_value if isinstance(unfit, UnfitError) else True
+
+
 def _problem(detail: ErrorDetails, path: Path, *, where: str) -> Problem:
     name, given, kind = _name(path), detail["input"], detail["type"]
     unfit = detail.get("ctx", {}).get("error")
@@ -187,7 +203,8 @@ def _problem(detail: ErrorDetails, path: Path, *, where: str) -> Problem:
     if isinstance(unfit, UnfitError):
         if kind == "value_error" and not path:
             return Problem(f"{where}: {unfit}", unfit.hint)
-        shown = "" if isinstance(given, dict) else f"is {_shown(given)}, but "
+        hidden = isinstance(given, dict) or not unfit.shows_value
+        shown = "" if hidden else f"is {_shown(given)}, but "
         return Problem(f"{where}: {name} {shown}{unfit}", unfit.hint)
     schema = field_schema(path) or {}
     if kind == "union_tag_invalid":

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import click
 import psutil
 
+from cluster.grace import saving_seconds
 from cluster.lease import Held, acquire
 from cluster.ray_runtime import is_attached, own_node_watched, ray_cluster
 from cluster.storage import StorageError, Store, open_store, split_uri
@@ -45,18 +46,31 @@ if TYPE_CHECKING:
 LEASE_SECONDS = 60.0
 """How long a new driver waits to see whether one on another machine lives."""
 _WATCH_SECONDS = 0.5
-TAKEN_SECONDS = 90.0
-"""How long workers may take to save their state once the driver's own machine is taken; less than
-the grace period of the pods that `cluster.rayjob` renders."""
-
 log = logging.getLogger("shoal.run")
 
 
 @click.command()
 @click.argument("run_uri")
-@click.option("--store-access", default="{}", help="JSON of the store's access, without secrets.")
-@click.option("--past-controls", type=int, default=0, help="Requests up to this one are old.")
-@click.option("--past-generation", type=int, default=0, help="Ends up to this driver's are old.")
+@click.option(
+    "--store-access",
+    envvar="SHOAL_STORE_ACCESS",
+    default="{}",
+    help="JSON of the store's access, without secrets.",
+)
+@click.option(
+    "--past-controls",
+    envvar="SHOAL_PAST_CONTROLS",
+    type=int,
+    default=0,
+    help="Requests up to this one are old.",
+)
+@click.option(
+    "--past-generation",
+    envvar="SHOAL_PAST_GENERATION",
+    type=int,
+    default=0,
+    help="Ends up to this driver's are old.",
+)
 @click.option("--set", "overrides", multiple=True, help="Changes of the run's job, for good.")
 @click.option("--attended-by", type=int, help="Stop the run if this process is gone.")
 def main(
@@ -95,9 +109,6 @@ def drive(
     Where a driver after `past` has ended the run for a reason that a restart would meet again,
     nothing is started.
     """
-    from trainers.assignment import Assignment
-    from trainers.finish import build_result, write_result
-
     began_at = round(time.time(), 3)
     reader, paths = RunReader(store, run_id), RunPaths(run_id)
     reader.spec()
@@ -109,6 +120,10 @@ def drive(
     ):
         sys.stderr.write(f"shoal: the run has ended: {ended_before.state}\n")
         return ended_before.exit_code
+    # Only now what takes time to load: a platform may start an ended run again and again.
+    from trainers.assignment import Assignment
+    from trainers.finish import build_result, write_result
+
     with acquire(store, paths.lease, ttl_seconds=LEASE_SECONDS, wait=_say_waiting) as lease:
         record_changes(store, run_id, overrides)
         spec = reader.spec()
@@ -199,6 +214,7 @@ class _Taken:
 
 def _in_thread(work: Callable[[], Outcome | Failure], *, taken: _Taken) -> Outcome | Failure:
     """What `work` gives. Once this machine is taken, it is not waited for longer than there is."""
+    limit_seconds = saving_seconds(os.environ)
     ended: list[Outcome | Failure | BaseException] = []
 
     def run() -> None:
@@ -213,11 +229,11 @@ def _in_thread(work: Callable[[], Outcome | Failure], *, taken: _Taken) -> Outco
     while thread.is_alive():
         thread.join(_WATCH_SECONDS)
         if taken.is_announced():
-            deadline = deadline or time.monotonic() + TAKEN_SECONDS
+            deadline = deadline or time.monotonic() + limit_seconds
             if time.monotonic() > deadline:
                 message = (
                     f"the driver's machine is taken, and the workers have not saved their state in "
-                    f"{TAKEN_SECONDS:.0f} s; the last checkpoint before is kept"
+                    f"{limit_seconds:.0f} s; the last checkpoint before is kept"
                 )
                 return Failure(
                     state=State.FAILED_INFRA,

@@ -33,6 +33,8 @@ _ABSENT = object()
 
 RECOMMENDED = "recommended"
 DEFAULT_TRIALS = 64
+MAX_SLOTS = 1024
+"""Trials at a time, whatever the job says."""
 RANGES = ("uniform", "loguniform", "quniform", "qloguniform", "integer", "log-integer")
 """The ways to draw a number from a range."""
 LISTS = ("choice", "grid")
@@ -418,7 +420,8 @@ class Search(SpecPart):
     A trial improves it where none had as good a score with as much of its budget, or with less; it
     counts once, however often it is promoted, and so does each repeat."""
     max_concurrent: PositiveInt | Literal["auto"] = "auto"
-    """Trials at a time, at most; `auto`: as many as the cluster has room for."""
+    """Trials at a time, at most; `auto`: as many as the cluster has room for. On Kubernetes the
+    cluster has room for so many from the start; with `auto` for one at first, and grows."""
     gpu_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """How much of a GPU a trial with one worker holds, and of its memory may fill: with 0.5 two of
     them share one. null: workers.gpus."""

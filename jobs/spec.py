@@ -26,6 +26,8 @@ from pydantic import (
     model_validator,
 )
 
+from jobs.cluster_spec import Gpu, LocalCluster
+from jobs.cluster_spec import KubeRayCluster as KubeRayCluster
 from jobs.seal import sealed
 from jobs.search_spec import Search
 from jobs.spec_parts import Metric, Mode, Text
@@ -39,11 +41,7 @@ RUN_ID_SUFFIX_CHARACTERS = 6
 MAX_AUTO_LANES = 64
 """Most lanes that `data.lanes: auto` chooses, unless there are more workers than that."""
 
-MAX_KUBERNETES_NAME_CHARACTERS = 63
-"""The limit of labels, in which some of the names are repeated."""
-
 RUN_ID_PATTERN = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-_KUBERNETES_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*")
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -93,6 +91,23 @@ Bytes = Annotated[
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+_LOGIN = re.compile(r"[^:/]*://([^/@]*@|[^/@:]*:(?!\d+(/|$))[^@]*@)")
+"""A user, or a user and a password, which may hold a slash; not a port."""
+
+
+def _without_login(uri: str) -> str:
+    if _LOGIN.match(uri):
+        raise UnfitError(
+            "must not hold a user or password: the job file is stored with the run",
+            "name a profile, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            shows_value=False,
+        )
+    return uri
+
+
+Uri = Annotated[Text, AfterValidator(_without_login)]
+
+
 class Task(SpecPart):
     """What is learned from which columns."""
 
@@ -124,7 +139,7 @@ class Task(SpecPart):
 class Model(SpecPart):
     """The pretrained model and what is done to it before training."""
 
-    source: Text
+    source: Uri
     """A local folder, a folder in a store (`s3://...`), a run (its URI, or its id in this store),
     or a name on the Hugging Face hub."""
     revision: Text | None = None
@@ -155,7 +170,7 @@ class StoreAccess(SpecPart):
     Secrets are never written here: name a profile, or set the AWS variables.
     """
 
-    endpoint_url: Text | None = None
+    endpoint_url: Uri | None = None
     """URL of an S3-compatible server; null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or AWS itself."""
     region: Text | None = None
     """Region of the bucket; null: AWS_REGION, AWS_DEFAULT_REGION or the profile's."""
@@ -184,10 +199,12 @@ class StoreAccess(SpecPart):
                     "must be an http:// or https:// URL",
                     "write the whole URL, as in: endpoint_url: https://s3.example.com",
                 )
-            if "@" in url.split("/")[2]:
+            if "?" in url or "#" in url:
                 raise UnfitError(
-                    "must not hold a user or password: the job file is stored with the run",
-                    "name a profile, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                    "must not hold a query, which may be a secret: the job file is stored with the "
+                    "run",
+                    "write the URL up to the ?",
+                    shows_value=False,
                 )
         return url
 
@@ -195,7 +212,7 @@ class StoreAccess(SpecPart):
 class StoreAt(SpecPart):
     """A place for runs and how it is reached."""
 
-    uri: Text
+    uri: Uri
     """`s3://bucket/prefix`, or a local folder."""
     access: StoreAccess = StoreAccess()
     """Endpoint, region, profile; null keys come from the environment."""
@@ -208,11 +225,11 @@ def _store_from_text(value: object) -> object:
 class Data(SpecPart):
     """The data sets, each a folder written by `shoal prepare`, and the order of their rows."""
 
-    train: Text
+    train: Uri
     """Folder of the training set: `s3://bucket/prefix` or a local path."""
-    validation: Text | None = None
+    validation: Uri | None = None
     """Folder of the validation set; needed for early stopping and for choosing the best."""
-    test: Text | None = None
+    test: Uri | None = None
     """Folder of the test set; used twice: before training and, with the best model, after it."""
     access: StoreAccess = StoreAccess()
     """How the data's store is reached, where it differs from the environment."""
@@ -383,54 +400,6 @@ class Retries(SpecPart):
     checkpoint. Then the processes that wait or are stuck end, and the workers are started again."""
 
 
-class LocalCluster(SpecPart):
-    """This machine, or the Ray cluster that RAY_ADDRESS names."""
-
-    kind: Literal["local"]
-    """Start Ray here, or attach to RAY_ADDRESS."""
-
-
-def _kubernetes_name(name: str) -> str:
-    """A name as most objects of Kubernetes have one (a DNS-1123 subdomain); UnfitError else."""
-    if not _KUBERNETES_NAME.fullmatch(name) or len(name) > MAX_KUBERNETES_NAME_CHARACTERS:
-        raise UnfitError(
-            f"must be at most {MAX_KUBERNETES_NAME_CHARACTERS} lower-case letters, digits, hyphens "
-            "and dots, with a letter or digit first and last",
-            "write the name of an object in Kubernetes, such as team-a",
-        )
-    return name
-
-
-KubernetesName = Annotated[Text, AfterValidator(_kubernetes_name)]
-
-
-class KubeRayCluster(SpecPart):
-    """A Ray cluster of the run's own on Kubernetes, started and ended by KubeRay as a RayJob.
-
-    Secrets are named, never written here: their values stay in Kubernetes.
-    """
-
-    kind: Literal["kuberay"]
-    """A RayJob, which `shoal render` prints for kubectl."""
-    image: Text
-    """Container image of all pods, with shoal[train] and a user of id 1000, as k8s/Dockerfile
-    makes it."""
-    namespace: KubernetesName = "default"
-    """Namespace of the RayJob."""
-    service_account: KubernetesName | None = None
-    """Service account of head and workers, through which clouds grant access to stores; null: the
-    namespace's default."""
-    queue: KubernetesName | None = None
-    """Local queue of Kueue in which the run waits for its turn; null: it starts at once."""
-    image_pull_secrets: tuple[KubernetesName, ...] = ()
-    """Secrets with which the image is pulled from its registry."""
-    env_from_secrets: tuple[KubernetesName, ...] = ()
-    """Secrets whose keys become environment variables of head and workers, such as
-    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or HF_TOKEN."""
-    backoff_limit: NonNegativeInt = 2
-    """How often KubeRay starts the run again, on a new Ray cluster, after it has failed."""
-
-
 def auto_lanes(worker_counts: range) -> int:
     """The smallest number that all of the worker counts divide, the largest of them at least.
 
@@ -551,6 +520,24 @@ class JobSpec(SpecPart):
             raise UnfitError(
                 "model.precision is tf32, which GPUs alone have, but workers.gpus is 0",
                 "set workers.gpus to 1, or model.precision to float32",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pods_are_as_the_workers(self) -> JobSpec:
+        cluster = self.cluster
+        if not isinstance(cluster, KubeRayCluster):
+            return self
+        if cluster.gpu != Gpu() and not self.workers.gpus:
+            raise UnfitError(
+                "cluster.gpu says what a GPU is called, but workers.gpus is 0",
+                "set workers.gpus to 1, or remove cluster.gpu",
+            )
+        if cluster.spot is not None and cluster.spot.over_min and self.workers.min is None:
+            raise UnfitError(
+                "cluster.spot.over_min is true, but workers.min is not given, beyond which workers "
+                "would be on spot nodes",
+                "set workers.min, or remove cluster.spot.over_min to have all workers there",
             )
         return self
 

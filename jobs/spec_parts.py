@@ -16,11 +16,15 @@ class SpecPart(BaseModel):
 
 
 class UnfitError(ValueError):
-    """A value that its key cannot take; `hint` says what to type instead."""
+    """A value that its key cannot take; `hint` says what to type instead.
 
-    def __init__(self, message: str, hint: str) -> None:
+    `shows_value` is false where the value may be a secret, which no message repeats.
+    """
+
+    def __init__(self, message: str, hint: str, *, shows_value: bool = True) -> None:
         super().__init__(message)
         self.hint = hint
+        self.shows_value = shows_value
 
 
 Text = Annotated[str, Field(min_length=1)]

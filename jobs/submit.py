@@ -174,7 +174,15 @@ def rayjob_of_run(reader: RunReader) -> Manifest:
                 f"{reader.uri} --set 'cluster={{kind: kuberay, image: IMAGE}}'",
             )
         )
-    return build_rayjob(spec, run_id=reader.run_id, run_uri=reader.uri, past=_past(reader))
+    past = _past(reader)
+    saved = [] if past == NOTHING_PAST else reader.manifests()
+    return build_rayjob(
+        spec,
+        run_id=reader.run_id,
+        run_uri=reader.uri,
+        past=past,
+        checkpoint_bytes=max((m.total_bytes for m in saved), default=None),
+    )
 
 
 def resume_run(

@@ -89,5 +89,14 @@ def test_every_file_that_a_document_names_exists(document: str) -> None:
 def test_make_help_names_every_target() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     targets = re.findall(r"^make (\w+)", done.stdout, re.MULTILINE)
-    assert targets == ["demo", "test", "chaos", "check", "manifests", "constraints", "clean"]
+    assert targets == [
+        "demo",
+        "test",
+        "chaos",
+        "figures",
+        "check",
+        "manifests",
+        "constraints",
+        "clean",
+    ]
     assert f".PHONY: help {' '.join(targets)}\n" in text_of("Makefile")

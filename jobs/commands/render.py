@@ -29,20 +29,24 @@ if TYPE_CHECKING:
 def render(
     target: str, overrides: tuple[str, ...], run_id: str | None, store: str | None, as_json: bool
 ) -> None:
-    """Print the RayJob of a run whose cluster.kind is kuberay, as YAML.
+    """Print the RayJob of a run whose cluster.kind is kuberay, and the disruption budgets of its
+    pods, as YAML.
 
     Of a run that was submitted, for kubectl apply; or of a job file, to look at.
     """
+    from cluster.disruption import disruption_budgets
+
     if is_job_file(target) or Path(target).is_file():
         _refuse("of a run", target, {"--store": store})
         rayjob = _of_job(Path(target), overrides, run_id=run_id)
     else:
         _refuse("of a job file", target, {"--set": overrides, "--run-id": run_id})
         rayjob = _of_run(target, store)
+    manifests = [rayjob, *disruption_budgets(rayjob)]
     if as_json:
-        print_json(rayjob)
+        print_json({"apiVersion": "v1", "kind": "List", "items": manifests})
     else:
-        click.echo(_as_yaml(rayjob), nl=False)
+        click.echo(_as_yaml(manifests), nl=False)
 
 
 def _of_job(job: Path, overrides: tuple[str, ...], *, run_id: str | None) -> Manifest:
@@ -74,9 +78,9 @@ def _refuse(whose: str, target: str, options: dict[str, object]) -> None:
         raise SpecError(*problems)
 
 
-def _as_yaml(rayjob: Manifest) -> str:
+def _as_yaml(manifests: list[Manifest]) -> str:
     import yaml
 
     # The entrypoint stays on one line, so that it can be copied.
-    text: str = yaml.safe_dump(rayjob, sort_keys=False, allow_unicode=True, width=4096)
+    text: str = yaml.safe_dump_all(manifests, sort_keys=False, allow_unicode=True, width=4096)
     return text

@@ -7,11 +7,11 @@ import time
 from cluster.ray_runtime import describe_shortage, free_on_nodes, room_for_trials, staying_nodes
 from jobs.errors import ClusterError, Problem
 from jobs.record import State
+from jobs.search_spec import MAX_SLOTS
 from jobs.spec import JobSpec
 from jobs.study.trials import Trials
 from trainers.telemetry import Telemetry
 
-_MAX_SLOTS = 1024
 _SLOT_SECONDS = 20.0
 """How long slots may take to start before it is said what they wait for."""
 
@@ -85,4 +85,4 @@ def fewer_slots(living: int, useful: int, *, room: int, room_now: int) -> str:
 def most_slots(spec: JobSpec, trials: Trials) -> int:
     """As many as could ever be at work at once; Tune starts those that there is room for."""
     assert spec.search is not None
-    return min(spec.search.most_at_once(trials.wanted), _MAX_SLOTS)
+    return min(spec.search.most_at_once(trials.wanted), MAX_SLOTS)

@@ -426,9 +426,9 @@ VALUES = [
     ),
     (
         "cluster: {kind: kuberay, image: a, env_from_secrets: [AKIA]}",
-        'cluster.env_from_secrets[0] is "AKIA", but must be at most 63 lower-case letters, digits, '
-        "hyphens and dots, with a letter or digit first and last",
-        "write the name of an object in Kubernetes, such as team-a",
+        "cluster.env_from_secrets[0] must be the name of a secret in Kubernetes, never its value: "
+        "the job file is stored with the run",
+        "make a secret: kubectl create secret generic NAME --from-literal=KEY=..., and write NAME",
     ),
 ]
 

@@ -18,13 +18,15 @@ from jobs.checks.finding import Finding, Verdict
 from jobs.checks.kuberay import check_kuberay
 from jobs.checks.machine import DiskNeed, check_workers
 from jobs.parse import load_spec
-from jobs.record import Result, RunPaths, State
+from jobs.record import Manifest, Part, Result, RunPaths, State, StreamPosition
 from jobs.runs import RunReader
 from jobs.schema import job_schema
 from jobs.spec import JobSpec
 from jobs.submit import request_stop
 
 ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = ROOT / "k8s" / "examples"
+RENDERED = sorted(EXAMPLES.glob("*-rayjob.yaml"))
 IMAGE = "registry.example.com/shoal:0.1.0"
 KUBERAY = {"kind": "kuberay", "image": IMAGE}
 
@@ -85,36 +87,59 @@ def s3_shell(shell: Shell, s3_store: Store) -> Shell:
 # ---------------------------------------------------------------------------------- of a job file
 
 
-def test_render_prints_a_job_as_a_rayjob(shell: Shell) -> None:
+def rayjob_of(shown: str) -> dict[str, Any]:
+    """The RayJob that was printed; budgets follow it."""
+    rayjob, *budgets = yaml.safe_load_all(shown)
+    assert {b["kind"] for b in budgets} == {"PodDisruptionBudget"}
+    found: dict[str, Any] = rayjob
+    return found
+
+
+def environment_of(rayjob: dict[str, Any]) -> dict[str, str]:
+    """Variables of the driver."""
+    (head,) = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    return {variable["name"]: variable["value"] for variable in head["env"]}
+
+
+def test_render_prints_a_job_as_a_rayjob_with_its_budgets(shell: Shell) -> None:
     shown = shell.run("render", shell.job())
-    rayjob = yaml.safe_load(shown)
+    rayjob = rayjob_of(shown)
     assert list(rayjob) == ["apiVersion", "kind", "metadata", "spec"]
     assert rayjob["metadata"]["name"] == "sentiment"
     assert rayjob["spec"]["entrypoint"] == "python -m jobs.run s3://shoal/runs/sentiment"
     assert "shoal submit" in shell.error
     assert shown == shell.run("render", "job.yaml")
-    assert json.loads(shell.run("render", "job.yaml", "--json")) == rayjob
+    listed = json.loads(shell.run("render", "job.yaml", "--json"))
+    assert listed.pop("items") == list(yaml.safe_load_all(shown))
+    assert listed == {"apiVersion": "v1", "kind": "List"}  # as kubectl takes several objects
 
 
 def test_render_takes_changes_and_the_id_of_the_run(shell: Shell) -> None:
     shown = shell.run(
         "render", shell.job(), "--set", "cluster.queue=team-a", "--run-id", "sentiment-1"
     )
-    metadata = yaml.safe_load(shown)["metadata"]
+    metadata = rayjob_of(shown)["metadata"]
     assert metadata["name"] == "sentiment-1"
     assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
     shell.run("render", "job.yaml", "--run-id", "Sentiment_1", code=2)
     assert "--run-id Sentiment_1 is not allowed" in shell.error
 
 
-def test_the_example_is_rendered_to_the_very_file(shell: Shell) -> None:
-    examples = ROOT / "k8s" / "examples"
-    shown = shell.run("render", str(examples / "sentiment.yaml"))
-    assert shown == (examples / "sentiment-rayjob.yaml").read_text()
+@pytest.mark.parametrize("rendered", RENDERED, ids=lambda path: path.stem)
+def test_each_example_is_rendered_to_the_very_file(shell: Shell, rendered: Path) -> None:
+    job = rendered.with_name(rendered.name.replace("-rayjob", ""))
+    assert shell.run("render", str(job)) == rendered.read_text()
 
 
-def test_the_example_is_right_for_editors() -> None:
-    spec = load_spec(ROOT / "k8s" / "examples" / "sentiment.yaml")
+def test_each_example_is_rendered() -> None:
+    jobs = set(EXAMPLES.glob("*.yaml")) - set(RENDERED)
+    assert {path.with_name(f"{path.stem}-rayjob.yaml") for path in jobs} == set(RENDERED)
+    assert len(jobs) >= 4
+
+
+@pytest.mark.parametrize("rendered", RENDERED, ids=lambda path: path.stem)
+def test_each_example_is_right_for_editors(rendered: Path) -> None:
+    spec = load_spec(rendered.with_name(rendered.name.replace("-rayjob", "")))
     jsonschema.validate(json.loads(spec.model_dump_json(exclude_unset=True)), job_schema())
 
 
@@ -122,7 +147,7 @@ def test_render_of_a_local_job_says_what_to_type(shell: Shell) -> None:
     shell.run("render", shell.job(cluster={"kind": "local"}), code=2)
     assert "error: cluster.kind is local, so there is no RayJob to render" in shell.error
     shown = shell.run("render", "job.yaml", "--set", f"cluster={{kind: kuberay, image: '{IMAGE}'}}")
-    assert yaml.safe_load(shown)["kind"] == "RayJob"
+    assert rayjob_of(shown)["kind"] == "RayJob"
 
 
 def test_an_option_without_effect_is_refused(shell: Shell) -> None:
@@ -176,7 +201,7 @@ def test_submit_records_the_run_and_says_what_starts_it(s3_shell: Shell) -> None
     assert s3_shell.error == (f"recorded; start it with: shoal render {uri} | kubectl apply -f -\n")
     recorded = RunReader(open_store(s3_shell.store), "sentiment-1").spec()
     assert recorded == load_spec(s3_shell.folder / "job.yaml")
-    rayjob = yaml.safe_load(s3_shell.run("render", uri))
+    rayjob = rayjob_of(s3_shell.run("render", uri))
     assert rayjob["metadata"]["name"] == "sentiment-1"
     assert rayjob["spec"]["entrypoint"] == f"python -m jobs.run {uri}"
     assert s3_shell.error == ""
@@ -193,8 +218,8 @@ def test_the_command_finds_a_store_that_the_job_describes(
     document = json.loads(s3_shell.run("submit", job, "--skip-check", "--json"))
     command = document["start_command"]
     assert command == f"shoal render {document['uri']} --store {job} | kubectl apply -f -"
-    rayjob = yaml.safe_load(s3_shell.run(*command.partition(" |")[0].split()[1:]))
-    assert endpoint in rayjob["spec"]["entrypoint"]
+    rayjob = rayjob_of(s3_shell.run(*command.partition(" |")[0].split()[1:]))
+    assert endpoint in environment_of(rayjob)["SHOAL_STORE_ACCESS"]
 
 
 def test_a_local_run_has_no_rayjob_until_it_is_moved(
@@ -211,7 +236,7 @@ def test_a_local_run_has_no_rayjob_until_it_is_moved(
     resumed = s3_shell.run("resume", "sentiment-1", "--store", s3_shell.store, "--set", cluster)
     assert resumed == f"{uri}\n"
     assert f"shoal render {uri} | kubectl replace --force -f -" in s3_shell.error
-    assert yaml.safe_load(s3_shell.run("render", uri))["kind"] == "RayJob"
+    assert rayjob_of(s3_shell.run("render", uri))["kind"] == "RayJob"
 
 
 def test_a_stopped_run_that_is_rendered_again_does_not_hear_the_old_request(
@@ -220,7 +245,7 @@ def test_a_stopped_run_that_is_rendered_again_does_not_hear_the_old_request(
     s3_shell.run("submit", s3_shell.job(), "--skip-check", "--run-id", "sentiment-1")
     store, uri = open_store(s3_shell.store), f"{s3_shell.store}/sentiment-1"
     request_stop(store, "sentiment-1", by="test")
-    assert "--past-controls" not in s3_shell.run("render", uri)
+    assert "SHOAL_PAST" not in s3_shell.run("render", uri)
     ended = Result(
         run_id="sentiment-1",
         state=State.STOPPED,
@@ -229,9 +254,47 @@ def test_a_stopped_run_that_is_rendered_again_does_not_hear_the_old_request(
         finished_at=time.time(),
     )
     store.write(RunPaths("sentiment-1").result, ended.to_bytes())
-    assert yaml.safe_load(s3_shell.run("render", uri))["spec"]["entrypoint"].endswith(
-        " --past-controls 1 --past-generation 1"
+    told = environment_of(rayjob_of(s3_shell.run("render", uri)))
+    assert (told["SHOAL_PAST_CONTROLS"], told["SHOAL_PAST_GENERATION"]) == ("1", "1")
+
+
+def manifest_of(*, step: int, size: int) -> Manifest:
+    """A checkpoint of so many bytes, as far as its manifest tells."""
+    return Manifest(
+        step=step,
+        attempt=1,
+        generation=1,
+        parent_step=None,
+        created_at=time.time(),
+        parts=(Part(name="state.safetensors", bytes=size, sha256="", xxh3=""),),
+        digests={},
+        stream=StreamPosition(
+            order_version=1,
+            index_digest="",
+            lanes=1,
+            window=1,
+            seed=0,
+            global_batch_size=1,
+            epoch=0,
+            next_item=0,
+        ),
     )
+
+
+def test_a_run_that_starts_again_has_time_to_save_what_it_has_saved(s3_shell: Shell) -> None:
+    store, uri = open_store(s3_shell.store), f"{s3_shell.store}/sentiment-1"
+    store.write(RunPaths("sentiment-1").spec, s3_shell.spec().to_bytes())
+    drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    first = environment_of(rayjob_of(s3_shell.run("render", uri)))[drain]
+    paths = RunPaths("sentiment-1")
+    saved = manifest_of(step=200, size=20 * 2**30)
+    store.write(paths.manifest(saved.name), saved.to_bytes())
+    ended = Result(
+        run_id="sentiment-1", state=State.STOPPED, generation=1, step=200, finished_at=time.time()
+    )
+    store.write(paths.result, ended.to_bytes())
+    again = environment_of(rayjob_of(s3_shell.run("render", uri)))[drain]
+    assert int(again) > 20 * 1024 / 50 > int(first)
 
 
 def test_a_run_in_a_folder_cannot_move_to_kubernetes(shell: Shell, local_store: Store) -> None:

@@ -24,7 +24,7 @@ from cluster.storage import Store, StoreAway
 from jobs import run
 from jobs.errors import ClusterError, Problem
 from jobs.exporter import metrics_served
-from jobs.record import Control, Failure, Outcome, RunPaths, State
+from jobs.record import Control, Failure, Outcome, Past, Result, RunPaths, State
 from jobs.runs import RunReader
 from tests.ranks import assignment_of
 from tests.tiny import tiny_job
@@ -128,7 +128,7 @@ def test_a_node_that_ray_drains_is_taken_wherever_it_is(local_store: Store) -> N
 def test_workers_of_a_taken_machine_are_not_waited_for_longer_than_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, "TAKEN_SECONDS", 0.1)
+    monkeypatch.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "20.1")
     taken, hangs = run._Taken(lambda: None), threading.Event()
     taken.announce()
     try:
@@ -251,6 +251,68 @@ def test_on_kubernetes_alone_the_driver_serves_the_runs_metrics(
     assert ['shoal_state{run="run",state="STARTING"} 1.0' in text for text in told] == (
         [True] if cluster is KUBERAY else []
     )
+
+
+def end(store: Store, state: State) -> None:
+    """A driver before has ended the run like that."""
+    ended = Result(run_id="run", state=state, generation=1, step=5, finished_at=time.time())
+    store.write(PATHS.result, ended.to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [
+        (State.SUCCEEDED, 0),
+        (State.STOPPED, 130),
+        (State.FAILED_USER, 1),
+        (State.FAILED_SPEC, 2),
+        (State.FAILED_INFRA, None),
+        (State.FAILED_RESOURCES, None),
+    ],
+)
+def test_a_run_that_has_ended_for_its_users_sake_is_not_started_again_by_a_platform(
+    local_store: Store, fitted: list[Assignment], state: State, code: int | None
+) -> None:
+    assignment(local_store)
+    end(local_store, state)
+    ended = run.drive(local_store, "run")
+    if code is None:
+        assert len(fitted) == 1
+    else:
+        assert (ended, fitted) == (code, [])
+    # Its user may start it again.
+    fitted.clear()
+    run.drive(local_store, "run", past=Past(controls=0, generation=1))
+    assert len(fitted) == 1
+
+
+LOADED_BY_A_RESTART = """
+import sys
+from jobs import run
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("ray", "torch", "transformers", "datasets", "pandas", "matplotlib"):
+            sys.exit(f"a run that has ended loads {name}")
+
+sys.meta_path.insert(0, Absent())
+run.main([sys.argv[1]])
+"""
+
+
+def test_such_a_run_ends_before_ray_and_all_that_takes_time_to_load(local_store: Store) -> None:
+    assignment(local_store)
+    end(local_store, State.FAILED_USER)
+    ended = subprocess.run(
+        [sys.executable, "-c", LOADED_BY_A_RESTART, f"{local_store.uri}/run"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "shoal: the run has ended: FAILED_USER\n"
+    # Nobody has asked for the lease, for which a driver on another machine is waited for.
+    assert local_store.head(PATHS.lease) is None
 
 
 CHANGE = ("train.epochs=7",)
