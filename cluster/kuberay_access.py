@@ -157,7 +157,8 @@ class Connection:
             response.close()
 
     def patiently(self, once: Callable[[], T]) -> T:
-        """What `once` gives; called again while the API is away, for as long as is borne."""
+        """What `once` gives; called again while the API is away, for as long as is borne: an error
+        of it that is raised is not transient any more."""
 
         def pause(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
@@ -179,7 +180,11 @@ class Connection:
             before_sleep=say,
             reraise=True,
         )
-        return retrying(once)
+        try:
+            return retrying(once)
+        except KubernetesError as error:
+            error.is_transient = False
+            raise
 
     def _send(
         self,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from cluster.rayjob_status import OperatorState, SeenRayJob, seen_in, state_of
 from jobs.record import State
-from tests.kubernetes_api.operator import ENDED, Status, successors
+from tests.kubernetes_api.operator import ENDED, Status, steps_of, successors
 
 JOBS = ("", "PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED")
 REASONS = (
@@ -166,24 +165,12 @@ def test_a_long_message_is_cut() -> None:
 # ------------------------------------------------------------------- every order of the real ones
 
 
-def reachable(*, backoff_limit: int, suspends: bool) -> Iterator[tuple[Status, Status]]:
-    """Each step that the operator can take, from a new RayJob on."""
-    waiting, known = [Status()], {Status()}
-    while waiting:
-        now = waiting.pop()
-        for after in successors(now, backoff_limit=backoff_limit, suspends=suspends):
-            yield now, after
-            if after not in known:
-                known.add(after)
-                waiting.append(after)
-
-
 @pytest.mark.parametrize("suspends", [False, True], ids=["plain", "in a queue"])
 @pytest.mark.parametrize("backoff_limit", [0, 2])
 def test_no_step_of_the_operator_contradicts_the_one_before(
     backoff_limit: int, suspends: bool
 ) -> None:
-    steps = list(reachable(backoff_limit=backoff_limit, suspends=suspends))
+    steps = list(steps_of(backoff_limit=backoff_limit, suspends=suspends))
     met = {(after.deployment, after.job) for _, after in steps}
     assert {("Running", "SUCCEEDED"), ("Failed", "RUNNING"), ("Failed", "SUCCEEDED")} <= met
     for now, after in steps:

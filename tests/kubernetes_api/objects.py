@@ -183,10 +183,10 @@ class Objects:
             live = self._trees.get((kind, namespace, name))
             if live is None:
                 raise not_found(kind, name)
-            made = copy.deepcopy(live)
+            made = {**live, "metadata": copy.deepcopy(live["metadata"])}
             made["status"] = copy.deepcopy(status)
             owners = self._owners[live["metadata"]["uid"]]
-            return self._store(kind, namespace, name, live, made, owners)
+            return self._store(kind, namespace, name, live, made, owners, is_status=True)
 
     def set_finalizers(self, kind: Kind, namespace: str, name: str, finalizers: list[str]) -> None:
         """The object goes where it was to be deleted and none is left."""
@@ -243,6 +243,8 @@ class Objects:
                 )
                 if (is_orphan or dying) and "deletionTimestamp" not in metadata:
                     metadata["deletionTimestamp"] = now()
+                    if dying:
+                        metadata.setdefault("finalizers", []).append("foregroundDeletion")
                 if "deletionTimestamp" not in metadata:
                     continue
                 held = [f for f in metadata.get("finalizers", ()) if f != "foregroundDeletion"]
@@ -281,13 +283,16 @@ class Objects:
         live: Tree | None,
         made: Tree,
         owners: Mapping[str, set[Path]],
+        *,
+        is_status: bool = False,
     ) -> Tree:
         """Validated, with a new version where anything has changed; a copy of what is stored."""
         if live is None and namespace not in self.namespaces:
             details = {"name": namespace, "kind": "namespaces"}
             raise Refusal(404, "NotFound", f'namespaces "{namespace}" not found', details=details)
-        with_defaults(kind, made)
-        causes = wrong_values(kind, made)
+        given = {"status": made["status"]} if is_status else made
+        with_defaults(kind, given)
+        causes = wrong_values(kind, given)
         if not _NAME.fullmatch(name) or len(name) > 253:
             causes.append(
                 {

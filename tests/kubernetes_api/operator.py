@@ -7,6 +7,7 @@ LocalRuns               an Operator that starts each RayJob's entrypoint on this
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -114,6 +115,43 @@ def _failing(now_: Status, reason: str, backoff_limit: int) -> Iterator[Status]:
         yield replace(failed, deployment="Retrying")
     else:
         yield failed
+
+
+def steps_of(*, backoff_limit: int, suspends: bool) -> Iterator[tuple[Status, Status]]:
+    """Every step that can be taken, from a new RayJob on."""
+    waiting, known = [Status()], {Status()}
+    while waiting:
+        now_ = waiting.pop(0)
+        for after in successors(now_, backoff_limit=backoff_limit, suspends=suspends):
+            yield now_, after
+            if after not in known:
+                known.add(after)
+                waiting.append(after)
+
+
+def walks(*, backoff_limit: int, suspends: bool) -> Iterator[list[Status]]:
+    """Walks from a new RayJob to its end, which take each step at least once."""
+    steps = [s for s in steps_of(backoff_limit=backoff_limit, suspends=suspends) if s[0] != s[1]]
+    came_from = {after: now_ for now_, after in reversed(steps)}
+    came_from.pop(Status(), None)
+    on = dict[Status, Status]()  # the next on the shortest way to an end
+    ends = {after for _, after in steps} - {now_ for now_, _ in steps}
+    while len(on) < len({now_ for now_, _ in steps}):
+        for now_, after in steps:
+            if now_ not in on and (after in ends or after in on):
+                on[now_] = after
+    left = set(steps)
+    for step in reversed(steps):
+        if step not in left:
+            continue
+        before = [step[0]]
+        while before[0] in came_from:
+            before.insert(0, came_from[before[0]])
+        walk = [*before, step[1]]
+        while walk[-1] in on:
+            walk.append(on[walk[-1]])
+        left -= set(itertools.pairwise(walk))
+        yield walk[1:]
 
 
 class Operator:
