@@ -1,4 +1,4 @@
-"""RayJobs through a Kubernetes API over a real socket: applied, watched, deleted, their logs read."""
+"""RayJobs through a Kubernetes API over a real socket: applied, watched, deleted; their logs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Watched:
     """A watch in a thread, whose words are taken one by one."""
 
     def __init__(self, kuberay: KubeRay) -> None:
-        self._told: queue.Queue[SeenRayJob | None | Exception] = queue.Queue()
+        self._told: queue.Queue[SeenRayJob | Exception | None] = queue.Queue()
         threading.Thread(target=self._watch, args=(kuberay,), daemon=True).start()
 
     def _watch(self, kuberay: KubeRay) -> None:
@@ -145,9 +145,7 @@ def test_a_run_is_found_by_its_uri_whoever_applied_it_under_whatever_name(
     assert found.name == "another-name"
 
 
-def test_retries_are_ended_without_touching_the_rest(
-    api: KubernetesApi, kuberay: KubeRay
-) -> None:
+def test_retries_are_ended_without_touching_the_rest(api: KubernetesApi, kuberay: KubeRay) -> None:
     kuberay.apply(rayjob())
     before = api.objects.get(RAYJOB, "default", NAME)["spec"]
     kuberay.end_retries(NAME)
@@ -309,9 +307,7 @@ def test_waiting_for_the_end_of_one_is_bounded(
     assert "is still there" in str(error.value)
 
 
-def test_another_one_of_the_same_name_is_not_deleted(
-    api: KubernetesApi, kuberay: KubeRay
-) -> None:
+def test_another_one_of_the_same_name_is_not_deleted(api: KubernetesApi, kuberay: KubeRay) -> None:
     old = kuberay.apply(rayjob()).seen
     kuberay.delete(old)
     kuberay.wait_until_gone(old)

@@ -1,4 +1,4 @@
-"""Both status fields of a RayJob as one state: every combination, and every order of the real ones."""
+"""Both status fields of a RayJob as one state: every combination, and every order of real ones."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import yaml
@@ -87,6 +87,8 @@ class KubernetesApi:
         """(pod, container) -> what it printed."""
         self.expires_by_status = False
         """Whether an expired watch is refused by 410 instead of an event, as some versions do."""
+        self.echoes = False
+        """Whether faults tell what they were sent, where their texts say {authorization}."""
         self._faults: list[Fault] = []
         self._server: ThreadingHTTPServer | None = None
         self._port = 0
@@ -114,6 +116,9 @@ class KubernetesApi:
         """The next requests whose `METHOD path` holds the pattern `on` are answered so; without a
         code, and with `body` None, the connection is cut. `seconds` pass before."""
         self._faults.append(Fault(times, on, code, reason, message, retry_after, body, seconds))
+
+    def forget_faults(self) -> None:
+        self._faults.clear()
 
     def cut_connections(self) -> None:
         """Ends all open connections in the middle of whatever they carry."""
@@ -263,11 +268,14 @@ class _Handler(BaseHTTPRequestHandler):
             return False  # only late
         code = fault.code or 200
         headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
-        status = Refusal(code, fault.reason, fault.message).status
+        sent = str(self.headers.get("Authorization")) if self.api.echoes else "{authorization}"
+        message = fault.message.replace("{authorization}", sent)
+        status = Refusal(code, fault.reason, message).status
         is_ours = fault.body is None
+        body = (fault.body or b"").replace(b"{authorization}", sent.encode())
         self._send(
             code,
-            json.dumps(status).encode() if is_ours else cast("bytes", fault.body),
+            json.dumps(status).encode() if is_ours else body,
             kind="application/json" if is_ours else "text/html",
             headers=headers,
         )
