@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.rayjob_status import state_of
 from cluster.storage import StorageError
 from jobs.lines import Line
 from jobs.onlooker import Onlooker
@@ -168,10 +169,11 @@ class LineView:
             self._console.print(headline(status))
 
     def _show_rayjob(self, status: RunStatus) -> None:
-        """What Kubernetes says, while no driver says anything, each time that it is another."""
-        situation = status.situation
-        told = f"{situation.state}: {situation.cause}"
-        if status.rayjob is not None and not situation.is_over and told != self._rayjob:
+        """What KubeRay does, where the driver does not say it, each time that it is another."""
+        if status.rayjob is None or status.situation.is_over:
+            return
+        told = state_of(status.rayjob).cause
+        if told != self._rayjob:
             self._rayjob = told
             self._console.print(Text(f"KubeRay: {told}"), soft_wrap=True)
 

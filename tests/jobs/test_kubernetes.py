@@ -294,7 +294,7 @@ def test_watch_follows_the_operator_to_an_end_that_no_driver_tells(scene: Scene)
     player.start()
     scene.run("watch", scene.uri, code=3)
     player.join()
-    assert "KubeRay: PENDING: it waits for the pods of its Ray cluster" in scene.error
+    assert "KubeRay: it waits for the pods of its Ray cluster" in scene.error
     assert "FAILED_RESOURCES" in scene.error
     assert "preRunningDeadlineSeconds" in scene.error
 
