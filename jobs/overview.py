@@ -15,6 +15,7 @@ from jobs.record import Result, State
 from jobs.runs import RunReader, driver_has_ended, list_run_ids
 from jobs.search_spec import Search
 from jobs.situation import derive_state, format_seconds
+from jobs.spec import KubeRayCluster
 from jobs.study.trials import Trials
 
 _MAX_PARALLEL_RUNS = 8
@@ -35,6 +36,8 @@ class Overview:
     value: float | None
     submitted_at: float
     workers: int | None
+    namespace: str | None = None
+    """Of a run on Kubernetes."""
     trials: int | None = None
     """Of a study, those that have begun; None: it is a run like any other."""
     problems: tuple[str, ...] = ()
@@ -111,6 +114,7 @@ def read_overview(reader: RunReader) -> Overview:
         value=value,
         submitted_at=submitted_at,
         workers=spec.workers.count,
+        namespace=spec.cluster.namespace if isinstance(spec.cluster, KubeRayCluster) else None,
         trials=trials,
         problems=tuple(reader.problems),
     )

@@ -196,6 +196,16 @@ class RunReader:
     def controls(self) -> list[Control]:
         return self._read_all(self._heads(self.paths.control), Control)
 
+    def last_stop(self) -> int:
+        """Number of the newest request to stop; 0: there is none."""
+        for head in sorted(self._heads(self.paths.control), key=lambda h: h.key, reverse=True):
+            number = head.key.rpartition("/")[2].removesuffix(".json")
+            if number.isdecimal() and any(
+                control.kind == "stop" for control in self._read_all([head], Control)
+            ):
+                return int(number)
+        return 0
+
     def lease(self) -> Lease | None:
         return self._read_now(self.paths.lease, Lease)
 

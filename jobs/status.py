@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.rayjob_status import SeenRayJob
 from jobs.account import Account, account_of
 from jobs.lines import Line
 from jobs.onlooker import Onlooker
@@ -67,6 +68,8 @@ class RunStatus:
     study: StudyStatus | None = None
     """Of a job that searches, which has no steps, checkpoints or attempts of its own."""
     problems: tuple[str, ...] = field(default=())
+    rayjob: SeenRayJob | None = None
+    """What Kubernetes says of the run, where it was asked and has a RayJob of it."""
 
     @property
     def progress(self) -> float | None:
@@ -131,6 +134,17 @@ class RunStatus:
             "seconds": dict(self.account.seconds),
             "lost_seconds": self.account.lost_seconds,
             "study": self.study and self.study.to_json(),
+            "rayjob": self.rayjob
+            and {
+                "name": self.rayjob.name,
+                "namespace": self.rayjob.namespace,
+                "job_status": self.rayjob.job_status,
+                "deployment_status": self.rayjob.deployment_status,
+                "reason": self.rayjob.reason,
+                "message": self.rayjob.message,
+                "failed": self.rayjob.failed,
+                "ray_cluster": self.rayjob.ray_cluster,
+            },
             "problems": list(self.problems),
         }
 

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from cluster.rayjob_status import SeenRayJob
 from jobs.lines import Line
 from jobs.record import Attempt, Outcome, State
 from jobs.situation import format_seconds
@@ -63,6 +64,8 @@ def headline(status: RunStatus) -> Text:
 
 def _rows(status: RunStatus) -> list[tuple[str, RenderableType]]:
     rows: list[tuple[str, RenderableType]] = [("run", status.uri)]
+    if status.rayjob is not None:
+        rows.append(("RayJob", rayjob_text(status.rayjob)))
     rows += study_rows(status.study) if status.study else [("progress", progress_text(status))]
     if status.train is not None:
         rows.append(("training", train_text(status.train)))
@@ -95,6 +98,12 @@ def _rows(status: RunStatus) -> list[tuple[str, RenderableType]]:
         )
     )
     return rows
+
+
+def rayjob_text(rayjob: SeenRayJob) -> str:
+    """`sentiment-1 in the namespace training: Running, PENDING`, the operator's word first."""
+    told = ", ".join(filter(None, (rayjob.deployment_status or "New", rayjob.job_status)))
+    return f"{rayjob.name} in the namespace {rayjob.namespace}: {told}"
 
 
 def progress_text(status: RunStatus) -> str:

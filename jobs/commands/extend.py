@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.commands.start import no_progress_option, tell_start
-from jobs.commands.target import job_file_of_store, open_run, run_argument
+from jobs.commands.start import (
+    no_progress_option,
+    open_kuberay,
+    record_only_option,
+    refuse_without_kubernetes,
+    tell_start,
+)
+from jobs.commands.target import context_option, job_file_of_store, open_run, run_argument
 
 if TYPE_CHECKING:
     from jobs.study.log import LogReader
@@ -35,6 +42,8 @@ _LOOK_SECONDS = 0.5
 )
 @click.option("--background", is_flag=True, help="Return at once where the study starts again.")
 @no_progress_option
+@context_option
+@record_only_option
 @click.pass_context
 def extend(
     ctx: click.Context,
@@ -44,6 +53,8 @@ def extend(
     space: str | None,
     background: bool,
     no_progress: bool,
+    context: str | None,
+    record_only: bool,
 ) -> None:
     """Give a study more trials, and another space where wanted.
 
@@ -56,6 +67,7 @@ def extend(
     from jobs.submit import extend_study, is_driven_soon, resume_run
 
     reader = open_run(run, store)
+    refuse_without_kubernetes(reader, context=context, record_only=record_only)
     request = extend_study(
         reader,
         trials=trials,
@@ -79,9 +91,14 @@ def extend(
             return
         time.sleep(_LOOK_SECONDS)
     before = read_situation(reader).generation
-    submitted = resume_run(reader.store, reader.run_id, foreground=not background)
-    if background or submitted.kubectl:
-        tell_start(submitted, store=job_file_of_store(store), as_json=False)
+    submitted = resume_run(
+        reader.store,
+        reader.run_id,
+        foreground=not background,
+        open_kuberay=None if record_only else partial(open_kuberay, context),
+    )
+    if background or submitted.kubectl or submitted.rayjob:
+        tell_start(submitted, store=job_file_of_store(store), context=context, as_json=False)
         return
     ctx.exit(attend(submitted, reader, show_progress=not no_progress, after_generation=before))
 

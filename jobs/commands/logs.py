@@ -11,12 +11,14 @@ import click
 
 from jobs.commands.ages import to_moment
 from jobs.commands.target import (
+    context_option,
     json_option,
     open_run_or_trial,
     print_json,
     run_argument,
     trial_option,
 )
+from jobs.errors import Problem, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -40,6 +42,13 @@ POLL_SECONDS = 1.0
     help="Only newer lines: 10m, or 2026-11-01T09:30.",
 )
 @click.option("--level", type=click.Choice(LEVELS), default="info", show_default=True)
+@click.option(
+    "--pods",
+    is_flag=True,
+    help="Of a run on Kubernetes: what its pods print (submitter, head, workers), while they are "
+    "there; after that what the run's folder has.",
+)
+@context_option
 @json_option
 def logs(
     run: str,
@@ -50,6 +59,8 @@ def logs(
     attempt: int | None,
     since: float | None,
     level: str,
+    pods: bool,
+    context: str | None,
     as_json: bool,
 ) -> None:
     """Log lines of a run, by time: the driver's and the workers'.
@@ -58,6 +69,14 @@ def logs(
     """
     reader = open_run_or_trial(run, store, trial)
     reader.spec_head()
+    if pods:
+        _refuse_beside_pods(rank=rank, attempt=attempt, trial=trial)
+        if _show_pods(reader, follow=follow, since=since, context=context, as_json=as_json):
+            return
+    elif context is not None:
+        raise SpecError(
+            Problem("--context has no effect without --pods", "add --pods, or remove --context")
+        )
     batches = _batches(reader, follow=follow, rank=rank, attempt=attempt)
     wanted = (
         [line for line in batch if _is_wanted(line, since=since, level=level)] for batch in batches
@@ -68,6 +87,43 @@ def logs(
     for batch in wanted:
         for line in batch:
             click.echo(_as_json(line) if as_json else format_log_line(line))
+
+
+def _refuse_beside_pods(**given: int | None) -> None:
+    problems = [
+        Problem(f"--{name} has no effect with --pods", f"remove --{name}, or --pods")
+        for name, value in given.items()
+        if value is not None
+    ]
+    if problems:
+        raise SpecError(*problems)
+
+
+def _show_pods(
+    reader: RunReader, *, follow: bool, since: float | None, context: str | None, as_json: bool
+) -> bool:
+    """What the run's pods print; whether there were any that have printed something.
+
+    Raises SpecError where the run is not on Kubernetes.
+    """
+    from jobs.pod_logs import pod_lines
+
+    is_any, documents = False, []
+    for line in pod_lines(reader, follow=follow, since=since, context=context, tell=_warn):
+        is_any = True
+        if as_json and not follow:
+            documents.append(line.to_json())
+        else:
+            click.echo(_as_json(line.to_json()) if as_json else line.text)
+    if not is_any:
+        click.echo("no pod of it has printed anything that is still there; its folder:", err=True)
+    elif as_json and not follow:
+        print_json({"lines": documents})
+    return is_any
+
+
+def _warn(problem: str) -> None:
+    click.echo(f"warning: {problem}", err=True)
 
 
 def _batches(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from jobs.commands.target import (
+    context_option,
     json_option,
     open_run_or_trial,
     open_runs,
@@ -18,12 +19,15 @@ from jobs.errors import Problem, ShoalError, SpecError, render_error
 
 @click.command("list")
 @store_option
+@context_option
 @json_option
-def list_runs(store: str | None, as_json: bool) -> None:
+def list_runs(store: str | None, context: str | None, as_json: bool) -> None:
     """The runs in a store, the newest first."""
     from jobs.overview import read_overviews, show_overviews
+    from jobs.rayjobs import with_rayjobs
 
     overviews = read_overviews(open_runs(store, needed_for="shoal list"))
+    overviews = with_rayjobs(overviews, context=context)
     if as_json:
         print_json({"runs": [overview.to_json() for overview in overviews]})
     else:
@@ -33,18 +37,28 @@ def list_runs(store: str | None, as_json: bool) -> None:
 @click.command()
 @run_argument
 @trial_option
+@context_option
 @json_option
 @click.option("--prometheus", is_flag=True, help="Print the numbers in Prometheus' text format.")
-def status(run: str, store: str | None, trial: int | None, as_json: bool, prometheus: bool) -> None:
+def status(
+    run: str,
+    store: str | None,
+    trial: int | None,
+    context: str | None,
+    as_json: bool,
+    prometheus: bool,
+) -> None:
     """What a run does and why: progress, metrics, attempts, checkpoints, where the time went.
 
     The exit code is 0 whatever the run's state is; see `state` with --json.
     """
+    from jobs.rayjobs import RayJobOnlooker, refuse_context
     from jobs.status import read_status
 
     _refuse(as_json and prometheus, "--prometheus with --json", "remove one of them")
     reader = open_run_or_trial(run, store, trial)
-    found = read_status(reader)
+    refuse_context(reader, context)
+    found = RayJobOnlooker(reader, context=context)(read_status(reader))
     if prometheus:
         from jobs.prometheus import exposition
         from jobs.terminal import show_warnings
@@ -62,17 +76,23 @@ def status(run: str, store: str | None, trial: int | None, as_json: bool, promet
 @click.command()
 @run_argument
 @trial_option
+@context_option
 @click.pass_context
-def watch(ctx: click.Context, run: str, store: str | None, trial: int | None) -> None:
+def watch(
+    ctx: click.Context, run: str, store: str | None, trial: int | None, context: str | None
+) -> None:
     """Follow a run live until it ends, and exit as it did.
 
     Ctrl-C ends the watching, not the run.
     """
+    from jobs.rayjobs import RayJobOnlooker, refuse_context
     from jobs.watch import watch_run
 
     reader = open_run_or_trial(run, store, trial)
+    refuse_context(reader, context)
+    beside = RayJobOnlooker(reader, context=context, follows=True)
     try:
-        ended = watch_run(reader)
+        ended = watch_run(reader, beside=beside, wake=beside.wake)
     except KeyboardInterrupt:
         click.echo(f"the run goes on; stop it with: shoal stop {reader.uri}", err=True)
         ctx.exit(130)

@@ -9,6 +9,7 @@ import click
 
 from jobs.commands.ages import to_age_seconds
 from jobs.commands.target import (
+    context_option,
     json_option,
     open_run,
     open_runs,
@@ -20,13 +21,16 @@ from jobs.commands.target import (
 
 @click.command()
 @run_argument
+@context_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def delete(run: str, store: str | None, yes: bool) -> None:
-    """Delete a run with all of its checkpoints, a study with all of its trials.
+def delete(run: str, store: str | None, context: str | None, yes: bool) -> None:
+    """Delete a run with all of its checkpoints, a study with all of its trials; of one on
+    Kubernetes also its RayJob.
 
     A run that goes on is refused.
     """
     from jobs.errors import Problem, SpecError
+    from jobs.rayjobs import remove_rayjob
     from jobs.retention import delete_run, describe_unfinished, find_unfinished, refuse_running
     from jobs.spec import format_bytes
 
@@ -50,6 +54,7 @@ def delete(run: str, store: str | None, yes: bool) -> None:
         click.confirm(f"delete {reader.uri} ({what})?", abort=True, err=True)
         # It may have been resumed while the question stood.
         refuse_running(reader, wait=lambda reason: click.echo(reason, err=True))
+    remove_rayjob(reader, context=context, tell=_warn)
     delete_run(reader.store, reader.run_id, tell=_warn)
     click.echo(f"deleted {reader.uri}: {what}", err=True)
 

@@ -48,6 +48,16 @@ def store_option(command: F) -> F:
     )(command)
 
 
+def context_option(command: F) -> F:
+    """--context; the command gets `context`."""
+    return click.option(
+        "--context",
+        metavar="NAME",
+        help="Of a run on Kubernetes: this context of the kubeconfig. Default: $SHOAL_CONTEXT, "
+        "else the current one.",
+    )(command)
+
+
 def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
 

@@ -167,7 +167,9 @@ LOCAL_PLACES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "message"), LOCAL_PLACES.values(), ids=LOCAL_PLACES)
-@pytest.mark.parametrize("command", [("render",), ("submit", "--skip-check")], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [("render",), ("submit", "--skip-check", "--record-only")], ids=lambda c: c[0]
+)
 def test_paths_of_this_machine_are_refused(
     shell: Shell, command: tuple[str, ...], changes: dict[str, Any], message: str
 ) -> None:
@@ -194,8 +196,11 @@ def test_run_says_to_submit(shell: Shell) -> None:
     assert "hint: run: shoal submit JOB.yaml" in shell.error
 
 
-def test_submit_records_the_run_and_says_what_starts_it(s3_shell: Shell) -> None:
-    shown = s3_shell.run("submit", s3_shell.job(), "--skip-check", "--run-id", "sentiment-1")
+RECORD = ("--skip-check", "--record-only", "--run-id", "sentiment-1")
+
+
+def test_submit_can_only_record_the_run_and_says_what_starts_it(s3_shell: Shell) -> None:
+    shown = s3_shell.run("submit", s3_shell.job(), *RECORD)
     uri = f"{s3_shell.store}/sentiment-1"
     assert shown == f"{uri}\n"
     assert s3_shell.error == (f"recorded; start it with: shoal render {uri} | kubectl apply -f -\n")
@@ -205,7 +210,9 @@ def test_submit_records_the_run_and_says_what_starts_it(s3_shell: Shell) -> None
     assert rayjob["metadata"]["name"] == "sentiment-1"
     assert rayjob["spec"]["entrypoint"] == f"python -m jobs.run {uri}"
     assert s3_shell.error == ""
-    s3_shell.run("submit", "job.yaml", "--skip-check", "--run-id", "sentiment-1", code=2)
+    # The same job under the same id is the same run; another one is refused.
+    assert s3_shell.run("submit", "job.yaml", *RECORD) == shown
+    s3_shell.run("submit", s3_shell.job("b.yaml", workers={"count": 3}), *RECORD, code=2)
     assert "exists" in s3_shell.error
 
 
@@ -215,7 +222,7 @@ def test_the_command_finds_a_store_that_the_job_describes(
     endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
     job = s3_shell.job(store={"uri": s3_shell.store, "access": {"endpoint_url": endpoint}})
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
-    document = json.loads(s3_shell.run("submit", job, "--skip-check", "--json"))
+    document = json.loads(s3_shell.run("submit", job, *RECORD, "--json"))
     command = document["start_command"]
     assert command == f"shoal render {document['uri']} --store {job} | kubectl apply -f -"
     rayjob = rayjob_of(s3_shell.run(*command.partition(" |")[0].split()[1:]))
@@ -233,7 +240,9 @@ def test_a_local_run_has_no_rayjob_until_it_is_moved(
     assert f"the run {uri} was submitted with cluster.kind local" in s3_shell.error
     monkeypatch.setattr("jobs.submit.start_driver", _no_driver)
     cluster = f"cluster={{kind: kuberay, image: '{IMAGE}'}}"
-    resumed = s3_shell.run("resume", "sentiment-1", "--store", s3_shell.store, "--set", cluster)
+    resumed = s3_shell.run(
+        "resume", "sentiment-1", "--store", s3_shell.store, "--set", cluster, "--record-only"
+    )
     assert resumed == f"{uri}\n"
     assert f"shoal render {uri} | kubectl replace --force -f -" in s3_shell.error
     assert rayjob_of(s3_shell.run("render", uri))["kind"] == "RayJob"
@@ -242,7 +251,7 @@ def test_a_local_run_has_no_rayjob_until_it_is_moved(
 def test_a_stopped_run_that_is_rendered_again_does_not_hear_the_old_request(
     s3_shell: Shell,
 ) -> None:
-    s3_shell.run("submit", s3_shell.job(), "--skip-check", "--run-id", "sentiment-1")
+    s3_shell.run("submit", s3_shell.job(), *RECORD)
     store, uri = open_store(s3_shell.store), f"{s3_shell.store}/sentiment-1"
     request_stop(store, "sentiment-1", by="test")
     assert "SHOAL_PAST" not in s3_shell.run("render", uri)
