@@ -131,7 +131,7 @@ def check_job(spec: JobSpec) -> Checked:
         machine = seen.result() if seen is not None else None
     known = {part: facts for part, facts in sets.items() if facts is not None}
     train = known.get("data.train")
-    totals = totals_of(spec, train, model.weights if model is not None else None)
+    totals = totals_of(spec, train, model)
     findings += _across(spec, known, model, machine, totals)
     plan = plan_search(spec, totals, machine)
     if plan is not None:
@@ -231,6 +231,9 @@ def _totals_lines(totals: Totals) -> Iterator[str]:
             f"{totals.rows:,} rows in {totals.steps_per_epoch:,} steps an epoch, "
             f"{totals.total_steps:,} steps in all"
         )
+    if totals.parameters and totals.trained_parameters:
+        share = min(1.0, totals.trained_parameters / totals.parameters)
+        yield f"{totals.trained_parameters:,} weights are trained, {share:.2%} of the model's"
     shares = [
         f"{format_bytes(size)} for {what}"
         for size, what in (

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from jobs.errors import Problem, TrainingError
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, Plateau
 from trainers import watchdog
 from trainers.agreement import AgreedFailure, Agreement, Decision, PendingDecision, Vote
 from trainers.assignment import EvaluationReport, TrialPlan, Verdict
@@ -93,6 +93,12 @@ class Progress:
     finished: bool = False
     best_score: float | None = None
     """Of a trial: the best that an evaluation found of its study's metric."""
+    plateau_value: float | None = None
+    """With optimizer.schedule plateau: the best that evaluations found by its own min_delta."""
+    plateau_evaluations: int = 0
+    """Evaluations in a row without improvement since the learning rate was lowered last."""
+    rate_reductions: int = 0
+    """How often it was lowered."""
 
 
 @dataclass(frozen=True)
@@ -277,8 +283,9 @@ def train(
         is_evaluated = evaluation_is_due(spec, plan, advanced)
         facts = train_step(
             spec, plan, trainee, coming.batch, coming.microbatches, decision,
-            computed_tokens=coming.computed_tokens, step=progress.step, buffers=buffers,
-            agreement=agreement, stopwatch=stopwatch,
+            computed_tokens=coming.computed_tokens, step=progress.step,
+            reductions=progress.rate_reductions, buffers=buffers, agreement=agreement,
+            stopwatch=stopwatch,
         )  # fmt: skip
         statistics.average()
         progress = advanced
@@ -371,10 +378,24 @@ def judge(spec: JobSpec, progress: Progress, evaluation: Evaluation | None) -> P
     metric, mode, min_delta = spec.best
     value = evaluation.metrics[metric.removeprefix("validation/")]
     sign = 1.0 if mode == "max" else -1.0
+    if spec.optimizer.schedule == "plateau":
+        progress = lower_rate(spec.optimizer.plateau, progress, value, sign=sign)
     if progress.best_value is None or sign * (value - progress.best_value) > min_delta:
         return replace(progress, best_step=progress.step, best_value=value, bad_evaluations=0)
     bad = progress.bad_evaluations + 1
     return replace(progress, bad_evaluations=bad, finished=stops_early(spec, bad))
+
+
+def lower_rate(plateau: Plateau, progress: Progress, value: float, *, sign: float) -> Progress:
+    """The progress with what an evaluation means for the learning rate; `sign`: 1 where larger
+    values are better, else -1."""
+    best = progress.plateau_value
+    if best is None or sign * (value - best) > plateau.min_delta:
+        return replace(progress, plateau_value=value, plateau_evaluations=0)
+    waited = progress.plateau_evaluations + 1
+    if waited < plateau.patience:
+        return replace(progress, plateau_evaluations=waited)
+    return replace(progress, plateau_evaluations=0, rate_reductions=progress.rate_reductions + 1)
 
 
 def stops_early(spec: JobSpec, bad_evaluations: int) -> bool:
@@ -442,6 +463,7 @@ def train_step(
     *,
     computed_tokens: int,
     step: int,
+    reductions: int = 0,
     buffers: KeptBuffers,
     agreement: Agreement,
     stopwatch: Stopwatch,
@@ -459,7 +481,9 @@ def train_step(
 
     Raises MicrobatchTooLarge, on this rank alone, where memory runs out.
     """
-    rate = learning_rate(spec.optimizer, step=step, total_steps=plan.total_steps)
+    rate = learning_rate(
+        spec.optimizer, step=step, total_steps=plan.total_steps, reductions=reductions
+    )
     set_learning_rate(trainee.optimizer, rate)
     clear_gradients(trainee.model, trainee.optimizer)
     scale = agreement.world_size / (decision.weight or 1.0)

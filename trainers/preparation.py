@@ -16,6 +16,13 @@ from jobs.errors import DataError, Problem, SpecError
 from jobs.record import Manifest, RunPaths, StreamPosition
 from jobs.spec import JobSpec
 from trainers import watchdog
+from trainers.adapted_folder import adapt
+from trainers.adapter_record import (
+    AdapterRecord,
+    adapter_record,
+    read_adapter_record,
+    refuse_other_base,
+)
 from trainers.block_training import adapt_blocks
 from trainers.data.cache import cache_folder
 from trainers.data.index import Index, open_index
@@ -58,6 +65,10 @@ class Prepared:
     trainee: Trainee
     progress: Progress
     before: dict[str, Any] | None
+    folder: Path
+    """Of the model that training began with, or began anew with."""
+    adapter: AdapterRecord | None
+    """The job's adapter and what it belongs to."""
 
 
 def open_data(
@@ -164,11 +175,14 @@ def prepare(
     )
     watchdog.tick("fetches the model")
     find_model = pretrained_folder if kept is None else kept.folder
-    source = (
-        folder / "model"
-        if folder
-        else patience.call(lambda: find_model(spec, cache_folder=cache_folder()))
-    )
+    source, adapter = None if folder is None else folder / "model", None
+    if source is None or spec.model.adapter is not None:
+        source = patience.call(lambda: find_model(spec, cache_folder=cache_folder()))
+    if spec.model.adapter is not None:
+        watchdog.tick("looks whether the model is the adapter's")
+        adapter = adapter_record(spec, source)
+        if folder is not None:
+            refuse_other_base(read_adapter_record(folder), adapter)
     make_task = build_task if kept is None else kept.task
     task = make_task(spec, model_folder=source, index=train_set.index)
     for held_out in (validation, test):
@@ -176,7 +190,7 @@ def prepare(
             task.check_data(held_out.index)
     watchdog.tick("builds the model")
     dtype = compute_type(spec.model, session.device)
-    model = build_model(task, source, spec, session, dropout=spec.model.dropout)
+    model = build_model(task, source, spec, session, dropout=spec.model.dropout, adapter_in=folder)
     optimizer = build_optimizer(model, spec.optimizer)
     if folder is not None:
         load_optimizer(folder, model, optimizer)
@@ -190,15 +204,22 @@ def prepare(
         dtype=torch.float32 if is_sharded(model) else dtype,
     )
     return Prepared(
-        train_set, validation, test, plan, position, task, trainee, progress, before
+        train_set, validation, test, plan, position, task, trainee, progress, before,
+        source, adapter,
     )  # fmt: skip
 
 
 def build_model(
-    task: Task, folder: Path, spec: JobSpec, session: Session, *, dropout: float | None
+    task: Task,
+    folder: Path,
+    spec: JobSpec,
+    session: Session,
+    *,
+    dropout: float | None,
+    adapter_in: Path | None = None,
 ) -> nn.Module:
     """The model of a folder as this rank trains or measures it, on its device: all of it, or its
-    shard.
+    shard; with the job's adapter, as it is in the checkpoint `adapter_in` or as it begins.
 
     Before a rank cuts the model it has all of it in the host's memory, so the ranks of a node take
     turns. Talks to no other rank. A single rank holds all of it, whatever the strategy.
@@ -206,6 +227,7 @@ def build_model(
     is_cut = spec.workers.strategy == "fsdp" and session.world_size > 1
     with _turn() if is_cut else nullcontext():
         model = task.build_model(folder, dropout=dropout, seed=spec.data.seed)
+        adapt(model, spec, folder=folder, adapter_in=adapter_in)
         freeze(model, spec.model.freeze)
         adapt_blocks(model, spec.model)
         if not is_cut:

@@ -300,7 +300,7 @@ class _Rank:
         if self._session.rank:
             return {}
         prepared = self._prepared
-        return small_files(plain(prepared.trainee.model), prepared.task)
+        return small_files(plain(prepared.trainee.model), prepared.task, record=prepared.adapter)
 
     def _with_helpers(self, small: Mapping[str, bytes]) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
@@ -461,8 +461,14 @@ class _Rank:
             )
         except (DamagedPart, ObjectMissing):
             return None
+        has_adapter = self._prepared.adapter is not None
         return build_model(
-            self._prepared.task, folder / "model", self._spec, self._session, dropout=None
+            self._prepared.task,
+            self._prepared.folder if has_adapter else folder / "model",
+            self._spec,
+            self._session,
+            dropout=None,
+            adapter_in=folder if has_adapter else None,
         )
 
     # ---- the loop's surroundings

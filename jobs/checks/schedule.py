@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 
 from jobs.checks.data_sets import DataSetFacts
 from jobs.checks.finding import Finding, ok, problem, problems_of, warning
-from jobs.checks.weights import Weights
+from jobs.checks.model import ModelFacts
+from jobs.checks.states import states_of
 from jobs.errors import SpecError
 from jobs.spec import MAX_AUTO_LANES, JobSpec, format_bytes
 from trainers.data.partition import (
@@ -35,6 +36,7 @@ class Totals:
     stream_bytes: int | None = None
     """Row groups that one worker holds in memory."""
     parameters: int | None = None
+    trained_parameters: int | None = None
     training_bytes: int | None = None
     """Weights, gradients and optimizer state of one worker."""
 
@@ -42,14 +44,20 @@ class Totals:
         return asdict(self)
 
 
-def totals_of(spec: JobSpec, train: DataSetFacts | None, weights: Weights | None) -> Totals:
+def totals_of(spec: JobSpec, train: DataSetFacts | None, model: ModelFacts | None) -> Totals:
     """Counts of the run; those that need the training set are None without it."""
+    weights = model.weights if model is not None else None
     parameters = weights.num_parameters if weights is not None else None
-    copies = {"adamw": 4, "sgd": 3}[spec.optimizer.kind]
-    cut_into = spec.workers.fewest if spec.workers.strategy == "fsdp" else 1
-    training = math.ceil(4 * copies * parameters / cut_into) if parameters is not None else None
+    trained = model.trained_parameters if model is not None else None
+    training = None
+    if parameters is not None:
+        cut_into = spec.workers.fewest if spec.workers.strategy == "fsdp" else 1
+        # Gradients and states are those of what is trained; its number may be unknown.
+        counted = parameters if trained is None else trained
+        numbers = parameters + counted * (1 + states_of(spec.optimizer))
+        training = math.ceil(4 * numbers / cut_into)
     if train is None or not train.index.num_rows:
-        return Totals(parameters=parameters, training_bytes=training)
+        return Totals(parameters=parameters, trained_parameters=trained, training_bytes=training)
     index = train.index
     steps = math.ceil(index.num_rows / spec.batching.global_batch_size)
     window = _window(spec, train)
@@ -66,6 +74,7 @@ def totals_of(spec: JobSpec, train: DataSetFacts | None, weights: Weights | None
             max_row_group_bytes=index.max_row_group_bytes,
         ),
         parameters=parameters,
+        trained_parameters=trained,
         training_bytes=training,
     )
 

@@ -85,8 +85,8 @@ class Task(Protocol):
     def build_model(self, folder: Path, *, dropout: float | None, seed: int) -> nn.Module:
         """The pretrained model in `folder` with this task's head, float32, on the CPU.
 
-        New weights of the head are drawn from `seed`. Raises SpecError where the folder does not
-        hold such a model.
+        New weights of the head are drawn from `seed`, and told to `adapters.remember_new`. Raises
+        SpecError where the folder does not hold such a model.
         """
         ...
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from jobs import spec as job
 from jobs.errors import DataError, Problem, SpecError
+from trainers.adapters import remember_new
 from trainers.data.index import Index
 from trainers.data.items import Items, Ragged, numbers_of
 from trainers.data.tokenizers import has_own_files, tokenizer_digest
@@ -154,14 +155,20 @@ class TextClassification:
             )
         torch.manual_seed(seed)
         try:
-            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-                folder, config=config, dtype=torch.float32, use_safetensors=True
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._no_model(error) from error
+        remember_new(model, set(loaded["missing_keys"]))
         if self._packing:
             pack_blocks(model, self.forward, self._sample())
-        return model
+        built: nn.Module = model
+        return built
 
     def _sample(self) -> Batch:
         """Rows of several lengths and different tokens."""
