@@ -53,6 +53,7 @@ from jobs.checks.search import SearchPlan, check_search, plan_search
 from jobs.checks.stores import Stores, check_store
 from jobs.checks.tokenizer import check_tokens
 from jobs.checks.tracking import check_tracking
+from jobs.checks.weighting import check_weighting
 from jobs.errors import PreflightError, ShoalError, render_error
 from jobs.spec import JobSpec, format_bytes
 from jobs.terminal import print_to
@@ -152,6 +153,7 @@ def _across(
     yield from check_batching(spec)
     yield from check_steps(spec, totals)
     if "data.train" in sets:
+        yield from check_weighting(spec, sets["data.train"])
         yield from check_stream(spec, sets["data.train"], totals)
     yield from check_workers(spec, machine)
     yield from check_strategy(spec, model.weights if model is not None else None)

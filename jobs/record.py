@@ -292,6 +292,8 @@ class StreamPosition(Record):
     epoch: int
     next_item: int
     """First position of `epoch` that no step has used."""
+    sampler_digest: str | None = None
+    """With weighted sampling: how often rows are used."""
 
 
 class Manifest(SealedRecord):

@@ -6,6 +6,7 @@ worker.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -111,6 +112,10 @@ class Task(SpecPart):
     """The column that holds the label: one of `labels`, or its position in them."""
     max_tokens: Annotated[int, Field(ge=8)] = 128
     """Tokens of a text that are used; what is longer is cut off."""
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    """What a row of each label counts in the loss that is trained on, 1 for those not given;
+    balanced: rows / (labels * rows of the label); null: all alike. Losses of evaluations stay
+    without it."""
     label_smoothing: Fraction = 0.0
     """Part of a row's target that is spread over all labels alike (Szegedy et al., 2016), for the
     loss that is trained on and told as train/loss; losses of evaluations stay without it."""
@@ -225,8 +230,12 @@ class Data(SpecPart):
     """Folder of the test set; used twice: before training and, with the best model, after it."""
     access: StoreAccess = StoreAccess()
     """How the data's store is reached, where it differs from the environment."""
+    sampling: Literal["balanced"] | dict[str, NonNegativeFloat] | None = None
+    """How often a row of each label is used in an epoch, in the mean, 1 for those not given: 2.5 is
+    twice or three times, drawn anew for each row and epoch; balanced: so that all labels have as
+    many rows, and an epoch as many as the set; null: each row once."""
     seed: NonNegativeInt = 0
-    """Seed of the order of rows, of dropout and of the new head's weights."""
+    """Seed of the order of rows, of dropout, of sampling and of the new head's weights."""
     lanes: PositiveInt | Literal["auto"] = "auto"
     """Runs into which an epoch is cut. A worker count that divides it reads each shard once;
     `auto`: the worker count, or the smallest number that all counts from `workers.min` to
@@ -539,6 +548,23 @@ class JobSpec(SpecPart):
         return self
 
     @model_validator(mode="after")
+    def _weights_are_of_labels(self) -> JobSpec:
+        given = {"task.class_weights": self.task.class_weights, "data.sampling": self.data.sampling}
+        for key, weights in given.items():
+            if weights is None or isinstance(weights, str):
+                continue
+            for label in weights:
+                if label not in self.task.labels:
+                    near = difflib.get_close_matches(label, self.task.labels, n=1)
+                    raise UnfitError(
+                        f"{key} holds {label}, which is none of task.labels",
+                        f"did you mean {near[0]}?"
+                        if near
+                        else f"name some of {', '.join(self.task.labels)}",
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _adapter_suits_the_rest(self) -> JobSpec:
         adapter = self.model.adapter
         if adapter is None:
@@ -684,7 +710,9 @@ class JobSpec(SpecPart):
         Everything else (workers, store, cluster, retries, tracking) is free.
         """
         whole = self.model_dump(mode="json")
-        smoothing = whole["task"].pop("label_smoothing")
+        of_loss = [whole["task"].pop("label_smoothing")]
+        weights, sampling = whole["task"].pop("class_weights"), whole["data"]["sampling"]
+        of_loss += [] if weights is None else [weights]
         architecture = [whole["task"], whole["model"]["source"], whole["model"]["revision"]]
         if whole["model"]["adapter"] is not None:
             of_adapter = {k: v for k, v in whole["model"]["adapter"].items() if k != "dropout"}
@@ -695,8 +723,9 @@ class JobSpec(SpecPart):
                 whole["data"]["train"],
                 whole["data"]["seed"],
                 whole["batching"]["global_batch_size"],
+                *([] if sampling is None else [sampling]),
             ],
-            "hyper_parameters": [whole["optimizer"], whole["train"], whole["model"], smoothing],
+            "hyper_parameters": [whole["optimizer"], whole["train"], whole["model"], *of_loss],
         }
         return {
             group: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]

@@ -108,14 +108,32 @@ class Plan:
     num_rows: int
     global_batch_size: int
     epochs: int
+    epoch_items: tuple[int, ...] | None = None
+    """With weighted sampling: the items of each epoch. None: each epoch has each row once."""
+
+    def items_of(self, epoch: int) -> int:
+        """Positions of an epoch."""
+        return self.num_rows if self.epoch_items is None else self.epoch_items[epoch]
 
     @property
     def steps_per_epoch(self) -> int:
+        """Of weighted sampling the mean, rounded."""
+        if self.epoch_items is not None:
+            return max(1, round(self.total_steps / self.epochs))
         return math.ceil(self.num_rows / self.global_batch_size)
 
     @property
     def total_steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
+        steps = (math.ceil(self.items_of(n) / self.global_batch_size) for n in range(self.epochs))
+        return sum(steps)
+
+    def epochs_done(self, progress: Progress) -> float:
+        """The epochs up to there, the last one in part."""
+        if self.epoch_items is None:
+            return progress.step / self.steps_per_epoch
+        if progress.epoch >= self.epochs:
+            return float(progress.epoch)
+        return progress.epoch + progress.next_item / self.items_of(progress.epoch)
 
 
 @dataclass(frozen=True)
@@ -346,7 +364,7 @@ def _evaluate(
 
 def advance(progress: Progress, batch: RankBatch, plan: Plan) -> Progress:
     """The progress after the step that uses `batch`."""
-    done = batch.next_item >= plan.num_rows
+    done = batch.next_item >= plan.items_of(progress.epoch)
     return replace(
         progress,
         step=progress.step + 1,
@@ -415,7 +433,7 @@ def score(
     report = EvaluationReport(
         step=progress.step,
         total_steps=plan.total_steps,
-        epochs=progress.step / plan.steps_per_epoch,
+        epochs=plan.epochs_done(progress),
         value=value,
         best=best,
         is_last=progress.finished,

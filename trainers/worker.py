@@ -41,6 +41,7 @@ from trainers.checkpoint import CheckpointWriter, Moment, small_files
 from trainers.controls import ControlPoller, Requests, requests_to
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
+from trainers.data.weighting import Copies
 from trainers.evaluation import BrokenOff, measure
 from trainers.fence import Fence, Superseded
 from trainers.kept import Kept
@@ -477,7 +478,10 @@ class _Rank:
         self._close_streams()
         position = self._prepared.position
         stream = self._open_stream(
-            self._prepared.train, lanes=position.lanes, window=position.window
+            self._prepared.train,
+            lanes=position.lanes,
+            window=position.window,
+            copies=self._prepared.copies,
         )
         return stream.batches(
             epoch=progress.epoch,
@@ -563,7 +567,7 @@ class _Rank:
                 {
                     "kind": "train",
                     "step": progress.step,
-                    "epoch": round(progress.step / plan.steps_per_epoch, 4),
+                    "epoch": round(plan.epochs_done(progress), 4),
                     "loss": facts.loss,
                     "learning_rate": facts.learning_rate,
                     "grad_norm": facts.grad_norm,
@@ -654,7 +658,9 @@ class _Rank:
         stands."""
         self._last_words.hang(hang, step=self._step, spec=self._spec)
 
-    def _open_stream(self, data: DataSet, *, lanes: int, window: int) -> RankStream:
+    def _open_stream(
+        self, data: DataSet, *, lanes: int, window: int, copies: Copies | None = None
+    ) -> RankStream:
         stream = RankStream(
             store=data.store,
             index=data.index,
@@ -666,6 +672,7 @@ class _Rank:
             lanes=lanes,
             window=window,
             cache=self._cache,
+            copies=copies,
             patience=self._patience,
         )
         self._streams.append(stream)

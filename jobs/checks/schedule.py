@@ -10,6 +10,7 @@ from jobs.checks.data_sets import DataSetFacts
 from jobs.checks.finding import Finding, ok, problem, problems_of, warning
 from jobs.checks.model import ModelFacts
 from jobs.checks.states import states_of
+from jobs.checks.weighting import epoch_rows, most_copies
 from jobs.errors import SpecError
 from jobs.spec import MAX_AUTO_LANES, JobSpec, format_bytes
 from trainers.data.partition import (
@@ -59,10 +60,11 @@ def totals_of(spec: JobSpec, train: DataSetFacts | None, model: ModelFacts | Non
     if train is None or not train.index.num_rows:
         return Totals(parameters=parameters, trained_parameters=trained, training_bytes=training)
     index = train.index
-    steps = math.ceil(index.num_rows / spec.batching.global_batch_size)
+    rows = epoch_rows(spec, index)
+    steps = math.ceil(rows / spec.batching.global_batch_size)
     window = _window(spec, train)
     return Totals(
-        rows=index.num_rows,
+        rows=rows,
         steps_per_epoch=steps,
         total_steps=steps * spec.train.epochs,
         lanes=spec.lanes,
@@ -71,7 +73,7 @@ def totals_of(spec: JobSpec, train: DataSetFacts | None, model: ModelFacts | Non
             lanes=spec.lanes,
             window=window,
             world_size=_hungriest(spec),
-            max_row_group_bytes=index.max_row_group_bytes,
+            max_row_group_bytes=_group_bytes(spec, train),
         ),
         parameters=parameters,
         trained_parameters=trained,
@@ -88,9 +90,14 @@ def _window(spec: JobSpec, train: DataSetFacts) -> int:
     return fit_window(
         window=spec.data.window,
         lanes=spec.lanes,
-        max_row_group_bytes=train.index.max_row_group_bytes,
+        max_row_group_bytes=_group_bytes(spec, train),
         stream_memory=spec.data.stream_memory,
     )
+
+
+def _group_bytes(spec: JobSpec, train: DataSetFacts) -> int:
+    """Of the largest row group, with all copies of its rows."""
+    return train.index.max_row_group_bytes * most_copies(spec, train.index)
 
 
 def check_batching(spec: JobSpec) -> Iterator[Finding]:
@@ -174,7 +181,7 @@ def check_stream(spec: JobSpec, train: DataSetFacts, totals: Totals) -> Iterator
             lanes=lanes,
             window=totals.window,
             world_size=_hungriest(spec),
-            max_row_group_bytes=index.max_row_group_bytes,
+            max_row_group_bytes=_group_bytes(spec, train),
             stream_memory=spec.data.stream_memory,
         )
     except SpecError as error:

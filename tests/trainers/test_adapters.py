@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from cluster.storage import open_store
 from jobs.checkpoints import consolidate
-from jobs.record import ADAPTER_WEIGHTS, Manifest, Outcome
+from jobs.checks.adaptation import check_adapter, trained_parameters
+from jobs.checks.weights import read_weights
+from jobs.record import ADAPTER_WEIGHTS, Outcome
 from jobs.runs import RunReader
 from jobs.spec import JobSpec, LoraAdapter
 from tests.ranks import Kill, assignment_of, run_ranks
 from tests.scene import Scene
 from tests.tiny import tiny_model
-from trainers import worker
 from trainers.adapted_folder import adapt, load_model
+from trainers.adapter_targets import auto_targets
 from trainers.adapters import add_adapter
 from trainers.evaluate import evaluate_run
 from trainers.finish import build_result, write_result
-from trainers.records import read_manifests
+from trainers.freezing import freeze
 
 MERGED: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4, "dropout": 0.1},
@@ -61,54 +64,10 @@ def job(scene: Scene, adapter: Mapping[str, Any], **parts: Any) -> JobSpec:
     return scene.job(model=model, **own)
 
 
-def manifests(scene: Scene, run_id: str = "run") -> list[Manifest]:
-    return read_manifests(scene.runs, scene.paths(run_id))
-
-
-def folder_of(scene: Scene, manifest: Manifest, run_id: str = "run") -> Path:
-    return scene.runs_folder / scene.paths(run_id).checkpoint(manifest.name)
-
-
 def outputs(model: Any) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model.eval()(input_ids=IDS, attention_mask=MASK).logits
     return logits
-
-
-@dataclass(frozen=True)
-class Crash:
-    """A run breaks off after its n-th step."""
-
-    step: int
-
-    def __call__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        whole = worker._Rank.stepped
-
-        def stepped(rank: Any, batch: Any, progress: Any) -> None:
-            whole(rank, batch, progress)
-            if progress.step == self.step:
-                raise RuntimeError("the process dies")
-
-        monkeypatch.setattr(worker._Rank, "stepped", stepped)
-
-
-def crash_and_resume(
-    scene: Scene, spec: JobSpec, monkeypatch: pytest.MonkeyPatch, *, run_id: str = "broken"
-) -> Outcome:
-    with monkeypatch.context() as patch:
-        Crash(7)(patch)
-        with pytest.raises(RuntimeError, match="dies"):
-            scene.train(spec, run_id)
-    return scene.train(spec, run_id, generation=2)
-
-
-def tensors(folder: Path) -> dict[str, bytes]:
-    """Every tensor of a checkpoint, as bytes."""
-    return {
-        f"{path.relative_to(folder)}/{name}": tensor.numpy().tobytes()
-        for path in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +94,14 @@ def test_a_run_saves_an_adapter_resumes_bit_by_bit_and_leaves_a_model_that_loads
     scene: Scene,
     kind: str,
     adapted_model: Callable[[Scene, JobSpec, Path], Any],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spec = job(scene, ADAPTERS[kind])
     assert scene.train(spec).state == "SUCCEEDED"
-    assert crash_and_resume(scene, spec, monkeypatch).state == "SUCCEEDED"
-    last, again = manifests(scene)[-1], manifests(scene, "broken")[-1]
-    checkpoint, resumed = folder_of(scene, last), folder_of(scene, again, "broken")
-    assert again.attempt == 2
-    assert again.parent_step == 5
-    assert tensors(checkpoint) == tensors(resumed)
+    scene.crash(spec, "broken")
+    assert scene.train(spec, "broken", generation=2).state == "SUCCEEDED"
+    assert scene.manifests("broken")[-1].parent_step == 5
+    assert scene.tensors("broken") == scene.tensors()
+    checkpoint = scene.checkpoint_folder(scene.manifests()[-1])
 
     base = load_file(scene.model / "model.safetensors")
     assert (checkpoint / ADAPTER_WEIGHTS).stat().st_size < 0.6 * sum(
@@ -173,7 +130,7 @@ def test_peft_loads_the_adapter_of_a_checkpoint(
 
     spec = job(scene, ADAPTERS[kind], train={"epochs": 1})
     scene.train(spec)
-    checkpoint = folder_of(scene, manifests(scene)[-1])
+    checkpoint = scene.checkpoint_folder(scene.manifests()[-1])
     base = AutoModelForSequenceClassification.from_pretrained(scene.model)
     theirs = PeftModel.from_pretrained(base, checkpoint / "adapter")
     ours = adapted_model(scene, spec, checkpoint)
@@ -185,9 +142,8 @@ def test_a_killed_group_with_an_adapter_ends_with_the_same_bits(scene: Scene) ->
     run_ranks(assignment_of(spec, "calm"), world_size=2)
     run_ranks(assignment_of(spec, "killed"), world_size=2, kill=Kill("manifest", 1))
     run_ranks(assignment_of(spec, "killed", generation=2), world_size=2)
-    calm, killed = (manifests(scene, name)[-1] for name in ("calm", "killed"))
-    assert killed.parent_step == 5
-    assert tensors(folder_of(scene, calm, "calm")) == tensors(folder_of(scene, killed, "killed"))
+    assert scene.manifests("killed")[-1].parent_step == 5
+    assert scene.tensors("killed") == scene.tensors("calm")
 
 
 def finish(scene: Scene, outcome: Outcome, run_id: str = "run") -> None:
@@ -229,15 +185,12 @@ def test_virtual_tokens_of_a_model_are_not_left_out(scene: Scene) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_a_checkpoint_with_an_adapter_only_is_evaluated_and_made_a_model(
-    scene: Scene, kind: str, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, kind: str
 ) -> None:
     SPECS["run"] = job(scene, ADAPTERS[kind], data={"validation": None})
-    with monkeypatch.context() as patch:
-        Crash(7)(patch)
-        with pytest.raises(RuntimeError, match="dies"):
-            scene.train(SPECS["run"])
+    scene.crash(SPECS["run"])
     write_spec(scene, "run")
-    [manifest] = manifests(scene)
+    [manifest] = scene.manifests()
     assert manifest.has_adapter
     assert not manifest.has_model
     measured = evaluate_run(scene.runs, "run", scene.data["test"], scene.folder / "predictions")
@@ -245,7 +198,7 @@ def test_a_checkpoint_with_an_adapter_only_is_evaluated_and_made_a_model(
     reader = RunReader(scene.runs, "run")
     consolidate(reader, 5, to=str(scene.folder / "whole"))
     model = load_model(scene.folder / "whole")
-    checkpoint = folder_of(scene, manifest)
+    checkpoint = scene.checkpoint_folder(manifest)
     head = load_file(checkpoint / ADAPTER_WEIGHTS)
     name = next(name for name in head if name.endswith("classifier.weight"))
     assert torch.equal(model.classifier.weight, head[name])
@@ -256,15 +209,10 @@ def test_a_checkpoint_with_an_adapter_only_is_evaluated_and_made_a_model(
     }
 
 
-def test_an_adapter_is_not_put_on_another_model(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_is_not_put_on_another_model(scene: Scene) -> None:
     folder = shutil.copytree(scene.model, scene.folder / "model")
     spec = job(scene, MERGED["lora"], model={"source": str(folder)})
-    with monkeypatch.context() as patch:
-        Crash(7)(patch)
-        with pytest.raises(RuntimeError, match="dies"):
-            scene.train(spec)
+    scene.crash(spec)
     tiny_model(folder, seed=1)
     outcome = scene.train(spec, generation=2)
     assert outcome.failure is not None
@@ -338,3 +286,41 @@ def test_virtual_tokens_need_positions(scene: Scene) -> None:
     outcome = scene.train(job(scene, adapter))
     assert outcome.failure is not None
     assert "max_tokens: 24" in (outcome.failure.problems[0][1] or "")
+
+
+@pytest.mark.parametrize("kind", [None, "all-linear", *ADAPTERS])
+def test_the_check_counts_the_weights_that_are_trained(scene: Scene, kind: str | None) -> None:
+    adapter = None if kind is None else ADAPTERS.get(kind, {"kind": "lora", "target_modules": kind})
+    spec = scene.job(model={"adapter": adapter} if adapter else {"freeze": ["layer.?", "pooler"]})
+    model = scene.trainee(spec).task.build_model(scene.model, dropout=None, seed=0)
+    adapt(model, spec, folder=scene.model)
+    freeze(model, spec.model.freeze)
+    store = open_store(scene.model)
+    weights = read_weights(store, {head.key: head.num_bytes for head in store.list()})
+    config = json.loads(store.read("config.json"))
+    expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained_parameters(spec, weights, config) == expected
+    assert not list(check_adapter(spec, weights, config, "it"))[1:]
+
+
+def test_the_check_names_the_nearest_layers(scene: Scene) -> None:
+    spec = job(scene, {"kind": "lora", "target_modules": ["quary", "value"]})
+    store = open_store(scene.model)
+    weights = read_weights(store, {head.key: head.num_bytes for head in store.list()})
+    [finding] = check_adapter(spec, weights, {"model_type": "bert"}, "it")
+    assert finding.verdict == "problem"
+    assert "quary" in finding.message
+    assert finding.hint == "did you mean query?"
+    auto = job(scene, {"kind": "lora"})
+    [finding] = check_adapter(auto, weights, {"model_type": "of my own"}, "it")
+    assert "auto, which is not known for a of my own model" in finding.message
+
+
+def test_auto_is_what_peft_takes_where_both_know_a_model() -> None:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as THEIRS
+
+    lora = LoraAdapter(kind="lora")
+    both = [(name, auto_targets(lora, name)) for name in THEIRS]
+    known = {name: list(targets.modules) for name, targets in both if targets is not None}
+    assert len(known) > 15
+    assert known | {"phi": THEIRS["phi"]} == {name: THEIRS[name] for name in known}

@@ -36,6 +36,9 @@ ORDER_VERSION = 1
 
 _GROUPS_OF_EPOCH = 1
 _ITEMS_OF_BLOCK = 2
+_COPIES_OF_ROW = 3
+
+_WORDS = 4
 
 IntArray = NDArray[np.int64]
 
@@ -340,16 +343,28 @@ def refuse_small_cache(
 # ----------------------------------------------------------------------------------------- random
 
 
-def _key(purpose: int, *, seed: int, epoch: int, lane: int = 0, block: int = 0) -> np.random.Philox:
+def row_words(*, seed: int, epoch: int, first_row: int, count: int) -> NDArray[np.uint64]:
+    """A random word of each row [first_row, first_row + count) in an epoch, whatever rows are asked
+    for together; shape [count]."""
+    first = first_row // _WORDS
+    keyed = _key(_COPIES_OF_ROW, seed=seed, epoch=epoch, draws=first)
+    skipped = first_row - first * _WORDS
+    words: NDArray[np.uint64] = keyed.random_raw(skipped + count)[skipped:]
+    return words
+
+
+def _key(
+    purpose: int, *, seed: int, epoch: int, lane: int = 0, block: int = 0, draws: int = 0
+) -> np.random.Philox:
     """A generator of its own for each tuple of integers.
 
     (purpose, seed) are hashed into Philox's key; the rest are words of its counter, whose lowest
-    word counts the draws.
+    word counts the draws, of `_WORDS` words each.
     """
     hashed = np.random.SeedSequence(entropy=seed, spawn_key=(ORDER_VERSION, purpose))
     return np.random.Philox(
         key=hashed.generate_state(2, np.uint64),
-        counter=np.array([0, epoch, lane, block], dtype=np.uint64),
+        counter=np.array([draws, epoch, lane, block], dtype=np.uint64),
     )
 
 

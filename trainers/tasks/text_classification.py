@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from jobs import spec as job
 from jobs.errors import DataError, Problem, SpecError
 from trainers.adapters import remember_new
+from trainers.classes import class_weights, refuse_other_column
 from trainers.data.index import Index
 from trainers.data.items import Items, Ragged, numbers_of
 from trainers.data.tokenizers import has_own_files, tokenizer_digest
@@ -27,6 +28,9 @@ from trainers.positions import most_tokens
 from trainers.tasks.confusion import ConfusionMetrics
 from trainers.tasks.padding import padded, tokens_of
 from trainers.tasks.task import Batch, Evaluation
+
+_LOSS_WEIGHT = "loss_weight"
+"""Of a batch: what each row counts in training alone."""
 
 _DROPOUT_KEYS = (
     "hidden_dropout_prob",
@@ -55,6 +59,8 @@ class TextClassification:
         self, spec: job.Task, *, model_folder: Path, index: Index, packing: bool = False
     ) -> None:
         self._spec = spec
+        self._index = index
+        self._class_weights = _class_weights(spec, index)
         self._packing = packing
         self._tokenizer = load_tokenizer(model_folder)
         self._pad_id = self._tokenizer.pad_token_id
@@ -76,6 +82,7 @@ class TextClassification:
             return self
         other = copy.copy(self)
         other._spec = spec.task
+        other._class_weights = _class_weights(spec.task, self._index)
         return other
 
     def check_data(self, index: Index) -> None:
@@ -260,12 +267,17 @@ class TextClassification:
         return np.diff(tokens_of(items).offsets)
 
     def weights(self, items: Items) -> npt.NDArray[np.float64]:
-        return np.ones(len(items))
+        if self._class_weights is None:
+            return np.ones(len(items))
+        weights: npt.NDArray[np.float64] = self._class_weights[np.asarray(items.columns["label"])]
+        return weights
 
     def collate(self, items: Items) -> Batch:
-        """`input_ids` and `attention_mask` [n, longest], `label` and `weight` [n], and with packing
-        what `packed_tensors` gives."""
+        """`input_ids` and `attention_mask` [n, longest], `label` and `weight` [n], with class
+        weights `loss_weight` [n], and with packing what `packed_tensors` gives."""
         batch = padded(items, pad_id=self._pad_id) | {"weight": torch.ones(len(items))}
+        if self._class_weights is not None:
+            batch[_LOSS_WEIGHT] = torch.from_numpy(self.weights(items)).float()
         return batch | self._packed(self.lengths(items))
 
     def _packed(self, lengths: npt.NDArray[np.int64]) -> Batch:
@@ -292,7 +304,11 @@ class TextClassification:
         return logits
 
     def loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return cross_entropy(output, batch, label_smoothing=self._spec.label_smoothing)
+        # Also of rows that weigh nothing, which have no other weight.
+        weights = batch.get(_LOSS_WEIGHT, batch["weight"])
+        return cross_entropy(
+            output, batch, weights=weights, label_smoothing=self._spec.label_smoothing
+        )
 
     def metrics(self) -> TextClassificationMetrics:
         return TextClassificationMetrics(self.labels)
@@ -322,7 +338,7 @@ class TextClassificationMetrics:
         self._confusion.update(
             true=batch["label"],
             predicted=output.argmax(dim=-1),
-            loss_sum=cross_entropy(output, batch),
+            loss_sum=cross_entropy(output, batch, weights=batch["weight"]),
             weight_sum=float(batch["weight"].sum()),
         )
 
@@ -334,7 +350,7 @@ class TextClassificationMetrics:
 
 
 def cross_entropy(
-    output: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0
+    output: torch.Tensor, batch: Batch, *, weights: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
     """The sum over rows of weight times cross-entropy, a scalar, of logits of shape [n, labels].
 
@@ -344,7 +360,16 @@ def cross_entropy(
     losses = nn.functional.cross_entropy(
         output, batch["label"], reduction="none", label_smoothing=label_smoothing
     )
-    return (losses * batch["weight"]).sum()
+    return (losses * weights).sum()
+
+
+def _class_weights(spec: job.Task, index: Index) -> npt.NDArray[np.float64] | None:
+    """What a row of each class counts in the loss; None where all count 1."""
+    if spec.class_weights is None:
+        return None
+    if spec.class_weights == "balanced":
+        refuse_other_column(spec.label, index)
+    return class_weights(spec.class_weights, labels=spec.labels, index=index)
 
 
 def load_tokenizer(folder: Path) -> Any:
