@@ -31,6 +31,7 @@ from jobs.adapter_spec import Adapter as Adapter
 from jobs.adapter_spec import Ia3Adapter as Ia3Adapter
 from jobs.adapter_spec import LoraAdapter as LoraAdapter
 from jobs.adapter_spec import PromptAdapter as PromptAdapter
+from jobs.augment_spec import TextAugment as TextAugment
 from jobs.optimizer_spec import Optimizer as Optimizer
 from jobs.optimizer_spec import Plateau as Plateau
 from jobs.seal import sealed
@@ -112,6 +113,8 @@ class Task(SpecPart):
     """The column that holds the label: one of `labels`, or its position in them."""
     max_tokens: Annotated[int, Field(ge=8)] = 128
     """Tokens of a text that are used; what is longer is cut off."""
+    augment: TextAugment | None = None
+    """Changes of training texts, such as words that are left out; null: none."""
     class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
     """What a row of each label counts in the loss that is trained on, 1 for those not given;
     balanced: rows / (labels * rows of the label); null: all alike. Losses of evaluations stay
@@ -711,8 +714,9 @@ class JobSpec(SpecPart):
         """
         whole = self.model_dump(mode="json")
         of_loss = [whole["task"].pop("label_smoothing")]
+        augment = whole["task"].pop("augment")
         weights, sampling = whole["task"].pop("class_weights"), whole["data"]["sampling"]
-        of_loss += [] if weights is None else [weights]
+        of_loss += [given for given in (weights, augment) if given is not None]
         architecture = [whole["task"], whole["model"]["source"], whole["model"]["revision"]]
         if whole["model"]["adapter"] is not None:
             of_adapter = {k: v for k, v in whole["model"]["adapter"].items() if k != "dropout"}

@@ -27,6 +27,7 @@ from trainers.agreement import AgreedFailure, Agreement, Decision, PendingDecisi
 from trainers.assignment import EvaluationReport, TrialPlan, Verdict
 from trainers.buffers import KeptBuffers, SharedStatistics
 from trainers.data.lanes import NotNeeded
+from trainers.data.partition import ItemKeys, rank_positions
 from trainers.data.stream import RankBatch
 from trainers.evaluation import BrokenOff, move
 from trainers.memory import passes_over
@@ -715,7 +716,7 @@ class _Feed:
                 if not asked.ends:
                     if self._rows is None or progress.next_item == 0:
                         self._rows = self._around.rows(progress)
-                    batch = next(self._rows)
+                    batch = self._augmented(next(self._rows))
                     weight = float(self._task.weights(batch.items).sum())
                     microbatches, computed = self._collate(batch)
                     launches = len(microbatches) * Cutting.of(self._spec.batching).launch_tokens
@@ -739,6 +740,17 @@ class _Feed:
         with self._time.spent("synchronisation"):
             pending = self._agreement.start(vote)
         return _Coming(batch, microbatches, computed, pending, error)
+
+    def _augmented(self, batch: RankBatch) -> RankBatch:
+        """The batch as it is trained on."""
+        positions = rank_positions(
+            rank=self._agreement.rank,
+            world_size=self._agreement.world_size,
+            start=batch.first_item,
+            stop=batch.next_item,
+        )
+        keys = ItemKeys(self._spec.data.seed, batch.epoch, positions)
+        return replace(batch, items=self._task.augment(batch.items, keys))
 
     def _collate(self, batch: RankBatch) -> tuple[list[Batch], int]:
         """Micro-batches, and their tokens with the padding that is computed."""

@@ -22,7 +22,10 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "sampling": {
         "data": {"sampling": {"positive": 1.6, "negative": 0.3}},
-        "task": {"class_weights": "balanced"},
+        "task": {
+            "class_weights": "balanced",
+            "augment": {"delete": 0.1, "swap": 0.1, "word_dropout": 0.1},
+        },
         "optimizer": {"kind": "torch.optim.NAdam", "schedule": "one-cycle"},
     },
 }

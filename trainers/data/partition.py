@@ -37,8 +37,10 @@ ORDER_VERSION = 1
 _GROUPS_OF_EPOCH = 1
 _ITEMS_OF_BLOCK = 2
 _COPIES_OF_ROW = 3
+_CHANGES_OF_ITEM = 4
 
 _WORDS = 4
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 IntArray = NDArray[np.int64]
 
@@ -351,6 +353,46 @@ def row_words(*, seed: int, epoch: int, first_row: int, count: int) -> NDArray[n
     skipped = first_row - first * _WORDS
     words: NDArray[np.uint64] = keyed.random_raw(skipped + count)[skipped:]
     return words
+
+
+@dataclass(frozen=True, eq=False)
+class ItemKeys:
+    """What random changes of some items are drawn from."""
+
+    seed: int
+    epoch: int
+    positions: IntArray
+    """Of each item in the epoch; shape [n]."""
+
+
+def item_words(
+    keys: ItemKeys, *, item: IntArray, place: IntArray, purpose: int
+) -> NDArray[np.uint64]:
+    """A random word for each place in an item; `item` (which of the keys) and `place` have the
+    shape [k], as the words have.
+
+    A function of seed, epoch, position, place and purpose alone. Philox makes a key for each epoch
+    and purpose, and the finalizer of SplitMix64 (Steele et al., 2014) the words from it: many keys
+    at a time, which Philox in numpy cannot.
+    """
+    keyed = _key(_CHANGES_OF_ITEM, seed=keys.seed, epoch=keys.epoch, lane=purpose)
+    first, second = keyed.random_raw(2)
+    positions = keys.positions.astype(np.uint64)[item]
+    mixed = _mixed(positions ^ first)
+    return _mixed(mixed + place.astype(np.uint64) * _GOLDEN_GAMMA + second)
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = words ^ (words >> np.uint64(31))
+    return mixed
+
+
+def evenly(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Random words as numbers evenly spread over [0, 1)."""
+    numbers: NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
 
 
 def _key(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from cluster.storage import Store
 from trainers.data.index import Index, row_labels
-from trainers.data.partition import IntArray, row_words
+from trainers.data.partition import IntArray, evenly, row_words
 
 _ROWS_AT_ONCE = 2**22
 _MOST_EPOCHS = 4
@@ -88,7 +88,6 @@ class Copies:
 
     def _copies(self, epoch: int, first_row: int, count: int) -> IntArray:
         words = row_words(seed=self._seed, epoch=epoch, first_row=first_row, count=count)
-        evenly = (words >> np.uint64(11)) * 2.0**-53
         mean = self._mean_copies[self._codes[first_row : first_row + count]]
-        copies: IntArray = np.floor(mean + evenly).astype(np.int64)
+        copies: IntArray = np.floor(mean + evenly(words)).astype(np.int64)
         return copies

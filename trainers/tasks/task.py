@@ -24,6 +24,7 @@ from jobs.spec import JobSpec
 if TYPE_CHECKING:
     from trainers.data.index import Index
     from trainers.data.items import Items
+    from trainers.data.partition import ItemKeys
 
 Batch = dict[str, torch.Tensor]
 """Collated rows on one device. The first dimension of a tensor is the row, but for those that pack
@@ -76,6 +77,11 @@ class Task(Protocol):
     def with_loss_of(self, spec: JobSpec) -> Task:
         """This task for a job whose `task` may differ in keys that the training loss alone depends
         on."""
+        ...
+
+    def augment(self, items: Items, keys: ItemKeys) -> Items:
+        """The items as they are trained on, of which each may be changed at random: a function of
+        its own key alone. Evaluations have them as they are."""
         ...
 
     def check_data(self, index: Index) -> None:
@@ -140,7 +146,8 @@ def build_task(spec: JobSpec, *, model_folder: Path, index: Index) -> Task:
     if spec.task.kind == "text-classification":
         from trainers.tasks.text_classification import TextClassification
 
-        return TextClassification(
+        task = TextClassification(
             spec.task, model_folder=model_folder, index=index, packing=spec.batching.packing
         )
+        return task.with_loss_of(spec)
     raise SpecError(f"task.kind is {spec.task.kind}, which no task here carries out")

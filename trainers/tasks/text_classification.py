@@ -22,12 +22,15 @@ from trainers.adapters import remember_new
 from trainers.classes import class_weights, refuse_other_column
 from trainers.data.index import Index
 from trainers.data.items import Items, Ragged, numbers_of
+from trainers.data.partition import ItemKeys
 from trainers.data.tokenizers import has_own_files, tokenizer_digest
 from trainers.packing import pack_blocks, packed_tensors, packing_arguments
 from trainers.positions import most_tokens
 from trainers.tasks.confusion import ConfusionMetrics
 from trainers.tasks.padding import padded, tokens_of
+from trainers.tasks.synonyms import read_synonyms
 from trainers.tasks.task import Batch, Evaluation
+from trainers.tasks.text_augment import TextAugmenter
 
 _LOSS_WEIGHT = "loss_weight"
 """Of a batch: what each row counts in training alone."""
@@ -61,6 +64,7 @@ class TextClassification:
         self._spec = spec
         self._index = index
         self._class_weights = _class_weights(spec, index)
+        self._augmenter: TextAugmenter | None = None
         self._packing = packing
         self._tokenizer = load_tokenizer(model_folder)
         self._pad_id = self._tokenizer.pad_token_id
@@ -78,12 +82,26 @@ class TextClassification:
         )
 
     def with_loss_of(self, spec: job.JobSpec) -> TextClassification:
-        if spec.task == self._spec:
+        if spec.task == self._spec and (spec.task.augment is None) == (self._augmenter is None):
             return self
         other = copy.copy(self)
         other._spec = spec.task
         other._class_weights = _class_weights(spec.task, self._index)
+        other._augmenter = None
+        if spec.task.augment is not None:
+            other._augmenter = TextAugmenter(
+                spec.task.augment,
+                self._tokenizer,
+                max_tokens=spec.task.max_tokens,
+                synonyms=read_synonyms(spec),
+            )
         return other
+
+    def augment(self, items: Items, keys: ItemKeys) -> Items:
+        if self._augmenter is None:
+            return items
+        changed = self._augmenter(tokens_of(items), keys)
+        return Items({**items.columns, "input_ids": changed})
 
     def check_data(self, index: Index) -> None:
         if self._check_tokenizer(index) != self._pretokenized:
