@@ -14,7 +14,7 @@ from cluster.storage import ObjectMissing, StorageError, Store, join_uri, open_s
 from jobs.errors import EnvironmentFault, Problem, SpecError
 from jobs.record import Manifest, Part
 from jobs.runs import RunReader
-from trainers.consolidation import store_model
+from trainers.consolidation import CONFIG_NAME, store_model
 from trainers.data.cache import cache_folder
 from trainers.local_copy import DamagedPart, reads_again
 
@@ -127,7 +127,10 @@ def consolidate(reader: RunReader, step: int, *, to: str | None) -> dict[str, An
     manifest = found[step]
     checkpoint = reader.store.within(reader.paths.checkpoint(manifest.name).rstrip("/"))
     try:
-        num_bytes = store_model(checkpoint, manifest.parts, place, scratch=cache_folder())
+        if manifest.has_adapter and not manifest.has_model:
+            num_bytes = _store_merged(reader, checkpoint, manifest, place)
+        else:
+            num_bytes = store_model(checkpoint, manifest.parts, place, scratch=cache_folder())
     except (DamagedPart, ObjectMissing) as error:
         raise EnvironmentFault(
             Problem(
@@ -136,6 +139,19 @@ def consolidate(reader: RunReader, step: int, *, to: str | None) -> dict[str, An
             )
         ) from error
     return {"uri": place.uri, "step": step, "bytes": num_bytes}
+
+
+def _store_merged(reader: RunReader, checkpoint: Store, manifest: Manifest, to: Store) -> int:
+    """Puts the model that an adapter and its base make right below `to`; its bytes."""
+    from trainers.pretrained import model_of_checkpoint
+
+    folder = model_of_checkpoint(checkpoint, manifest, reader.spec(), cache_folder())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    config = folder / CONFIG_NAME
+    to.delete([CONFIG_NAME])
+    for path in [*(path for path in files if path != config), config]:  # it makes it a model's
+        to.upload(path.relative_to(folder).as_posix(), path)
+    return sum(path.stat().st_size for path in files)
 
 
 def show_checkpoints(found: Sequence[SavedState]) -> None:
@@ -150,7 +166,12 @@ def show_checkpoints(found: Sequence[SavedState]) -> None:
     rows: list[list[str | Text]] = []
     for state in found:
         m = state.manifest
-        told = {"best": state.is_best, "last": state.is_last, "in parts": not m.has_model}
+        told = {
+            "best": state.is_best,
+            "last": state.is_last,
+            "adapter only": m.has_adapter and not m.has_model,
+            "in parts": not m.has_adapter and not m.has_model,
+        }
         marks = [mark for mark, is_so in told.items() if is_so]
         row: list[str | Text] = [
             str(m.step),

@@ -53,6 +53,7 @@ from jobs.checks.search import SearchPlan, check_search, plan_search
 from jobs.checks.stores import Stores, check_store
 from jobs.checks.tokenizer import check_tokens
 from jobs.checks.tracking import check_tracking
+from jobs.checks.weighting import check_weighting
 from jobs.errors import PreflightError, ShoalError, render_error
 from jobs.spec import JobSpec, format_bytes
 from jobs.terminal import print_to
@@ -131,7 +132,7 @@ def check_job(spec: JobSpec) -> Checked:
         machine = seen.result() if seen is not None else None
     known = {part: facts for part, facts in sets.items() if facts is not None}
     train = known.get("data.train")
-    totals = totals_of(spec, train, model.weights if model is not None else None)
+    totals = totals_of(spec, train, model)
     findings += _across(spec, known, model, machine, totals)
     plan = plan_search(spec, totals, machine)
     if plan is not None:
@@ -152,6 +153,7 @@ def _across(
     yield from check_batching(spec)
     yield from check_steps(spec, totals)
     if "data.train" in sets:
+        yield from check_weighting(spec, sets["data.train"])
         yield from check_stream(spec, sets["data.train"], totals)
     yield from check_workers(spec, machine)
     yield from check_strategy(spec, model.weights if model is not None else None)
@@ -231,6 +233,9 @@ def _totals_lines(totals: Totals) -> Iterator[str]:
             f"{totals.rows:,} rows in {totals.steps_per_epoch:,} steps an epoch, "
             f"{totals.total_steps:,} steps in all"
         )
+    if totals.parameters and totals.trained_parameters:
+        share = min(1.0, totals.trained_parameters / totals.parameters)
+        yield f"{totals.trained_parameters:,} weights are trained, {share:.2%} of the model's"
     shares = [
         f"{format_bytes(size)} for {what}"
         for size, what in (

@@ -49,6 +49,9 @@ from jobs.seal import sealed, unsealed
 
 MODEL_WEIGHTS = "model/model.safetensors"
 """The part of a checkpoint that makes its `model/` a folder that loads."""
+ADAPTER_FOLDER = "adapter/"
+ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}adapter_model.safetensors"
+"""The part of a checkpoint that holds an adapter, which needs the model that it was trained on."""
 MANIFEST_VERSION = 2
 
 
@@ -291,6 +294,8 @@ class StreamPosition(Record):
     epoch: int
     next_item: int
     """First position of `epoch` that no step has used."""
+    sampler_digest: str | None = None
+    """With weighted sampling: how often rows are used."""
 
 
 class Manifest(SealedRecord):
@@ -328,8 +333,14 @@ class Manifest(SealedRecord):
 
     @property
     def has_model(self) -> bool:
-        """Whether its `model/` loads as it is; else each worker's part of the weights is apart."""
+        """Whether its `model/` loads as it is; else each worker's part of the weights is apart, or
+        there is an adapter only."""
         return any(part.name == MODEL_WEIGHTS for part in self.parts)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it is an adapter's, which goes on from its base model."""
+        return any(part.name == ADAPTER_WEIGHTS for part in self.parts)
 
 
 class Lease(SealedRecord):

@@ -23,7 +23,7 @@ from cluster.storage import Store, is_s3, join_uri
 from jobs.lines import Line
 from jobs.record import Manifest, Result, RunPaths, State
 from jobs.runs import RunReader
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, PromptAdapter
 from jobs.status import RunStatus, read_status
 from jobs.status_view import skipped_text
 from jobs.study_report import study_report
@@ -284,13 +284,24 @@ def _commands(spec: JobSpec, status: RunStatus) -> dict[str, str | None]:
         option = f" --endpoint-url {shlex.quote(endpoint)}" if endpoint else ""
         steps.append(f"aws s3 cp{option} --recursive {shlex.quote(model + '/')} {folder}/")
     commands["download"] = " && ".join(steps) or None
-    names = ["AutoModelForSequenceClassification"]
+    commands["load"] = _loading(spec, folder, manifest)
+    return commands
+
+
+def _loading(spec: JobSpec, folder: str, manifest: Manifest) -> str:
+    """Python that loads a model's folder."""
+    names, imports = ["AutoModelForSequenceClassification"], []
     loads = [f"model = AutoModelForSequenceClassification.from_pretrained({folder!r})"]
+    if isinstance(spec.model.adapter, PromptAdapter):  # from_pretrained knows no virtual tokens
+        names = []
+        imports = ["from trainers.adapted_folder import load_model"]
+        loads = [f"model = load_model({folder!r})"]
     if any(part.name.startswith("model/tokenizer") for part in manifest.parts):
         names.append("AutoTokenizer")
         loads.append(f"tokenizer = AutoTokenizer.from_pretrained({folder!r})")
-    commands["load"] = "\n".join([f"from transformers import {', '.join(names)}", "", *loads])
-    return commands
+    if names:
+        imports.append(f"from transformers import {', '.join(names)}")
+    return "\n".join([*imports, "", *loads])
 
 
 def _commands_of_winner(

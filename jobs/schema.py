@@ -113,6 +113,8 @@ def _words(option: Schema) -> str:
             return "true or false"
         case "array":
             return _list_words(option)
+        case "string" if option.get("format") == "import-path":
+            return "an import path such as torch.optim.NAdam"
         case "string" if "pattern" in option:
             return "a size such as 512 MiB"
         case "string":

@@ -47,7 +47,9 @@ CLONE_KEYS = (
     "optimizer.epsilon",
     "optimizer.momentum",
     "optimizer.max_grad_norm",
+    "optimizer.layer_decay",
     "model.dropout",
+    "model.adapter.dropout",
     "task.label_smoothing",
 )
 """Keys that may change in the middle of a run, as a clone's do: neither the shape of what a

@@ -6,6 +6,7 @@ worker.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -26,11 +27,18 @@ from pydantic import (
     model_validator,
 )
 
+from jobs.adapter_spec import Adapter as Adapter
+from jobs.adapter_spec import Ia3Adapter as Ia3Adapter
+from jobs.adapter_spec import LoraAdapter as LoraAdapter
+from jobs.adapter_spec import PromptAdapter as PromptAdapter
+from jobs.augment_spec import TextAugment as TextAugment
+from jobs.optimizer_spec import Optimizer as Optimizer
+from jobs.optimizer_spec import Plateau as Plateau
 from jobs.cluster_spec import Gpu, LocalCluster
 from jobs.cluster_spec import KubeRayCluster as KubeRayCluster
 from jobs.seal import sealed
 from jobs.search_spec import Search
-from jobs.spec_parts import Metric, Mode, Text
+from jobs.spec_parts import Fraction, Metric, Mode, Text
 from jobs.spec_parts import SpecPart as SpecPart
 from jobs.spec_parts import UnfitError as UnfitError
 
@@ -88,7 +96,6 @@ Bytes = Annotated[
         }
     ),
 ]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 _LOGIN = re.compile(r"[^:/]*://([^/@]*@|[^/@:]*:(?!\d+(/|$))[^@]*@)")
@@ -121,6 +128,12 @@ class Task(SpecPart):
     """The column that holds the label: one of `labels`, or its position in them."""
     max_tokens: Annotated[int, Field(ge=8)] = 128
     """Tokens of a text that are used; what is longer is cut off."""
+    augment: TextAugment | None = None
+    """Changes of training texts, such as words that are left out; null: none."""
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    """What a row of each label counts in the loss that is trained on, 1 for those not given;
+    balanced: rows / (labels * rows of the label); null: all alike. Losses of evaluations stay
+    without it."""
     label_smoothing: Fraction = 0.0
     """Part of a row's target that is spread over all labels alike (Szegedy et al., 2016), for the
     loss that is trained on and told as train/loss; losses of evaluations stay without it."""
@@ -150,7 +163,11 @@ class Model(SpecPart):
     those several times as fast. `auto`: bfloat16 on a GPU that has it, else float32."""
     freeze: tuple[Text, ...] = ()
     """Parameters that are not trained: a module's name (`embeddings`, `encoder.layer.0`), matched
-    as whole parts of the parameter's path."""
+    as whole parts of the parameter's path; in each part * stands for any text and ? for any
+    character (`layer.?`)."""
+    adapter: Adapter | None = None
+    """Train few new weights and the head, and keep the model's own as they are: `{kind: lora}`,
+    dora, ia3, prompt-tuning or prefix-tuning. null: train the model's own weights."""
     dropout: Fraction | None = None
     """Dropout of the encoder and the head; null leaves what the model's own configuration says."""
     compile: bool = False
@@ -233,8 +250,12 @@ class Data(SpecPart):
     """Folder of the test set; used twice: before training and, with the best model, after it."""
     access: StoreAccess = StoreAccess()
     """How the data's store is reached, where it differs from the environment."""
+    sampling: Literal["balanced"] | dict[str, NonNegativeFloat] | None = None
+    """How often a row of each label is used in an epoch, in the mean, 1 for those not given: 2.5 is
+    twice or three times, drawn anew for each row and epoch; balanced: so that all labels have as
+    many rows, and an epoch as many as the set; null: each row once."""
     seed: NonNegativeInt = 0
-    """Seed of the order of rows, of dropout and of the new head's weights."""
+    """Seed of the order of rows, of dropout, of sampling and of the new head's weights."""
     lanes: PositiveInt | Literal["auto"] = "auto"
     """Runs into which an epoch is cut. A worker count that divides it reads each shard once;
     `auto`: the worker count, or the smallest number that all counts from `workers.min` to
@@ -265,42 +286,6 @@ class Batching(SpecPart):
     """true: the model's layers get the rows of a micro-batch one after the other, without padding;
     embeddings and head still see padded rows. For encoders whose positions lie in the embeddings,
     such as BERT, RoBERTa, DistilBERT and ELECTRA; any other is refused before the first step."""
-
-
-class Optimizer(SpecPart):
-    """The optimizer and its learning-rate schedule."""
-
-    kind: Literal["adamw", "sgd"] = "adamw"
-    """AdamW (Loshchilov and Hutter, 2019), or SGD with momentum."""
-    learning_rate: PositiveFloat = 3e-5
-    """Peak learning rate."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled for adamw, L2 for sgd; not applied to biases and normalisation weights."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay rates of adamw's two moments."""
-    epsilon: PositiveFloat = 1e-8
-    """Added to adamw's denominator."""
-    momentum: Fraction = 0.9
-    """Momentum of sgd."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the learning rate after warmup; linear and cosine end at 0 at the last step."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps over which the learning rate rises linearly from 0."""
-    max_grad_norm: PositiveFloat | None = 1.0
-    """Global gradient norm to which gradients are clipped; null: no clipping."""
-
-    @model_validator(mode="after")
-    def _only_own_keys(self) -> Optimizer:
-        foreign = {"adamw": {"momentum"}, "sgd": {"betas", "epsilon"}}[self.kind]
-        given = sorted(foreign & self.model_fields_set)
-        differing = [k for k in given if getattr(self, k) != type(self).model_fields[k].default]
-        if differing:
-            raise UnfitError(
-                f"has {' and '.join(differing)}, without effect on {self.kind}",
-                f"remove optimizer.{differing[0]}, or write optimizer.kind: "
-                f"{'sgd' if self.kind == 'adamw' else 'adamw'}",
-            )
-        return self
 
 
 class EarlyStopping(SpecPart):
@@ -552,6 +537,71 @@ class JobSpec(SpecPart):
         return self
 
     @model_validator(mode="after")
+    def _weights_are_of_labels(self) -> JobSpec:
+        given = {"task.class_weights": self.task.class_weights, "data.sampling": self.data.sampling}
+        for key, weights in given.items():
+            if weights is None or isinstance(weights, str):
+                continue
+            for label in weights:
+                if label not in self.task.labels:
+                    near = difflib.get_close_matches(label, self.task.labels, n=1)
+                    raise UnfitError(
+                        f"{key} holds {label}, which is none of task.labels",
+                        f"did you mean {near[0]}?"
+                        if near
+                        else f"name some of {', '.join(self.task.labels)}",
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_suits_the_rest(self) -> JobSpec:
+        adapter = self.model.adapter
+        if adapter is None:
+            return self
+        chosen = f"model.adapter.kind is {adapter.kind}"
+        if self.model.freeze:
+            raise UnfitError(
+                f"{chosen}, with which all of the model's own weights but the head are frozen, so "
+                "that model.freeze is without effect",
+                "remove model.freeze",
+            )
+        if self.workers.strategy == "fsdp":
+            raise UnfitError(
+                f"{chosen}, but workers.strategy is fsdp, which cuts no model with an adapter",
+                "set workers.strategy to ddp: an adapter's gradients and optimizer are small",
+            )
+        if isinstance(adapter, PromptAdapter) and self.batching.packing:
+            raise UnfitError(
+                f"{chosen}, but batching.packing is true, and packed rows have no virtual tokens",
+                "remove batching.packing",
+            )
+        for key in ("compile", "activation_checkpointing"):
+            if adapter.kind == "prefix-tuning" and getattr(self.model, key):
+                raise UnfitError(
+                    f"{chosen}, but model.{key} is true, and blocks that get keys and values from "
+                    "outside cannot be run so",
+                    f"remove model.{key}",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_works_on_rows(self) -> JobSpec:
+        kind = self.optimizer.kind
+        if self.workers.strategy == "fsdp" and kind not in ("adamw", "sgd"):
+            raise UnfitError(
+                f"optimizer.kind is {kind}, but workers.strategy is fsdp, with which a worker has "
+                "some rows of each weight, and only adamw and sgd are known to need no more",
+                "set optimizer.kind to adamw, or workers.strategy to ddp",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _plateau_has_data(self) -> JobSpec:
+        if self.optimizer.schedule == "plateau" and self.data.validation is None:
+            raise no_validation_set("optimizer.schedule plateau")
+        return self
+
+    @model_validator(mode="after")
     def _early_stopping_has_data(self) -> JobSpec:
         if self.train.early_stopping is not None and self.data.validation is None:
             raise no_validation_set("train.early_stopping")
@@ -649,15 +699,23 @@ class JobSpec(SpecPart):
         Everything else (workers, store, cluster, retries, tracking) is free.
         """
         whole = self.model_dump(mode="json")
-        smoothing = whole["task"].pop("label_smoothing")
+        of_loss = [whole["task"].pop("label_smoothing")]
+        augment = whole["task"].pop("augment")
+        weights, sampling = whole["task"].pop("class_weights"), whole["data"]["sampling"]
+        of_loss += [given for given in (weights, augment) if given is not None]
+        architecture = [whole["task"], whole["model"]["source"], whole["model"]["revision"]]
+        if whole["model"]["adapter"] is not None:
+            of_adapter = {k: v for k, v in whole["model"]["adapter"].items() if k != "dropout"}
+            architecture.append(of_adapter)
         groups: dict[str, object] = {
-            "architecture": [whole["task"], whole["model"]["source"], whole["model"]["revision"]],
+            "architecture": architecture,
             "data_order": [
                 whole["data"]["train"],
                 whole["data"]["seed"],
                 whole["batching"]["global_batch_size"],
+                *([] if sampling is None else [sampling]),
             ],
-            "hyper_parameters": [whole["optimizer"], whole["train"], whole["model"], smoothing],
+            "hyper_parameters": [whole["optimizer"], whole["train"], whole["model"], *of_loss],
         }
         return {
             group: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]

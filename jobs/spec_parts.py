@@ -28,6 +28,7 @@ class UnfitError(ValueError):
 
 
 Text = Annotated[str, Field(min_length=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 Metric = Literal[
     "validation/loss",
     "validation/accuracy",

@@ -63,9 +63,14 @@ def _lists_as_tuples(value: Any) -> Any:
 
 def _needs_validation(tree: Mapping[str, Any]) -> list[str]:
     """Keys of the tree that compare evaluations, where it has no validation set."""
-    train, data = tree.get("train"), tree.get("data")
+    train, data, optimizer = tree.get("train"), tree.get("data"), tree.get("optimizer")
     if not isinstance(data, Mapping) or data.get("validation") is not None:
         return []
     stops = isinstance(train, Mapping) and train.get("early_stopping") is not None
     searches = tree.get("search") is not None
-    return ["train.early_stopping"] * stops + ["search"] * searches
+    waits = isinstance(optimizer, Mapping) and optimizer.get("schedule") == "plateau"
+    return (
+        ["optimizer.schedule plateau"] * waits
+        + ["train.early_stopping"] * stops
+        + ["search"] * searches
+    )

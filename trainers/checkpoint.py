@@ -8,6 +8,12 @@ Each (step, attempt) has a folder of its own. Parts of a checkpoint, below its f
     optimizer.safetensors    `parameter name/state name` -> tensor
     progress.json            step, position, early stopping, evaluation of the untrained model
 
+Of a model with an adapter, in place of the weights, which the best and the last of a run have too:
+
+    adapter/adapter_model.safetensors   the adapter and the head, as peft names them
+    adapter/adapter_config.json, adapter/shoal.json    what they are, and of which model
+    model/adapter/                      the same in the best and the last, where it is not merged
+
 Of a model that is cut over W ranks, in place of the weights and the optimizer's file:
 
     shards/model-R-of-W.safetensors, shards/optimizer-R-of-W.safetensors    the rows of rank R
@@ -46,6 +52,7 @@ from torch import nn
 from cluster.storage import ObjectExists, ObjectMissing, Store, StoreAway, read_whole
 from jobs.errors import EnvironmentFault, Problem
 from jobs.record import (
+    ADAPTER_FOLDER,
     Attempt,
     CheckpointName,
     Manifest,
@@ -56,6 +63,8 @@ from jobs.record import (
 )
 from jobs.spec import JobSpec, format_bytes
 from trainers import watchdog
+from trainers.adapter_record import ADAPTER_RECORD, AdapterRecord
+from trainers.adapters import CONFIG, adapter_config, is_merged
 from trainers.consolidation import store_weights
 from trainers.fence import Fence
 from trainers.layout import SHARDS, WEIGHTS, parts_name
@@ -64,6 +73,7 @@ from trainers.loop import Progress, Trainee
 from trainers.parallel import is_sharded, plain
 from trainers.retention import apply_retention
 from trainers.snapshot import Snapshot
+from trainers.state import EXPORTED_ADAPTER
 from trainers.tasks.task import Evaluation, Task
 from trainers.telemetry import Telemetry
 
@@ -140,12 +150,14 @@ class CheckpointWriter:
 
     def save(self, trainee: Trainee, moment: Moment) -> None:
         """Returns once the state is copied; no other save may be under way."""
-        files = self._snapshot.take(trainee)
+        step = moment.progress.step
+        whole = moment.progress.finished or moment.progress.best_step == step
+        files = self._snapshot.take(trainee, whole=whole)
         if self._rank == 0:
             others = dist.get_world_size() - 1 if is_sharded(plain(trainee.model)) else 0
             self._write_last = partial(self._write, files, moment, num_others=others)
         else:
-            self._write_last = partial(self._write_shard, files, moment.progress.step)
+            self._write_last = partial(self._write_shard, files, step)
         self.save_again()
 
     def save_again(self) -> None:
@@ -191,10 +203,15 @@ class CheckpointWriter:
     ) -> None:
         began = time.monotonic()
         step = moment.progress.step
+        small = {
+            name: data
+            for name, data in self._small_files.items()
+            if not name.startswith(f"model/{ADAPTER_FOLDER}") or EXPORTED_ADAPTER in files
+        }
         parts = self._upload(
             {
                 **files,
-                **self._small_files,
+                **small,
                 PROGRESS: progress_file(moment.progress, before=moment.before),
             },
             step,
@@ -356,11 +373,26 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
-def small_files(model: nn.Module, task: Task) -> dict[str, bytes]:
-    """Files of a checkpoint that stay the same: the model's configuration, the tokenizer.
+def small_files(
+    model: nn.Module, task: Task, *, record: AdapterRecord | None = None
+) -> dict[str, bytes]:
+    """Files of a checkpoint that stay the same: the model's configuration, the tokenizer, and of an
+    adapter its `record` and what peft reads.
 
     By their names in a checkpoint. Raises EnvironmentFault where they cannot be written locally.
     """
+    files = _model_files(model, task)
+    if record is not None:
+        files |= {
+            CONFIG: adapter_config(model, source=record.source, revision=record.revision),
+            ADAPTER_RECORD: record.model_dump_json(indent=1).encode(),
+        }
+        if not is_merged(model):
+            files[f"model/{CONFIG}"] = adapter_config(model, source="..", revision=None)
+    return files
+
+
+def _model_files(model: nn.Module, task: Task) -> dict[str, bytes]:
     try:
         with tempfile.TemporaryDirectory(prefix="shoal-model-") as folder:
             # Without tensors: those are copied and written by themselves.

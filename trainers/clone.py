@@ -131,5 +131,8 @@ def _own_progress(progress: Progress, spec: JobSpec, trial: TrialPlan, saved: Ma
         best_value=best_value,
         best_score=saved.evaluation.get(trial.metric),
         bad_evaluations=0,
+        # How far the learning rate was lowered stays: it is lowered from the clone's own.
+        plateau_value=None,
+        plateau_evaluations=0,
         finished=False,
     )

@@ -32,7 +32,7 @@ from trainers.tensor_file import Place, header_of, parse_header
 _BLOCK_BYTES = 8 * 2**20
 _THREADS = 4
 _MODEL = "model/"
-_CONFIG = "config.json"
+CONFIG_NAME = "config.json"
 _OTHER_BYTES = "its bytes are not those of its record"
 
 
@@ -53,13 +53,13 @@ def store_model(checkpoint: Store, parts: Sequence[Part], to: Store, *, scratch:
         for part in parts
         if part.name.startswith(_MODEL) and part.name != WEIGHTS
     }
-    if _CONFIG not in small:
-        raise _damaged(checkpoint, "manifest.json", f"it names no {_MODEL}{_CONFIG}")
-    config = small.pop(_CONFIG)
-    to.delete([_CONFIG])
+    if CONFIG_NAME not in small:
+        raise _damaged(checkpoint, "manifest.json", f"it names no {_MODEL}{CONFIG_NAME}")
+    config = small.pop(CONFIG_NAME)
+    to.delete([CONFIG_NAME])
     stored = store_weights(checkpoint, parts, to, WEIGHTS.removeprefix(_MODEL), scratch=scratch)
     num_bytes = stored.bytes
-    for name, data in {**small, _CONFIG: config}.items():
+    for name, data in {**small, CONFIG_NAME: config}.items():
         to.write(name, data)
         num_bytes += len(data)
     return num_bytes

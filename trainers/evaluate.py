@@ -35,6 +35,7 @@ from jobs.record import (
     live_manifests,
 )
 from jobs.spec import JobSpec
+from trainers.adapted_folder import add_exported
 from trainers.attempt import as_cut
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.index import Index, open_index
@@ -80,10 +81,11 @@ def evaluate_run(store: Store, run_id: str, data_uri: str, output: Path | None) 
     spec = as_cut(spec, read_attempts(store, paths)[-1])
     data = _open_data(spec, data_uri)
     checkpoint = store.within(paths.checkpoint(manifest.name).rstrip("/"))
-    folder = model_of_checkpoint(checkpoint, manifest, cache_folder())
+    folder = model_of_checkpoint(checkpoint, manifest, spec, cache_folder())
     task = build_task(spec, model_folder=folder, index=data.index)
     with _place(store, paths, data.index, output) as (path, shown):
         model = task.build_model(folder, dropout=None, seed=0)
+        add_exported(model, folder)
         try:
             evaluation = _measure(spec, task, model, data, path)
         except MicrobatchTooLarge as error:

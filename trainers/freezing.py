@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from torch import nn
 
 from jobs.errors import Problem, SpecError
+from trainers.module_paths import is_under, nearest
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Switches off the gradient of every parameter whose path holds one of `patterns`.
 
-    A pattern is a module's name or a dotted path; it matches whole parts of a parameter's path:
-    `embeddings` matches `bert.embeddings.word_embeddings.weight`. Raises SpecError where a
-    pattern matches nothing, or nothing is left to train.
+    A pattern is as in `trainers.module_paths`: `embeddings` and `bert.emb*` match
+    `bert.embeddings.word_embeddings.weight`. Raises SpecError where a pattern matches nothing, or
+    nothing is left to train.
     """
     problems = []
     for pattern in patterns:
-        wanted = f".{pattern}."
-        held = [p for name, p in model.named_parameters() if wanted in f".{name}."]
+        held = [p for name, p in model.named_parameters() if is_under(name, pattern)]
         if not held:
             problems.append(_matches_nothing(model, pattern))
         for parameter in held:
@@ -37,11 +36,9 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def _matches_nothing(model: nn.Module, pattern: str) -> Problem:
-    names = {name for name, _ in model.named_modules() if name}
-    names |= {part for name in names for part in name.split(".") if not part.isdigit()}
-    near = difflib.get_close_matches(pattern, sorted(names), n=1)
+    near = nearest(pattern, [name for name, _ in model.named_modules() if name])
     known = ", ".join(name for name, _ in model.named_children())
     return Problem(
         f"model.freeze holds {pattern}, which no parameter of this model is under",
-        f"did you mean {near[0]}?" if near else f"the model's parts are {known}",
+        f"did you mean {' or '.join(near)}?" if near else f"the model's parts are {known}",
     )

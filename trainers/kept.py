@@ -61,7 +61,9 @@ class Kept:
 
     def task(self, spec: JobSpec, *, model_folder: Path, index: Index) -> Task:
         """As `build_task`; a loss that is another one needs no other tokenizer."""
-        plain = spec.task.model_copy(update={"label_smoothing": 0.0})
+        plain = spec.task.model_copy(
+            update={"label_smoothing": 0.0, "class_weights": None, "augment": None}
+        )
         key = plain, spec.batching.packing, index.digest, _tokenizer_of(model_folder)
         task = self._tasks.get(
             key, lambda: build_task(spec, model_folder=model_folder, index=index)

@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from jobs.errors import Problem, TrainingError
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, Plateau
 from trainers import watchdog
 from trainers.agreement import AgreedFailure, Agreement, Decision, PendingDecision, Vote
 from trainers.assignment import EvaluationReport, TrialPlan, Verdict
 from trainers.buffers import KeptBuffers, SharedStatistics
 from trainers.data.lanes import NotNeeded
+from trainers.data.partition import ItemKeys, rank_positions
 from trainers.data.stream import RankBatch
 from trainers.evaluation import BrokenOff, move
 from trainers.memory import passes_over
@@ -93,6 +94,12 @@ class Progress:
     finished: bool = False
     best_score: float | None = None
     """Of a trial: the best that an evaluation found of its study's metric."""
+    plateau_value: float | None = None
+    """With optimizer.schedule plateau: the best that evaluations found by its own min_delta."""
+    plateau_evaluations: int = 0
+    """Evaluations in a row without improvement since the learning rate was lowered last."""
+    rate_reductions: int = 0
+    """How often it was lowered."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +109,32 @@ class Plan:
     num_rows: int
     global_batch_size: int
     epochs: int
+    epoch_items: tuple[int, ...] | None = None
+    """With weighted sampling: the items of each epoch. None: each epoch has each row once."""
+
+    def items_of(self, epoch: int) -> int:
+        """Positions of an epoch."""
+        return self.num_rows if self.epoch_items is None else self.epoch_items[epoch]
 
     @property
     def steps_per_epoch(self) -> int:
+        """Of weighted sampling the mean, rounded."""
+        if self.epoch_items is not None:
+            return max(1, round(self.total_steps / self.epochs))
         return math.ceil(self.num_rows / self.global_batch_size)
 
     @property
     def total_steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
+        steps = (math.ceil(self.items_of(n) / self.global_batch_size) for n in range(self.epochs))
+        return sum(steps)
+
+    def epochs_done(self, progress: Progress) -> float:
+        """The epochs up to there, the last one in part."""
+        if self.epoch_items is None:
+            return progress.step / self.steps_per_epoch
+        if progress.epoch >= self.epochs:
+            return float(progress.epoch)
+        return progress.epoch + progress.next_item / self.items_of(progress.epoch)
 
 
 @dataclass(frozen=True)
@@ -277,8 +302,9 @@ def train(
         is_evaluated = evaluation_is_due(spec, plan, advanced)
         facts = train_step(
             spec, plan, trainee, coming.batch, coming.microbatches, decision,
-            computed_tokens=coming.computed_tokens, step=progress.step, buffers=buffers,
-            agreement=agreement, stopwatch=stopwatch,
+            computed_tokens=coming.computed_tokens, step=progress.step,
+            reductions=progress.rate_reductions, buffers=buffers, agreement=agreement,
+            stopwatch=stopwatch,
         )  # fmt: skip
         statistics.average()
         progress = advanced
@@ -339,7 +365,7 @@ def _evaluate(
 
 def advance(progress: Progress, batch: RankBatch, plan: Plan) -> Progress:
     """The progress after the step that uses `batch`."""
-    done = batch.next_item >= plan.num_rows
+    done = batch.next_item >= plan.items_of(progress.epoch)
     return replace(
         progress,
         step=progress.step + 1,
@@ -371,10 +397,24 @@ def judge(spec: JobSpec, progress: Progress, evaluation: Evaluation | None) -> P
     metric, mode, min_delta = spec.best
     value = evaluation.metrics[metric.removeprefix("validation/")]
     sign = 1.0 if mode == "max" else -1.0
+    if spec.optimizer.schedule == "plateau":
+        progress = lower_rate(spec.optimizer.plateau, progress, value, sign=sign)
     if progress.best_value is None or sign * (value - progress.best_value) > min_delta:
         return replace(progress, best_step=progress.step, best_value=value, bad_evaluations=0)
     bad = progress.bad_evaluations + 1
     return replace(progress, bad_evaluations=bad, finished=stops_early(spec, bad))
+
+
+def lower_rate(plateau: Plateau, progress: Progress, value: float, *, sign: float) -> Progress:
+    """The progress with what an evaluation means for the learning rate; `sign`: 1 where larger
+    values are better, else -1."""
+    best = progress.plateau_value
+    if best is None or sign * (value - best) > plateau.min_delta:
+        return replace(progress, plateau_value=value, plateau_evaluations=0)
+    waited = progress.plateau_evaluations + 1
+    if waited < plateau.patience:
+        return replace(progress, plateau_evaluations=waited)
+    return replace(progress, plateau_evaluations=0, rate_reductions=progress.rate_reductions + 1)
 
 
 def stops_early(spec: JobSpec, bad_evaluations: int) -> bool:
@@ -394,7 +434,7 @@ def score(
     report = EvaluationReport(
         step=progress.step,
         total_steps=plan.total_steps,
-        epochs=progress.step / plan.steps_per_epoch,
+        epochs=plan.epochs_done(progress),
         value=value,
         best=best,
         is_last=progress.finished,
@@ -442,6 +482,7 @@ def train_step(
     *,
     computed_tokens: int,
     step: int,
+    reductions: int = 0,
     buffers: KeptBuffers,
     agreement: Agreement,
     stopwatch: Stopwatch,
@@ -459,7 +500,9 @@ def train_step(
 
     Raises MicrobatchTooLarge, on this rank alone, where memory runs out.
     """
-    rate = learning_rate(spec.optimizer, step=step, total_steps=plan.total_steps)
+    rate = learning_rate(
+        spec.optimizer, step=step, total_steps=plan.total_steps, reductions=reductions
+    )
     set_learning_rate(trainee.optimizer, rate)
     clear_gradients(trainee.model, trainee.optimizer)
     scale = agreement.world_size / (decision.weight or 1.0)
@@ -673,7 +716,7 @@ class _Feed:
                 if not asked.ends:
                     if self._rows is None or progress.next_item == 0:
                         self._rows = self._around.rows(progress)
-                    batch = next(self._rows)
+                    batch = self._augmented(next(self._rows))
                     weight = float(self._task.weights(batch.items).sum())
                     microbatches, computed = self._collate(batch)
                     launches = len(microbatches) * Cutting.of(self._spec.batching).launch_tokens
@@ -697,6 +740,17 @@ class _Feed:
         with self._time.spent("synchronisation"):
             pending = self._agreement.start(vote)
         return _Coming(batch, microbatches, computed, pending, error)
+
+    def _augmented(self, batch: RankBatch) -> RankBatch:
+        """The batch as it is trained on."""
+        positions = rank_positions(
+            rank=self._agreement.rank,
+            world_size=self._agreement.world_size,
+            start=batch.first_item,
+            stop=batch.next_item,
+        )
+        keys = ItemKeys(self._spec.data.seed, batch.epoch, positions)
+        return replace(batch, items=self._task.augment(batch.items, keys))
 
     def _collate(self, batch: RankBatch) -> tuple[list[Batch], int]:
         """Micro-batches, and their tokens with the padding that is computed."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 from cluster.storage import Store, is_s3, open_store, read_whole, split_uri
 from jobs.errors import EnvironmentFault, Problem, SpecError
-from jobs.record import Manifest, Part, RunPaths
+from jobs.parse import recorded_spec
+from jobs.record import ADAPTER_FOLDER, Manifest, Part, RunPaths
 from jobs.spec import JobSpec
 from trainers import watchdog
 from trainers.consolidation import complete_weights
@@ -98,17 +100,31 @@ def _in_run(runs: Store, run_id: str, cache_folder: Path) -> Path:
         Manifest.model_validate_json,
         hint=f"see what is left with: shoal checkpoints {runs.uri}/{run_id}",
     )
-    return model_of_checkpoint(checkpoint, manifest, cache_folder)
+    spec = recorded_spec(runs.read(paths.spec)) if manifest.has_adapter else None
+    return model_of_checkpoint(checkpoint, manifest, spec, cache_folder)
 
 
-def model_of_checkpoint(checkpoint: Store, manifest: Manifest, cache_folder: Path) -> Path:
-    """The `model/` folder of a checkpoint on this node, verified by its manifest, and whole."""
+def model_of_checkpoint(
+    checkpoint: Store, manifest: Manifest, spec: JobSpec | None, cache_folder: Path
+) -> Path:
+    """The `model/` folder of a checkpoint on this node, verified by its manifest, and whole.
+
+    `spec` is the job of the checkpoint's run, needed where there is an adapter only: it says how
+    the store of the adapter's model is reached.
+    """
     wanted = ["model/"]
     if not manifest.has_model:
-        wanted += [LAYOUT_NAME, shard_stem(WEIGHTS)]
+        wanted += [ADAPTER_FOLDER] if manifest.has_adapter else [LAYOUT_NAME, shard_stem(WEIGHTS)]
     parts = [p for p in manifest.parts if p.name.startswith(tuple(wanted))]
     digest = hashlib.sha256(repr([(p.name, p.sha256) for p in parts]).encode()).hexdigest()[:24]
     folder = local_copy(checkpoint, parts, cache_folder / "models" / digest)
+    if manifest.has_adapter and not manifest.has_model:
+        from trainers.adapted_folder import whole_folder  # torch, which others here do not need
+
+        assert spec is not None
+        find_base = partial(pretrained_folder, cache_folder=cache_folder)
+        whole = cache_folder / "models" / f"{digest}-whole"
+        return whole_folder(folder, whole, find_base, spec)
     complete_weights(folder, parts)
     return folder / "model"
 

@@ -16,6 +16,7 @@ from typing import Any
 from cluster.storage import ObjectMissing, Store
 from jobs.record import Manifest, RunPaths, live_manifests
 from trainers.consolidation import complete_weights
+from trainers.layout import WEIGHTS
 from trainers.local_copy import DamagedPart, drop_copy, local_copy
 from trainers.loop import Progress
 from trainers.records import read_attempts, read_manifests_and_damage
@@ -48,16 +49,19 @@ def newest_restorable(
 def checkpoint_copy(
     store: Store, paths: RunPaths, manifest: Manifest, *, cache_folder: Path
 ) -> Path:
-    """The checkpoint as a verified folder of this node, whose `model/` is whole.
+    """The checkpoint as a verified folder of this node, whose `model/` is whole, or which has an
+    adapter in its place.
 
     Named after its content: a run of the same name may have been here, from another store.
     """
-    content = repr([(part.name, part.sha256) for part in manifest.parts])
+    # What an adapter makes of its model is no part of the state.
+    parts = [p for p in manifest.parts if p.name != WEIGHTS or not manifest.has_adapter]
+    content = repr([(part.name, part.sha256) for part in parts])
     digest = hashlib.sha256(content.encode()).hexdigest()[:24]
     name = f"{_flat(paths.run_id)}-{manifest.step:08d}-{digest}"
     folder = cache_folder / "checkpoints" / name
-    local_copy(store.within(paths.checkpoint(manifest.name).rstrip("/")), manifest.parts, folder)
-    complete_weights(folder, manifest.parts)
+    local_copy(store.within(paths.checkpoint(manifest.name).rstrip("/")), parts, folder)
+    complete_weights(folder, parts)
     return folder
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trainers.layout import LAYOUT_NAME
+from trainers.layout import LAYOUT_NAME, WEIGHTS
 from trainers.loop import Trainee
 from trainers.state import forms_of, saved_state
 from trainers.tensor_file import header_of
@@ -26,15 +26,17 @@ class Snapshot:
     def __init__(self) -> None:
         self._files: dict[str, TensorFile] = {}
 
-    def take(self, trainee: Trainee) -> dict[str, bytes | memoryview]:
+    def take(self, trainee: Trainee, *, whole: bool = False) -> dict[str, bytes | memoryview]:
         """This rank's files by their names in a checkpoint; valid until the next call.
 
-        An optimizer without any state yet has no file.
+        An optimizer without any state yet has no file. `whole`: as in `saved_state`.
         """
-        state = saved_state(trainee)
+        state = saved_state(trainee, whole=whole)
         held: dict[str, bytes | memoryview] = {
             name: self._copied(name, own) for name, own in state.files.items()
         }
+        for name, tensor in state.merged:
+            self._files[WEIGHTS].copy({name: tensor})
         if trainee.device.type == "cuda":
             torch.cuda.synchronize(trainee.device)
         if state.layout is not None:

@@ -1,13 +1,14 @@
 """What a checkpoint holds of a model in training: the tensors of its files, uncopied.
 
-saved_state       all of them, or of a model that is cut over the ranks this rank's rows
+saved_state       all of them, or of a model that is cut over the ranks this rank's rows, or of one
+                  that has an adapter what is trained
 load_optimizer    puts an optimizer's state back, however many ranks have saved it
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from jobs.errors import Problem, SpecError
+from jobs.record import ADAPTER_WEIGHTS
+from trainers.adapters import (
+    adapter_tensors,
+    is_adapted,
+    is_merged,
+    merged_tensors,
+    plain_state,
+)
 from trainers.layout import (
     LAYOUT_NAME,
     OPTIMIZER,
@@ -41,6 +50,9 @@ from trainers.parallel import is_sharded, local_part, plain
 from trainers.tensor_file import Form
 
 Tensors = dict[str, torch.Tensor]
+
+EXPORTED_ADAPTER = f"model/{ADAPTER_WEIGHTS}"
+"""In a `model/` folder: an adapter that cannot be merged, and without which it is another model."""
 
 _TYPE_NAMES = {
     torch.float64: "F64",
@@ -62,20 +74,39 @@ class SavedState:
 
     files: dict[str, Tensors]
     """The tensors of each file; a file without any is left out."""
-    layout: Layout | None
+    layout: Layout | None = None
     """Of a model that is cut, on the first rank: where the rows of all ranks lie."""
+    merged: Iterable[tuple[str, torch.Tensor]] = ()
+    """What an adapter makes of some of the weights, one at a time, in place of what they are."""
 
 
-def saved_state(trainee: Trainee) -> SavedState:
-    """This rank's files. Talks to no other rank."""
+def saved_state(trainee: Trainee, *, whole: bool = False) -> SavedState:
+    """This rank's files. Talks to no other rank.
+
+    `whole`: of a model with an adapter also all that its `model/` folder needs to be loaded.
+    """
     model = plain(trainee.model)
+    if is_adapted(model):
+        return _adapted_state(model, trainee.optimizer, whole=whole)
     tensors = {
         WEIGHTS: saved_weights(model),
         OPTIMIZER: optimizer_tensors(trainee.optimizer),
     }
     if is_sharded(model):
         return _shard(model, tensors)
-    return SavedState({name: own for name, own in tensors.items() if own}, None)
+    return SavedState({name: own for name, own in tensors.items() if own})
+
+
+def _adapted_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, whole: bool
+) -> SavedState:
+    files = {ADAPTER_WEIGHTS: adapter_tensors(model), OPTIMIZER: optimizer_tensors(optimizer)}
+    if whole:
+        files[WEIGHTS] = saved_weights(model)
+        if not is_merged(model):
+            files[EXPORTED_ADAPTER] = files[ADAPTER_WEIGHTS]
+    merged = merged_tensors(model) if whole else ()
+    return SavedState({name: own for name, own in files.items() if own}, merged=merged)
 
 
 def _shard(model: nn.Module, tensors: Mapping[str, Tensors]) -> SavedState:
@@ -113,9 +144,10 @@ def saved_weights(model: Any) -> Tensors:
     """A Hugging Face model's tensors under the names that its `save_pretrained` writes, uncopied.
 
     As there (transformers/modeling_utils.py): without the keys that are not to be saved, one of
-    each group of tied weights, and with the conversions undone that were made on loading.
+    each group of tied weights, and with the conversions undone that were made on loading. An
+    adapter is left out.
     """
-    state = model.state_dict()
+    state = plain_state(model)
     for key in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(key, None)
     with warnings.catch_warnings():

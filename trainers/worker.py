@@ -41,6 +41,7 @@ from trainers.checkpoint import CheckpointWriter, Moment, small_files
 from trainers.controls import ControlPoller, Requests, requests_to
 from trainers.data.cache import NodeCache, cache_folder
 from trainers.data.stream import RankBatch, RankStream
+from trainers.data.weighting import Copies
 from trainers.evaluation import BrokenOff, measure
 from trainers.fence import Fence, Superseded
 from trainers.kept import Kept
@@ -300,7 +301,7 @@ class _Rank:
         if self._session.rank:
             return {}
         prepared = self._prepared
-        return small_files(plain(prepared.trainee.model), prepared.task)
+        return small_files(plain(prepared.trainee.model), prepared.task, record=prepared.adapter)
 
     def _with_helpers(self, small: Mapping[str, bytes]) -> Outcome:
         """`_train_and_test` with a checkpoint writer and, on rank 0, an ear for requests."""
@@ -461,8 +462,14 @@ class _Rank:
             )
         except (DamagedPart, ObjectMissing):
             return None
+        has_adapter = self._prepared.adapter is not None
         return build_model(
-            self._prepared.task, folder / "model", self._spec, self._session, dropout=None
+            self._prepared.task,
+            self._prepared.folder if has_adapter else folder / "model",
+            self._spec,
+            self._session,
+            dropout=None,
+            adapter_in=folder if has_adapter else None,
         )
 
     # ---- the loop's surroundings
@@ -471,7 +478,10 @@ class _Rank:
         self._close_streams()
         position = self._prepared.position
         stream = self._open_stream(
-            self._prepared.train, lanes=position.lanes, window=position.window
+            self._prepared.train,
+            lanes=position.lanes,
+            window=position.window,
+            copies=self._prepared.copies,
         )
         return stream.batches(
             epoch=progress.epoch,
@@ -557,7 +567,7 @@ class _Rank:
                 {
                     "kind": "train",
                     "step": progress.step,
-                    "epoch": round(progress.step / plan.steps_per_epoch, 4),
+                    "epoch": round(plan.epochs_done(progress), 4),
                     "loss": facts.loss,
                     "learning_rate": facts.learning_rate,
                     "grad_norm": facts.grad_norm,
@@ -648,7 +658,9 @@ class _Rank:
         stands."""
         self._last_words.hang(hang, step=self._step, spec=self._spec)
 
-    def _open_stream(self, data: DataSet, *, lanes: int, window: int) -> RankStream:
+    def _open_stream(
+        self, data: DataSet, *, lanes: int, window: int, copies: Copies | None = None
+    ) -> RankStream:
         stream = RankStream(
             store=data.store,
             index=data.index,
@@ -660,6 +672,7 @@ class _Rank:
             lanes=lanes,
             window=window,
             cache=self._cache,
+            copies=copies,
             patience=self._patience,
         )
         self._streams.append(stream)

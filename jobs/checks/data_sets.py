@@ -23,10 +23,11 @@ from jobs.checks.finding import (
     problems_of,
     warning,
 )
-from jobs.checks.labels import check_labels, is_integer_type
+from jobs.checks.labels import check_labels
 from jobs.checks.stores import Stores
 from jobs.errors import ShoalError
 from jobs.spec import JobSpec, format_bytes
+from trainers.classes import is_integer_type
 from trainers.data.cache import NodeCache
 from trainers.data.index import ColumnRecord, Index, chunk_records, open_index
 from trainers.data.reader import VerifiedReader

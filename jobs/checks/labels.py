@@ -6,30 +6,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 from jobs.checks.finding import Finding, ok, problem, warning
+from trainers.classes import are_positions, class_of
 
 _MOST_SHOWN = 5
-_INTEGER_TYPES = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-
-
-def is_integer_type(kind: str) -> bool:
-    """Whether a column of this type, as Arrow writes it, holds whole numbers."""
-    return kind.startswith(_INTEGER_TYPES)
-
-
-def class_of(label: str, *, labels: Sequence[str], are_positions: bool) -> str | None:
-    """The class that a value of the label column means; None: none of them."""
-    if not are_positions:
-        return label if label in labels else None
-    return labels[int(label)] if 0 <= int(label) < len(labels) else None
-
-
-def are_positions(kind: str, labels: Sequence[str]) -> bool:
-    """Whether a column of this type holds positions in `labels` rather than the labels.
-
-    Whole numbers are positions, unless a label is a whole number itself.
-    """
-    has_number = any(label.removeprefix("-").isdigit() for label in labels)
-    return is_integer_type(kind) and not has_number
 
 
 def check_labels(

@@ -24,6 +24,7 @@ from jobs.checks.finding import (
     warning,
 )
 from jobs.checks.model import ModelFacts
+from jobs.checks.states import states_of
 from jobs.checks.stores import nearest_existing
 from jobs.checks.weights import Weights
 from jobs.errors import EnvironmentFault
@@ -246,10 +247,12 @@ def disk_need(spec: JobSpec, sets: Iterable[DataSetFacts], model: ModelFacts | N
     weights = model.weights if model is not None else None
     if weights is None:
         return DiskNeed(min(limit, stored), 0, 0)
-    moments = 2 if spec.optimizer.kind == "adamw" else 1
+    assert model is not None
+    trained = model.trained_parameters
+    states = states_of(spec.optimizer) * (weights.num_parameters if trained is None else trained)
     return DiskNeed(
         rows_bytes=min(limit, stored),
-        checkpoint_bytes=4 * weights.num_parameters * (1 + moments),
+        checkpoint_bytes=4 * (weights.num_parameters + states),
         model_bytes=weights.num_bytes if is_s3(spec.model.source) else 0,
     )
 

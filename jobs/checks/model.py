@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.checks.adaptation import check_adapter, trained_parameters
 from jobs.checks.finding import Finding, not_checked, ok, problem, problems_of, warning
 from jobs.checks.model_source import PART, ModelFolder, find_model
 from jobs.checks.stores import Stores
 from jobs.checks.tokenizer import TokenizerFiles, check_tokenizer
 from jobs.checks.weights import Weights, read_weights, weight_files
 from jobs.errors import ShoalError
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, PromptAdapter
+from trainers.module_paths import is_under, nearest
 from trainers.positions import most_tokens
 
 _LEGACY_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -26,6 +27,8 @@ class ModelFacts:
 
     shown: str
     weights: Weights | None
+    trained_parameters: int | None
+    """Of them and of a new head and adapter, about."""
     tokenizer: Any
     """A `tokenizers.Tokenizer`; None where it does not load."""
     tokenizer_files: TokenizerFiles | None
@@ -51,9 +54,13 @@ def check_model(spec: JobSpec, stores: Stores) -> tuple[list[Finding], ModelFact
         findings += _check_head(spec, config, folder.shown)
         if tokenizer is not None:
             findings += _check_vocabulary(config, tokenizer, folder.shown)
+    trained = None
     if weights is not None:
         findings += _check_freeze(spec, weights, folder.shown)
-    return findings, ModelFacts(folder.shown, weights, tokenizer, tokenizer_files)
+    if weights is not None and config is not None:
+        findings += check_adapter(spec, weights, config, folder.shown)
+        trained = trained_parameters(spec, weights, config)
+    return findings, ModelFacts(folder.shown, weights, trained, tokenizer, tokenizer_files)
 
 
 def _read_config(folder: ModelFolder) -> tuple[list[Finding], Mapping[str, Any] | None]:
@@ -125,6 +132,15 @@ def _check_limits(spec: JobSpec, config: Mapping[str, Any], shown: str) -> Itera
         max_position_embeddings=positions if isinstance(positions, int) else None,
         pad_token_id=config.get("pad_token_id"),
     )
+    adapter = spec.model.adapter
+    virtual = adapter.virtual_tokens if isinstance(adapter, PromptAdapter) else 0
+    if limit is not None and spec.task.max_tokens <= limit < spec.task.max_tokens + virtual:
+        yield problem(
+            PART,
+            f"task.max_tokens is {spec.task.max_tokens}, and model.adapter.virtual_tokens is "
+            f"{virtual}, but {shown} reads at most {limit} tokens",
+            f"write max_tokens: {limit - virtual}, or less",
+        )
     if limit is not None and spec.task.max_tokens > limit:
         yield problem(
             PART,
@@ -174,14 +190,12 @@ def _check_vocabulary(config: Mapping[str, Any], tokenizer: Any, shown: str) -> 
 def _check_freeze(spec: JobSpec, weights: Weights, shown: str) -> Iterator[Finding]:
     """Whether each frozen module is among the weights, which lack the head and, often, the name
     of the whole encoder at the start of their paths."""
-    parts = {part for name in weights.shapes for part in name.split(".") if not part.isdigit()}
-    paths = [f".{name}." for name in weights.shapes]
     for pattern in spec.model.freeze:
         inside = pattern.partition(".")[2]
-        wanted = [f".{part}." for part in (pattern, inside) if part]
-        if any(part in path for path in paths for part in wanted):
+        wanted = [path for path in (pattern, inside) if path]
+        if any(is_under(name, path) for name in weights.shapes for path in wanted):
             continue
-        near = difflib.get_close_matches(pattern, sorted(parts), n=1)
+        near = nearest(pattern, weights.shapes)
         said = f"model.freeze holds {pattern}, which no weight of {shown} is under"
         if near:
             yield warning(PART, said, f"did you mean {near[0]}?")

@@ -129,6 +129,15 @@ def _in_run(runs: Store, run_id: str) -> tuple[list[Finding], ModelFolder | None
                 f"see what is left with: shoal checkpoints {uri}",
             )
         ) from error
+    if manifest.has_adapter and not manifest.has_model:
+        return [
+            not_checked(
+                PART,
+                f"{uri}: step {manifest.step} has an adapter only; the run merges it with its base",
+                "make the plain folder, and name that: shoal checkpoints "
+                f"{uri} --consolidate {manifest.step}",
+            )
+        ], None
     if not manifest.has_model:
         return [
             not_checked(

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 
 from jobs.checks.data_sets import DataSetFacts
 from jobs.checks.finding import Finding, ok, problem, problems_of, warning
-from jobs.checks.weights import Weights
+from jobs.checks.model import ModelFacts
+from jobs.checks.states import states_of
+from jobs.checks.weighting import epoch_rows, most_copies
 from jobs.errors import SpecError
 from jobs.spec import MAX_AUTO_LANES, JobSpec, format_bytes
 from trainers.data.partition import (
@@ -35,6 +37,7 @@ class Totals:
     stream_bytes: int | None = None
     """Row groups that one worker holds in memory."""
     parameters: int | None = None
+    trained_parameters: int | None = None
     training_bytes: int | None = None
     """Weights, gradients and optimizer state of one worker."""
 
@@ -42,19 +45,26 @@ class Totals:
         return asdict(self)
 
 
-def totals_of(spec: JobSpec, train: DataSetFacts | None, weights: Weights | None) -> Totals:
+def totals_of(spec: JobSpec, train: DataSetFacts | None, model: ModelFacts | None) -> Totals:
     """Counts of the run; those that need the training set are None without it."""
+    weights = model.weights if model is not None else None
     parameters = weights.num_parameters if weights is not None else None
-    copies = {"adamw": 4, "sgd": 3}[spec.optimizer.kind]
-    cut_into = spec.workers.fewest if spec.workers.strategy == "fsdp" else 1
-    training = math.ceil(4 * copies * parameters / cut_into) if parameters is not None else None
+    trained = model.trained_parameters if model is not None else None
+    training = None
+    if parameters is not None:
+        cut_into = spec.workers.fewest if spec.workers.strategy == "fsdp" else 1
+        # Gradients and states are those of what is trained; its number may be unknown.
+        counted = parameters if trained is None else trained
+        numbers = parameters + counted * (1 + states_of(spec.optimizer))
+        training = math.ceil(4 * numbers / cut_into)
     if train is None or not train.index.num_rows:
-        return Totals(parameters=parameters, training_bytes=training)
+        return Totals(parameters=parameters, trained_parameters=trained, training_bytes=training)
     index = train.index
-    steps = math.ceil(index.num_rows / spec.batching.global_batch_size)
+    rows = epoch_rows(spec, index)
+    steps = math.ceil(rows / spec.batching.global_batch_size)
     window = _window(spec, train)
     return Totals(
-        rows=index.num_rows,
+        rows=rows,
         steps_per_epoch=steps,
         total_steps=steps * spec.train.epochs,
         lanes=spec.lanes,
@@ -63,9 +73,10 @@ def totals_of(spec: JobSpec, train: DataSetFacts | None, weights: Weights | None
             lanes=spec.lanes,
             window=window,
             world_size=_hungriest(spec),
-            max_row_group_bytes=index.max_row_group_bytes,
+            max_row_group_bytes=_group_bytes(spec, train),
         ),
         parameters=parameters,
+        trained_parameters=trained,
         training_bytes=training,
     )
 
@@ -79,9 +90,14 @@ def _window(spec: JobSpec, train: DataSetFacts) -> int:
     return fit_window(
         window=spec.data.window,
         lanes=spec.lanes,
-        max_row_group_bytes=train.index.max_row_group_bytes,
+        max_row_group_bytes=_group_bytes(spec, train),
         stream_memory=spec.data.stream_memory,
     )
+
+
+def _group_bytes(spec: JobSpec, train: DataSetFacts) -> int:
+    """Of the largest row group, with all copies of its rows."""
+    return train.index.max_row_group_bytes * most_copies(spec, train.index)
 
 
 def check_batching(spec: JobSpec) -> Iterator[Finding]:
@@ -165,7 +181,7 @@ def check_stream(spec: JobSpec, train: DataSetFacts, totals: Totals) -> Iterator
             lanes=lanes,
             window=totals.window,
             world_size=_hungriest(spec),
-            max_row_group_bytes=index.max_row_group_bytes,
+            max_row_group_bytes=_group_bytes(spec, train),
             stream_memory=spec.data.stream_memory,
         )
     except SpecError as error:

@@ -30,7 +30,11 @@ class Weights:
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(map(self.size, self.shapes))
+
+    def size(self, name: str) -> int:
+        """Numbers of one tensor."""
+        return math.prod(self.shapes[name])
 
 
 def weight_files(names: Mapping[str, int]) -> list[str]:

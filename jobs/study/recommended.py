@@ -12,11 +12,20 @@ from typing import Any
 
 from jobs.problems import Sources
 from jobs.search_spec import CLONE_KEYS, RECOMMENDED
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, LoraAdapter
 from jobs.tree import job_of
 
-_LEARNING_RATES = {"adamw": (5e-6, 5e-4), "sgd": (1e-3, 0.3)}
+_LEARNING_RATES = {"adamw": (5e-6, 5e-4), "sgd": (1e-3, 0.3), "adafactor": (1e-5, 1e-2)}
+_ADAPTER_LEARNING_RATES = {
+    "lora": (5e-5, 5e-3),
+    "dora": (5e-5, 5e-3),
+    "ia3": (5e-4, 2e-2),
+    "prompt-tuning": (1e-3, 0.3),
+    "prefix-tuning": (1e-3, 5e-2),
+}
+"""Of adamw, where an adapter is trained: new weights take larger steps than a model's own."""
 _WEIGHT_DECAYS = {"adamw": (1e-3, 0.3), "sgd": (1e-6, 1e-2)}
+_RANKS = (4, 8, 16, 32)
 _DROPOUTS = (0.0, 0.3)
 _LABEL_SMOOTHINGS = (0.0, 0.2)
 _WARMUP_STEPS = (0, 50, 200)
@@ -31,19 +40,23 @@ def recommended_space(spec: JobSpec) -> dict[str, Any]:
     optimizer, batch = spec.optimizer, spec.batching.global_batch_size
     batches = {size for size in (batch // 2, 2 * batch) if size >= spec.workers.count} | {batch}
     freeze = list(spec.model.freeze or _FREEZE)
+    adapter = spec.model.adapter
+    rates = _LEARNING_RATES.get(optimizer.kind, _LEARNING_RATES["adamw"])
+    if adapter is not None and optimizer.kind == "adamw":
+        rates = _ADAPTER_LEARNING_RATES[adapter.kind]
+    decays = _WEIGHT_DECAYS.get(optimizer.kind, _WEIGHT_DECAYS["adamw"])
     space: dict[str, Any] = {
-        "optimizer.learning_rate": {
-            "loguniform": _around(optimizer.learning_rate, _LEARNING_RATES[optimizer.kind])
-        },
-        "optimizer.weight_decay": {
-            "loguniform": _around(optimizer.weight_decay, _WEIGHT_DECAYS[optimizer.kind])
-        },
+        "optimizer.learning_rate": {"loguniform": _around(optimizer.learning_rate, rates)},
+        "optimizer.weight_decay": {"loguniform": _around(optimizer.weight_decay, decays)},
         "model.dropout": {"uniform": _around(spec.model.dropout, _DROPOUTS)},
         "task.label_smoothing": {"uniform": _around(spec.task.label_smoothing, _LABEL_SMOOTHINGS)},
         "optimizer.warmup_steps": {"choice": sorted({*_WARMUP_STEPS, optimizer.warmup_steps})},
         "batching.global_batch_size": {"choice": sorted(batches)},
-        "model.freeze": {"choice": [[], freeze]},
     }
+    if adapter is None:
+        space["model.freeze"] = {"choice": [[], freeze]}
+    elif isinstance(adapter, LoraAdapter):
+        space["model.adapter.rank"] = {"choice": sorted({*_RANKS, adapter.rank})}
     clones = spec.search is not None and spec.search.clones
     return {path: over for path, over in space.items() if not clones or path in CLONE_KEYS}
 

@@ -316,12 +316,14 @@ VALUES = [
     ),
     (
         "optimizer: {kind: AdamW}",
-        'optimizer.kind is "AdamW", but must be adamw or sgd',
+        'optimizer.kind is "AdamW", but must be adamw, sgd or adafactor or an import path such as '
+        "torch.optim.NAdam",
         "write kind: adamw",
     ),
     (
         "optimizer: {schedule: cosin}",
-        'optimizer.schedule is "cosin", but must be constant, linear or cosine',
+        'optimizer.schedule is "cosin", but must be constant, linear, cosine, cosine-restarts, '
+        "one-cycle, inverse-sqrt or plateau",
         "write schedule: cosine",
     ),
     (
@@ -814,7 +816,8 @@ class TestSearch:
                 "goes on in the middle of another trial, where batching.global_batch_size cannot "
                 "change",
                 "search optimizer.learning_rate, optimizer.weight_decay, optimizer.betas, "
-                "optimizer.epsilon, optimizer.momentum, optimizer.max_grad_norm, model.dropout, "
+                "optimizer.epsilon, optimizer.momentum, optimizer.max_grad_norm, "
+                "optimizer.layer_decay, model.dropout, model.adapter.dropout, "
                 "task.label_smoothing alone, or choose scheduler asha",
             ),
             (

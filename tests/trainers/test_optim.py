@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from jobs.errors import SpecError
-from jobs.spec import Optimizer
+from jobs.spec import Optimizer, Plateau
 from trainers.freezing import freeze
+from trainers.loop import Progress, lower_rate
 from trainers.optim import (
     build_optimizer,
     gradient_norm,
@@ -25,6 +26,11 @@ from trainers.optim import (
 ADAMW = Optimizer(learning_rate=0.01)
 SGD = Optimizer(kind="sgd", learning_rate=0.01)
 PLAIN_SGD = Optimizer(kind="sgd", learning_rate=0.01, momentum=0.0)
+ADAFACTOR = Optimizer(kind="adafactor", learning_rate=0.01)
+NADAM = Optimizer(kind="torch.optim.NAdam", learning_rate=0.01, options={"betas": (0.8, 0.9)})
+RPROP = Optimizer(kind="torch.optim.Rprop", learning_rate=0.01)
+KINDS = [ADAMW, SGD, PLAIN_SGD, ADAFACTOR, NADAM, RPROP]
+NAMES = ["adamw", "sgd", "plain-sgd", "adafactor", "nadam", "rprop"]
 
 
 def small_model() -> nn.Module:
@@ -67,7 +73,56 @@ def test_a_cosine_rate_falls_as_half_a_cosine() -> None:
     )
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_restarts_are_cosines_of_equal_length() -> None:
+    one = rates(4, schedule="cosine")
+    assert rates(8, schedule="cosine-restarts", cycles=2) == pytest.approx([*one, *one])
+    spec = Optimizer(learning_rate=1.0, schedule="cosine-restarts")
+    assert learning_rate(spec, step=8, total_steps=8) == 0.0
+
+
+def test_one_cycle_is_torchs() -> None:
+    total = 21
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=total, pct_start=7 / total, cycle_momentum=False
+    )
+    theirs = []
+    for _ in range(total):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    # Theirs reach the ends within the steps: the peak one step earlier.
+    ours = rates(total - 1, schedule="one-cycle", warmup_steps=6)
+    assert ours == pytest.approx(theirs[:-1], abs=1e-5)
+    assert max(rates(10, schedule="one-cycle")) == rates(10, schedule="one-cycle")[3] == 1.0
+
+
+def test_an_inverse_square_root_falls_from_the_end_of_the_warmup() -> None:
+    found = rates(17, schedule="inverse-sqrt", warmup_steps=3)
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert found[15] == 0.5
+
+
+def test_a_plateau_lowers_the_rate_as_often_as_it_is_told() -> None:
+    spec = Optimizer(learning_rate=1.0, schedule="plateau", plateau=Plateau(factor=0.1))
+    found = [learning_rate(spec, step=9, total_steps=10, reductions=n) for n in range(3)]
+    assert found == pytest.approx([1.0, 0.1, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("sign", "values"), [(1.0, [3, 4, 4, 4.5, 4.5, 4.5]), (-1.0, [4, 3, 3, 2.5, 3, 3])]
+)
+def test_evaluations_without_enough_improvement_lower_the_rate(
+    sign: float, values: list[float]
+) -> None:
+    plateau, progress, lowered = Plateau(patience=2, min_delta=0.6), Progress(), []
+    for value in values:
+        progress = lower_rate(plateau, progress, value, sign=sign)
+        lowered.append(progress.rate_reductions)
+    assert lowered == [0, 0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "plateau", "cosine-restarts"])
 def test_warmup_rises_evenly_and_its_first_step_trains(schedule: str) -> None:
     assert rates(6, schedule=schedule, warmup_steps=3)[:4] == [0.25, 0.5, 0.75, 1.0]
 
@@ -77,7 +132,9 @@ def test_a_warmup_longer_than_training_only_rises(schedule: str) -> None:
     assert rates(3, schedule=schedule, warmup_steps=7) == [0.125, 0.25, 0.375]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    "schedule", ["linear", "cosine", "cosine-restarts", "one-cycle", "inverse-sqrt"]
+)
 @pytest.mark.parametrize("warmup_steps", [0, 5, 6])
 def test_no_rate_is_negative_after_the_last_step(schedule: str, warmup_steps: int) -> None:
     spec = Optimizer.model_validate(
@@ -103,6 +160,40 @@ def test_only_matrices_and_embeddings_decay(spec: Optimizer) -> None:
     assert [tuple(p.shape) for p in decayed["params"]] == [(5, 4), (3, 4)]
     assert plain["weight_decay"] == 0.0
     assert {p.ndim for p in plain["params"]} == {1}
+
+
+class Deep(nn.Module):
+    """Embeddings, two blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(5, 4)
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.head = nn.Linear(4, 2)
+
+
+def test_the_rate_falls_with_the_depth() -> None:
+    model = Deep()
+    optimizer = build_optimizer(model, Optimizer(layer_decay=0.5))
+    set_learning_rate(optimizer, 8.0)
+    found = {
+        name: group["lr"]
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+        if name.endswith("weight")
+    }
+    assert found == {
+        "embeddings.weight": 1.0,
+        "layers.0.weight": 2.0,
+        "layers.1.weight": 4.0,
+        "head.weight": 8.0,
+    }
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.01}
+
+
+def test_a_model_without_blocks_has_no_depth() -> None:
+    with pytest.raises(SpecError, match=r"layer_decay is 0\.9, but this model has no list"):
+        build_optimizer(small_model(), Optimizer(layer_decay=0.9))
 
 
 def test_frozen_parameters_have_no_group() -> None:
@@ -149,7 +240,7 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("spec", [ADAMW, SGD, PLAIN_SGD], ids=["adamw", "sgd", "plain-sgd"])
+@pytest.mark.parametrize("spec", KINDS, ids=NAMES)
 @pytest.mark.parametrize("at", [0, 1, 3], ids=["the first", "the second", "the last"])
 def test_a_step_that_is_skipped_never_was(spec: Optimizer, at: int) -> None:
     model, calm = small_model(), small_model()
@@ -160,7 +251,7 @@ def test_a_step_that_is_skipped_never_was(spec: Optimizer, at: int) -> None:
     assert state_bytes(model, optimizer) == state_bytes(calm, calm_optimizer)
 
 
-@pytest.mark.parametrize("spec", [ADAMW, SGD, PLAIN_SGD], ids=["adamw", "sgd", "plain-sgd"])
+@pytest.mark.parametrize("spec", KINDS, ids=NAMES)
 def test_an_update_is_the_optimizers_own_step(spec: Optimizer) -> None:
     model, plain = small_model(), small_model()
     optimizer, plain_optimizer = build_optimizer(model, spec), build_optimizer(plain, spec)
@@ -201,7 +292,7 @@ def test_the_state_is_there_before_the_first_step_and_no_bit_of_the_numbers_chan
     assert state_bytes(model, optimizer) == state_bytes(lazy, its)
 
 
-@pytest.mark.parametrize("spec", [ADAMW, SGD, PLAIN_SGD], ids=["adamw", "sgd", "plain-sgd"])
+@pytest.mark.parametrize("spec", KINDS, ids=NAMES)
 @pytest.mark.parametrize("frozen", [[], ["0"]], ids=["all", "frozen"])
 def test_restored_state_goes_on_with_the_same_bits(spec: Optimizer, frozen: list[str]) -> None:
     model = small_model()
@@ -236,8 +327,13 @@ def test_what_is_loaded_is_a_copy() -> None:
         ((SGD, []), (ADAMW, [])),
         ((SGD, []), (PLAIN_SGD, [])),
         ((PLAIN_SGD, []), (SGD, [])),
+        ((ADAFACTOR, []), (NADAM, [])),
+        ((NADAM, []), (ADAMW, [])),
     ],
-    ids=["more frozen", "sgd now", "adamw now", "no momentum now", "momentum now"],
+    ids=[
+        *("more frozen", "sgd now", "adamw now", "no momentum now", "momentum now"),
+        *("nadam now", "adamw after nadam"),
+    ],
 )
 def test_state_of_another_optimizer_or_of_other_parameters_is_refused(
     was: tuple[Optimizer, list[str]], now: tuple[Optimizer, list[str]]
@@ -251,3 +347,73 @@ def test_state_of_another_optimizer_or_of_other_parameters_is_refused(
     freeze(other, now[1])
     with pytest.raises(SpecError, match="optimizer"):
         load_optimizer_tensors(build_optimizer(other, now[0]), saved)
+
+
+# ------------------------------------------------------------------------ optimizers by their path
+
+
+class NumbersOnly(torch.optim.SGD):
+    """Keeps numbers that are no tensors, as other people's optimizers do."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["count"] = state.get("count", 0) + 1
+                state["mean"] = state.get("mean", 0.5) * 0.9
+                step = group["lr"] * state["mean"] / state["count"]
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-step)
+
+
+class CountsElsewhere(torch.optim.SGD):
+    """Keeps what it needs where no checkpoint looks."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+
+
+def by_path(kind: type) -> Optimizer:
+    return Optimizer(kind=f"{kind.__module__}.{kind.__name__}", learning_rate=0.01)
+
+
+def test_numbers_that_are_no_tensors_are_restored_as_they_were() -> None:
+    model, spec = small_model(), by_path(NumbersOnly)
+    optimizer = build_optimizer(model, spec)
+    steps(model, optimizer, 3)
+    other = copy.deepcopy(model)
+    restored = build_optimizer(other, spec)
+    load_optimizer_tensors(restored, optimizer_tensors(optimizer))
+    assert list(restored.state.values()) == list(optimizer.state.values())
+    for one, its in ((model, optimizer), (other, restored)):
+        steps(one, its, 2)
+    assert weights(other) == weights(model)
+
+
+@pytest.mark.parametrize(
+    ("given", "message", "hint"),
+    [
+        ({"kind": "torch.optim.NAdm"}, "has no optimizer NAdm", "torch.optim.NAdam"),
+        ({"kind": "torch.nn.Linear"}, "has no optimizer Linear", "torch.optim"),
+        ({"kind": "no.such.module"}, "no.such cannot be imported", "install it"),
+        ({"kind": "torch.optim.LBFGS"}, "cannot be made", "its arguments"),
+        ({"kind": "torch.optim.NAdam", "options": {"beta": 1}}, "holds beta", "betas"),
+        ({"kind": "torch.optim.NAdam", "options": {"betas": 3}}, "cannot be made", "betas"),
+        ({"kind": "torch.optim.Rprop", "weight_decay": 0.3}, "no weight_decay", "weight_decay: 0"),
+        ({"kind": "torch.optim.SparseAdam"}, "dense gradients", "its arguments"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_used_is_refused_before_the_first_step(
+    given: dict[str, object], message: str, hint: str
+) -> None:
+    with pytest.raises(SpecError) as refused:
+        build_optimizer(small_model(), Optimizer.model_validate(given))
+    [problem] = refused.value.problems
+    assert message in problem.message
+    assert hint in (problem.hint or "")
+
+
+def test_an_optimizer_whose_state_would_be_lost_is_refused() -> None:
+    with pytest.raises(SpecError, match="keeps more than tensors and numbers"):
+        build_optimizer(small_model(), by_path(CountsElsewhere))

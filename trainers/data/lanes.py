@@ -46,6 +46,9 @@ class Plan:
     num_items: int
     offsets: Callable[[], IntArray]
     """Rows of the joined pieces, in order; shape [num_items]. Called once, in a thread."""
+    rows_of: Callable[[int], IntArray] | None = None
+    """With weighted sampling the pieces are made of items: the row of each item of a row group,
+    ascending. None: each row is one item."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,23 @@ class Waits:
     seconds: float = 0.0
 
 
-def shuffled_plans(order: EpochOrder, *, lane: int, item: int, step: int) -> Iterator[Plan]:
-    """Plans for each `step`-th item of a lane, from `item` on; one at a time, at little cost."""
+def shuffled_plans(
+    order: EpochOrder,
+    *,
+    lane: int,
+    item: int,
+    step: int,
+    rows_of: Callable[[int], IntArray] | None = None,
+) -> Iterator[Plan]:
+    """Plans for each `step`-th item of a lane, from `item` on; one at a time, at little cost.
+
+    `rows_of` as in Plan.
+    """
     while item < order.lane_items(lane):
         block = order.block(lane, order.block_of(lane, item))
         start = item - block.first_item
         num_items = -(-(block.num_items - start) // step)
-        yield Plan(block, num_items, partial(_shuffled_from, order, block, start, step))
+        yield Plan(block, num_items, partial(_shuffled_from, order, block, start, step), rows_of)
         item += num_items * step
 
 
@@ -213,7 +226,10 @@ class _Arrangement:
     piece_starts: IntArray
     """Where each piece begins in the joined ones; shape [pieces]."""
     piece_rows: IntArray
-    """Id of the first row of each piece; shape [pieces]."""
+    """Id of the first row of each piece, or of its row group, by which `copied` counts; shape
+    [pieces]."""
+    copied: list[IntArray] | None
+    """With weighted sampling: the row of each item of each piece, counted in its row group."""
     kept: IntArray | None
     """`offsets` in ascending order, as they are held; None where all rows are kept."""
 
@@ -221,11 +237,16 @@ class _Arrangement:
     def of(cls, plan: Plan, index: Index) -> _Arrangement:
         block = plan.block
         offsets = plan.offsets()
-        first_rows = [index.first_row(int(group)) for group in block.groups]
+        first_rows = np.array([index.first_row(int(g)) for g in block.groups], dtype=np.int64)
+        copied = None
+        if plan.rows_of is not None:
+            parts = zip(block.groups, block.starts, block.stops, strict=True)
+            copied = [plan.rows_of(int(group))[start:stop] for group, start, stop in parts]
         return cls(
             offsets=offsets,
             piece_starts=np.cumsum(block.piece_rows) - block.piece_rows,
-            piece_rows=np.array(first_rows, dtype=np.int64) + block.starts,
+            piece_rows=first_rows if copied is not None else first_rows + block.starts,
+            copied=copied,
             kept=None if len(offsets) == block.num_items else np.sort(offsets),
         )
 
@@ -247,6 +268,8 @@ class _Arrangement:
     def rows(self) -> IntArray:
         """Id of each item's row, as they are served; shape [num_items]."""
         piece = np.searchsorted(self.piece_starts, self.offsets, side="right") - 1
+        if self.copied is not None:
+            return np.concatenate(self.copied)[self.offsets] + self.piece_rows[piece]
         rows: IntArray = self.offsets + (self.piece_rows - self.piece_starts)[piece]
         return rows
 
@@ -295,11 +318,24 @@ class _LoadingBlock:
             return None
         table = self._source.reader.read(int(block.groups[number]))
         self._loader.go_on()
-        table = table.slice(int(block.starts[number]), num_rows)
-        items = self._source.encode(table, int(arrangement.piece_rows[number]))
-        if len(items) != num_rows:
-            raise ValueError(f"encode gave {len(items)} items for {num_rows} rows")
+        first_row = int(arrangement.piece_rows[number])
+        if arrangement.copied is not None:
+            copied = arrangement.copied[number]
+            return self._encoded_copies(table, first_row, copied if kept is None else copied[kept])
+        items = self._encoded(table.slice(int(block.starts[number]), num_rows), first_row)
         return items if kept is None or len(kept) == num_rows else items.take(kept)
+
+    def _encoded_copies(self, table: pa.Table, first_row: int, rows: IntArray) -> Items:
+        """The items of some rows of a row group, ascending, each as often as it is given."""
+        low, high = int(rows[0]), int(rows[-1])
+        items = self._encoded(table.slice(low, high + 1 - low), first_row + low)
+        return items.take(rows - low)
+
+    def _encoded(self, table: pa.Table, first_row: int) -> Items:
+        items = self._source.encode(table, first_row)
+        if len(items) != table.num_rows:
+            raise ValueError(f"encode gave {len(items)} items for {table.num_rows} rows")
+        return items
 
 
 class _Loader:

@@ -36,6 +36,11 @@ ORDER_VERSION = 1
 
 _GROUPS_OF_EPOCH = 1
 _ITEMS_OF_BLOCK = 2
+_COPIES_OF_ROW = 3
+_CHANGES_OF_ITEM = 4
+
+_WORDS = 4
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 IntArray = NDArray[np.int64]
 
@@ -340,16 +345,68 @@ def refuse_small_cache(
 # ----------------------------------------------------------------------------------------- random
 
 
-def _key(purpose: int, *, seed: int, epoch: int, lane: int = 0, block: int = 0) -> np.random.Philox:
+def row_words(*, seed: int, epoch: int, first_row: int, count: int) -> NDArray[np.uint64]:
+    """A random word of each row [first_row, first_row + count) in an epoch, whatever rows are asked
+    for together; shape [count]."""
+    first = first_row // _WORDS
+    keyed = _key(_COPIES_OF_ROW, seed=seed, epoch=epoch, draws=first)
+    skipped = first_row - first * _WORDS
+    words: NDArray[np.uint64] = keyed.random_raw(skipped + count)[skipped:]
+    return words
+
+
+@dataclass(frozen=True, eq=False)
+class ItemKeys:
+    """What random changes of some items are drawn from."""
+
+    seed: int
+    epoch: int
+    positions: IntArray
+    """Of each item in the epoch; shape [n]."""
+
+
+def item_words(
+    keys: ItemKeys, *, item: IntArray, place: IntArray, purpose: int
+) -> NDArray[np.uint64]:
+    """A random word for each place in an item; `item` (which of the keys) and `place` have the
+    shape [k], as the words have.
+
+    A function of seed, epoch, position, place and purpose alone. Philox makes a key for each epoch
+    and purpose, and the finalizer of SplitMix64 (Steele et al., 2014) the words from it: many keys
+    at a time, which Philox in numpy cannot.
+    """
+    keyed = _key(_CHANGES_OF_ITEM, seed=keys.seed, epoch=keys.epoch, lane=purpose)
+    first, second = keyed.random_raw(2)
+    positions = keys.positions.astype(np.uint64)[item]
+    mixed = _mixed(positions ^ first)
+    return _mixed(mixed + place.astype(np.uint64) * _GOLDEN_GAMMA + second)
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = words ^ (words >> np.uint64(31))
+    return mixed
+
+
+def evenly(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Random words as numbers evenly spread over [0, 1)."""
+    numbers: NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
+
+
+def _key(
+    purpose: int, *, seed: int, epoch: int, lane: int = 0, block: int = 0, draws: int = 0
+) -> np.random.Philox:
     """A generator of its own for each tuple of integers.
 
     (purpose, seed) are hashed into Philox's key; the rest are words of its counter, whose lowest
-    word counts the draws.
+    word counts the draws, of `_WORDS` words each.
     """
     hashed = np.random.SeedSequence(entropy=seed, spawn_key=(ORDER_VERSION, purpose))
     return np.random.Philox(
         key=hashed.generate_state(2, np.uint64),
-        counter=np.array([0, epoch, lane, block], dtype=np.uint64),
+        counter=np.array([draws, epoch, lane, block], dtype=np.uint64),
     )
 
 

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -43,6 +44,7 @@ from trainers.data.partition import (
     sequential_share,
 )
 from trainers.data.reader import VerifiedReader
+from trainers.data.weighting import Copies
 from trainers.patience import Patience
 
 _FETCH_THREADS = 4
@@ -68,7 +70,7 @@ class RankBatch:
     first_item: int
     next_item: int
     rows: IntArray
-    """Id of each row: its number in the index; shape [n]."""
+    """Id of each item's row: its number in the index; shape [n]."""
     items: Items
     """n items, all columns also where n is 0."""
 
@@ -91,10 +93,12 @@ class RankStream:
         lanes: int,
         window: int,
         cache: NodeCache,
+        copies: Copies | None = None,
         patience: Patience | None = None,
         fetch_threads: int = _FETCH_THREADS,
     ) -> None:
-        """`store` is the data set's folder, `window` comes from `fit_window`. Reads nothing.
+        """`store` is the data set's folder, `window` comes from `fit_window`, `copies` say how
+        often rows are used in `batches`: None, once. Reads nothing.
 
         With `patience` a store that is away is waited for, unless the stream is closed meanwhile.
 
@@ -102,6 +106,7 @@ class RankStream:
         through a cache that is too small for them.
         """
         self._index = index
+        self._copies = copies
         self._is_closed = False
         if patience is not None:
             store = patience.store(store, unless=self._refuse_if_closed)
@@ -165,8 +170,9 @@ class RankStream:
         at the first batch that needs the block in which they happened. `unless` is asked while a
         batch is waited for: NotNeeded is raised where it says so, and the stream is of no use then.
         """
+        copies = self._copies
         order = EpochOrder(
-            self._index.group_rows,
+            self._index.group_rows if copies is None else copies.group_items(epoch),
             seed=self._seed,
             epoch=epoch,
             lanes=self._lanes,
@@ -177,7 +183,13 @@ class RankStream:
         )
         step = item_step(self._lanes, self._world_size)
         plans = [
-            shuffled_plans(order, lane=int(lane), item=int(item), step=step)
+            shuffled_plans(
+                order,
+                lane=int(lane),
+                item=int(item),
+                step=step,
+                rows_of=None if copies is None else partial(copies.rows_of, epoch),
+            )
             for lane, item in zip(touched, items, strict=True)
         ]
         steps_of_run = max(1, self._run_rows * self._world_size // global_batch_size)

@@ -24,6 +24,7 @@ from jobs.spec import JobSpec
 if TYPE_CHECKING:
     from trainers.data.index import Index
     from trainers.data.items import Items
+    from trainers.data.partition import ItemKeys
 
 Batch = dict[str, torch.Tensor]
 """Collated rows on one device. The first dimension of a tensor is the row, but for those that pack
@@ -78,6 +79,11 @@ class Task(Protocol):
         on."""
         ...
 
+    def augment(self, items: Items, keys: ItemKeys) -> Items:
+        """The items as they are trained on, of which each may be changed at random: a function of
+        its own key alone. Evaluations have them as they are."""
+        ...
+
     def check_data(self, index: Index) -> None:
         """Raises DataError where a further data set of the job is not stored as the first is."""
         ...
@@ -85,8 +91,8 @@ class Task(Protocol):
     def build_model(self, folder: Path, *, dropout: float | None, seed: int) -> nn.Module:
         """The pretrained model in `folder` with this task's head, float32, on the CPU.
 
-        New weights of the head are drawn from `seed`. Raises SpecError where the folder does not
-        hold such a model.
+        New weights of the head are drawn from `seed`, and told to `adapters.remember_new`. Raises
+        SpecError where the folder does not hold such a model.
         """
         ...
 
@@ -140,7 +146,8 @@ def build_task(spec: JobSpec, *, model_folder: Path, index: Index) -> Task:
     if spec.task.kind == "text-classification":
         from trainers.tasks.text_classification import TextClassification
 
-        return TextClassification(
+        task = TextClassification(
             spec.task, model_folder=model_folder, index=index, packing=spec.batching.packing
         )
+        return task.with_loss_of(spec)
     raise SpecError(f"task.kind is {spec.task.kind}, which no task here carries out")

@@ -18,14 +18,22 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from jobs import spec as job
 from jobs.errors import DataError, Problem, SpecError
+from trainers.adapters import remember_new
+from trainers.classes import class_weights, refuse_other_column
 from trainers.data.index import Index
 from trainers.data.items import Items, Ragged, numbers_of
+from trainers.data.partition import ItemKeys
 from trainers.data.tokenizers import has_own_files, tokenizer_digest
 from trainers.packing import pack_blocks, packed_tensors, packing_arguments
 from trainers.positions import most_tokens
 from trainers.tasks.confusion import ConfusionMetrics
 from trainers.tasks.padding import padded, tokens_of
+from trainers.tasks.synonyms import read_synonyms
 from trainers.tasks.task import Batch, Evaluation
+from trainers.tasks.text_augment import TextAugmenter
+
+_LOSS_WEIGHT = "loss_weight"
+"""Of a batch: what each row counts in training alone."""
 
 _DROPOUT_KEYS = (
     "hidden_dropout_prob",
@@ -54,6 +62,9 @@ class TextClassification:
         self, spec: job.Task, *, model_folder: Path, index: Index, packing: bool = False
     ) -> None:
         self._spec = spec
+        self._index = index
+        self._class_weights = _class_weights(spec, index)
+        self._augmenter: TextAugmenter | None = None
         self._packing = packing
         self._tokenizer = load_tokenizer(model_folder)
         self._pad_id = self._tokenizer.pad_token_id
@@ -71,11 +82,26 @@ class TextClassification:
         )
 
     def with_loss_of(self, spec: job.JobSpec) -> TextClassification:
-        if spec.task == self._spec:
+        if spec.task == self._spec and (spec.task.augment is None) == (self._augmenter is None):
             return self
         other = copy.copy(self)
         other._spec = spec.task
+        other._class_weights = _class_weights(spec.task, self._index)
+        other._augmenter = None
+        if spec.task.augment is not None:
+            other._augmenter = TextAugmenter(
+                spec.task.augment,
+                self._tokenizer,
+                max_tokens=spec.task.max_tokens,
+                synonyms=read_synonyms(spec),
+            )
         return other
+
+    def augment(self, items: Items, keys: ItemKeys) -> Items:
+        if self._augmenter is None:
+            return items
+        changed = self._augmenter(tokens_of(items), keys)
+        return Items({**items.columns, "input_ids": changed})
 
     def check_data(self, index: Index) -> None:
         if self._check_tokenizer(index) != self._pretokenized:
@@ -154,14 +180,20 @@ class TextClassification:
             )
         torch.manual_seed(seed)
         try:
-            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-                folder, config=config, dtype=torch.float32, use_safetensors=True
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._no_model(error) from error
+        remember_new(model, set(loaded["missing_keys"]))
         if self._packing:
             pack_blocks(model, self.forward, self._sample())
-        return model
+        built: nn.Module = model
+        return built
 
     def _sample(self) -> Batch:
         """Rows of several lengths and different tokens."""
@@ -253,12 +285,17 @@ class TextClassification:
         return np.diff(tokens_of(items).offsets)
 
     def weights(self, items: Items) -> npt.NDArray[np.float64]:
-        return np.ones(len(items))
+        if self._class_weights is None:
+            return np.ones(len(items))
+        weights: npt.NDArray[np.float64] = self._class_weights[np.asarray(items.columns["label"])]
+        return weights
 
     def collate(self, items: Items) -> Batch:
-        """`input_ids` and `attention_mask` [n, longest], `label` and `weight` [n], and with packing
-        what `packed_tensors` gives."""
+        """`input_ids` and `attention_mask` [n, longest], `label` and `weight` [n], with class
+        weights `loss_weight` [n], and with packing what `packed_tensors` gives."""
         batch = padded(items, pad_id=self._pad_id) | {"weight": torch.ones(len(items))}
+        if self._class_weights is not None:
+            batch[_LOSS_WEIGHT] = torch.from_numpy(self.weights(items)).float()
         return batch | self._packed(self.lengths(items))
 
     def _packed(self, lengths: npt.NDArray[np.int64]) -> Batch:
@@ -285,7 +322,11 @@ class TextClassification:
         return logits
 
     def loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return cross_entropy(output, batch, label_smoothing=self._spec.label_smoothing)
+        # Also of rows that weigh nothing, which have no other weight.
+        weights = batch.get(_LOSS_WEIGHT, batch["weight"])
+        return cross_entropy(
+            output, batch, weights=weights, label_smoothing=self._spec.label_smoothing
+        )
 
     def metrics(self) -> TextClassificationMetrics:
         return TextClassificationMetrics(self.labels)
@@ -315,7 +356,7 @@ class TextClassificationMetrics:
         self._confusion.update(
             true=batch["label"],
             predicted=output.argmax(dim=-1),
-            loss_sum=cross_entropy(output, batch),
+            loss_sum=cross_entropy(output, batch, weights=batch["weight"]),
             weight_sum=float(batch["weight"].sum()),
         )
 
@@ -327,7 +368,7 @@ class TextClassificationMetrics:
 
 
 def cross_entropy(
-    output: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0
+    output: torch.Tensor, batch: Batch, *, weights: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
     """The sum over rows of weight times cross-entropy, a scalar, of logits of shape [n, labels].
 
@@ -337,7 +378,16 @@ def cross_entropy(
     losses = nn.functional.cross_entropy(
         output, batch["label"], reduction="none", label_smoothing=label_smoothing
     )
-    return (losses * batch["weight"]).sum()
+    return (losses * weights).sum()
+
+
+def _class_weights(spec: job.Task, index: Index) -> npt.NDArray[np.float64] | None:
+    """What a row of each class counts in the loss; None where all count 1."""
+    if spec.class_weights is None:
+        return None
+    if spec.class_weights == "balanced":
+        refuse_other_column(spec.label, index)
+    return class_weights(spec.class_weights, labels=spec.labels, index=index)
 
 
 def load_tokenizer(folder: Path) -> Any:

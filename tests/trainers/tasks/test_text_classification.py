@@ -346,6 +346,23 @@ def test_labels_are_smoothed_in_the_loss_that_is_trained_on(smoothed: Subject) -
     assert metrics.compute(metrics.state()).metrics["loss"] == pytest.approx(plain, rel=1e-6)
 
 
+def test_classes_weigh_in_the_loss_that_is_trained_on(scene: Scene) -> None:
+    case = replace(CASES[0], task=CASES[0].task | {"class_weights": {LABELS[1]: 3.0}})
+    weighted = subject_of(case, scene)
+    [batch] = weighted.batches(weighted.items)
+    logits = weighted.task.forward(weighted.model(), batch)
+    theirs = torch.ones(len(LABELS))
+    theirs[1] = 3.0
+    mean = weighted.task.loss(logits, batch) / float(weighted.task.weights(weighted.items).sum())
+    torch.testing.assert_close(
+        mean, nn.functional.cross_entropy(logits, batch["label"], weight=theirs)
+    )
+    metrics = weighted.task.metrics()
+    metrics.update(logits, batch)
+    plain = nn.functional.cross_entropy(logits, batch["label"]).item()
+    assert metrics.compute(metrics.state()).metrics["loss"] == pytest.approx(plain, rel=1e-6)
+
+
 def test_without_smoothing_the_loss_has_the_bits_of_the_plain_one(texts: Subject) -> None:
     [batch] = texts.batches(texts.items)
     batch["weight"][3] = 0.0
