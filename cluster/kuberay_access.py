@@ -256,8 +256,12 @@ class Connection:
             # The library's own, for TLS alone; its text is that of urllib3's error.
             cause = error.__context__ if isinstance(error.__context__, Exception) else error
             raise unreachable(cause, server=self.server, redact=self._redact()) from None
-        except ConfigException as error:
-            raise unusable(self._redact()(str(error))) from None
+        except ConfigException:
+            # Not with its text, which may quote what it could not use.
+            raise unusable(
+                "the credentials for Kubernetes have expired, and could not be renewed",
+                "log in to the cluster again, as you do for kubectl; try: kubectl auth whoami",
+            ) from None
 
     def _made(self) -> ApiClient:
         from kubernetes.client import ApiClient

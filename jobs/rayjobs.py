@@ -1,33 +1,27 @@
-"""Runs on Kubernetes: what a run's RayJob adds to what its folder says, and what is done to it.
+"""Runs on Kubernetes: what a run's RayJob adds to what its folder says.
 
     with_rayjob(situation, seen)    both together, as one state. Pure
     RayJobOnlooker                  looks at a run's RayJob, once or at each change
-    start_rayjob, replace_rayjob    for `shoal submit` and `shoal resume`
-    stop_rayjob, remove_rayjob      for `shoal stop` and `shoal delete`
+    with_rayjobs(overviews)         the same for a list of runs
 
 A run is its folder: whatever is asked of Kubernetes here may fail, and what the folder says holds.
 """
 
 from __future__ import annotations
 
-import shlex
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
-from cluster.kuberay import Applied, KubeRay
-from cluster.kuberay_access import Tell
-from cluster.rayjob import build_rayjob
+from cluster.kuberay import KubeRay
 from cluster.rayjob_status import SeenRayJob, state_of
-from jobs.errors import EnvironmentFault, Problem, ShoalError, SpecError
+from jobs.errors import Problem, ShoalError, SpecError
 from jobs.overview import Overview
-from jobs.record import Past, State
+from jobs.record import State
 from jobs.runs import RunReader
 from jobs.situation import Situation
-from jobs.spec import JobSpec, KubeRayCluster
+from jobs.spec import KubeRayCluster
 from jobs.status import RunStatus
 
 LOOK_SECONDS = 1.0
@@ -86,7 +80,9 @@ def _after_driver(situation: Situation, seen: SeenRayJob) -> Situation:
     is_retried = told.state is State.RECOVERING or seen.failed < seen.backoff_limit
     if situation.state.ends_retries or not is_retried or seen.is_being_deleted:
         return situation
-    cause = told.cause if told.state is State.RECOVERING else "KubeRay is about to start it again"
+    cause = told.cause
+    if told.state is not State.RECOVERING:
+        cause = "KubeRay has not acted on its end yet, and starts it again"
     return replace(
         situation,
         state=State.RECOVERING,
@@ -239,138 +235,3 @@ def _with_rayjob_of(
 
 def _hush(sentence: str) -> None:
     """For waits that nobody is to hear of: the run's folder tells what counts."""
-
-
-# ----------------------------------------------------------------------------------------- changes
-
-
-def start_rayjob(
-    spec: JobSpec, *, run_id: str, run_uri: str, past: Past, kuberay: KubeRay
-) -> Applied:
-    """The run's RayJob, made unless it is there."""
-    return kuberay.apply(build_rayjob(spec, run_id=run_id, run_uri=run_uri, past=past))
-
-
-def require_replaceable(reader: RunReader, kuberay: KubeRay) -> SeenRayJob | None:
-    """The RayJob that a resume is to replace, if there is one.
-
-    Raises SpecError where KubeRay works on it, so that the run would have two.
-    """
-    seen = kuberay.find(reader.run_id, reader.uri)
-    if seen is None:
-        return None
-    told, result = state_of(seen), reader.result()
-    is_new = told.state in (State.PENDING, State.STARTING) and not seen.failed
-    # A driver that has ended the run for good would end at once if KubeRay started it again.
-    is_done = result is not None and result.state.ends_retries and not is_new
-    if not (told.is_over or seen.is_being_deleted or is_done):
-        raise SpecError(
-            Problem(
-                f"{reader.uri} cannot be resumed, as KubeRay has it in hand: {told.cause}",
-                f"follow it: shoal watch {reader.uri}; or end it first: shoal stop {reader.uri}",
-            )
-        )
-    return seen
-
-
-def replace_rayjob(
-    spec: JobSpec, *, reader: RunReader, past: Past, kuberay: KubeRay, old: SeenRayJob | None
-) -> Applied:
-    """The run's new RayJob; the old one and its pods are gone before it is made."""
-    if old is not None:
-        kuberay.delete(old)
-        kuberay.wait_until_gone(old)
-    return start_rayjob(spec, run_id=reader.run_id, run_uri=reader.uri, past=past, kuberay=kuberay)
-
-
-def stop_step(
-    situation: Situation, seen: SeenRayJob | None, *, stops: int
-) -> Literal["ask", "delete", "over"]:
-    """What a request to stop comes to, by the run's folder (`situation`) and its RayJob. Pure.
-
-    A driver is asked to save and end. Where there is none, nothing is to be saved, and where it was
-    asked before (`stops` is the number of the last request), one does not wait for it any longer.
-    """
-    is_there = seen is not None and not state_of(seen).is_over and not seen.is_being_deleted
-    if situation.is_over or situation.generation == 0:
-        if is_there:
-            return "delete"
-        return "over" if situation.is_over else "ask"
-    if seen is not None and is_there and stops > past_controls(seen):
-        return "delete"
-    return "ask"
-
-
-def past_controls(seen: SeenRayJob) -> int:
-    """Number of the last request that was old when this RayJob was made, from its entrypoint."""
-    words = shlex.split(seen.entrypoint)
-    if "--past-controls" not in words[:-1]:
-        return 0
-    number = words[words.index("--past-controls") + 1]
-    return int(number) if number.isdecimal() else 0
-
-
-class Stopper:
-    """Ends a run on Kubernetes together with its RayJob; of other runs it does nothing.
-
-    A cluster that cannot be reached keeps no request from the run's folder: `tell` hears of it.
-    """
-
-    def __init__(self, reader: RunReader, *, context: str | None, tell: Tell) -> None:
-        self._reader = reader
-        self._tell = tell
-        self._kuberay: KubeRay | None = None
-        self._seen: SeenRayJob | None = None
-        cluster = reader.spec().cluster
-        if isinstance(cluster, KubeRayCluster):
-            with self._told("whether KubeRay has it in hand is not known"):
-                kuberay = KubeRay.of(cluster.namespace, context=context, tell=tell)
-                self._seen = kuberay.find(reader.run_id, reader.uri)
-                self._kuberay = kuberay
-
-    @property
-    def has_rayjob(self) -> bool:
-        return self._seen is not None
-
-    def step(self, situation: Situation) -> Literal["ask", "delete", "over"]:
-        return stop_step(situation, self._seen, stops=self._reader.last_stop())
-
-    def end_retries(self) -> None:
-        """Keeps KubeRay from starting the run again after it has ended."""
-        if self._kuberay is not None and self._seen is not None:
-            with self._told("KubeRay may start the run again, which then ends within seconds"):
-                self._kuberay.end_retries(self._seen.name)
-
-    def delete(self) -> None:
-        """The RayJob goes; without one, nothing. Raises KubernetesError where that fails."""
-        if self._kuberay is not None and self._seen is not None:
-            self._kuberay.delete(self._seen)
-
-    @contextmanager
-    def _told(self, otherwise: str) -> Iterator[None]:
-        try:
-            yield
-        except EnvironmentFault as error:
-            self._tell(f"{error}; {otherwise}")
-
-
-def remove_rayjob(reader: RunReader, *, context: str | None, tell: Tell) -> None:
-    """Deletes the RayJob of a run, if there is one, and waits until it is gone; where Kubernetes
-    does not let that be done, `tell` hears what to type."""
-    try:
-        cluster = reader.spec().cluster
-    except SpecError:  # Its job cannot be told any more, so neither where it was.
-        return
-    if not isinstance(cluster, KubeRayCluster):
-        return
-    try:
-        kuberay = KubeRay.of(cluster.namespace, context=context, tell=tell)
-        seen = kuberay.find(reader.run_id, reader.uri)
-        if seen is not None:
-            kuberay.delete(seen)
-            kuberay.wait_until_gone(seen)
-    except EnvironmentFault as error:
-        tell(
-            f"the RayJob of {reader.uri} may be left: {error}; remove it with: kubectl delete "
-            f"rayjobs.ray.io {reader.run_id} --namespace {cluster.namespace} --ignore-not-found"
-        )

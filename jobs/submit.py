@@ -33,7 +33,7 @@ from jobs.parse import (
     parse_spec,
     with_absolute_paths,
 )
-from jobs.rayjobs import replace_rayjob, require_replaceable, start_rayjob
+from jobs.rayjob_changes import replace_rayjob, require_replaceable, start_rayjob
 from jobs.record import NOTHING_PAST, Amendment, Control, Lease, Past, RunPaths, State
 from jobs.runs import RunReader, driver_has_ended
 from jobs.situation import LOST_AFTER_TTLS, read_situation

@@ -30,7 +30,7 @@ def delete(run: str, store: str | None, context: str | None, yes: bool) -> None:
     A run that goes on is refused.
     """
     from jobs.errors import Problem, SpecError
-    from jobs.rayjobs import remove_rayjob
+    from jobs.rayjob_changes import remove_rayjob
     from jobs.retention import delete_run, describe_unfinished, find_unfinished, refuse_running
     from jobs.spec import format_bytes
 

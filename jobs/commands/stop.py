@@ -9,7 +9,7 @@ import click
 from jobs.commands.target import context_option, open_run, run_argument
 
 if TYPE_CHECKING:
-    from jobs.rayjobs import Stopper
+    from jobs.rayjob_changes import Stopper
     from jobs.runs import RunReader
 
 
@@ -28,7 +28,8 @@ def stop(ctx: click.Context, run: str, store: str | None, context: str | None, w
     from jobs.errors import Problem, SpecError
     from jobs.foreground import requester
     from jobs.onlooker import Onlooker
-    from jobs.rayjobs import Stopper, refuse_context
+    from jobs.rayjob_changes import Stopper
+    from jobs.rayjobs import refuse_context
     from jobs.situation import read_situation
     from jobs.submit import request_stop
 
@@ -65,7 +66,7 @@ def _wait(reader: RunReader, stopper: Stopper, context: str | None) -> int:
 
     beside = RayJobOnlooker(reader, context=context, follows=True)
     code = watch_run(reader, beside=beside, wake=beside.wake).situation.exit_code
-    stopper.delete()
+    stopper.tidy()
     return code
 
 

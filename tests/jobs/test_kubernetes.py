@@ -15,7 +15,8 @@ from test_cli import run_main
 from cluster.rayjob_status import SeenRayJob, seen_in
 from cluster.storage import Store
 from jobs.parse import load_spec
-from jobs.rayjobs import past_controls, stop_step, with_rayjob
+from jobs.rayjob_changes import past_controls, stop_step
+from jobs.rayjobs import with_rayjob
 from jobs.record import Lease, Past, Result, RunPaths, State
 from jobs.runs import RunReader
 from jobs.situation import Situation

@@ -312,7 +312,8 @@ class LocalRuns(Operator):
     def _execute(self, name: str, cluster: str, entrypoint: str) -> int:
         """Exit code of the driver; it gets SIGTERM once the RayJob is to be deleted."""
         self.started.append(name)
-        process = subprocess.Popen(
+        printers = [(f"{name}-abcde", "submitter"), (f"{cluster}-head-0", "head")]
+        with subprocess.Popen(
             entrypoint,
             shell=True,
             env={**os.environ, **self.environment},
@@ -320,25 +321,26 @@ class LocalRuns(Operator):
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-        )
-        assert process.stdout is not None
-
-        def end_if_deleted() -> None:
-            while process.poll() is None:
-                if self._is_to_go(name) or self._ends.is_set():
-                    os.killpg(process.pid, signal.SIGTERM)
-                    return
-                with self.api.objects.changed:
-                    self.api.objects.changed.wait(0.2)
-
-        threading.Thread(target=end_if_deleted, daemon=True).start()
-        printers = [(f"{name}-abcde", "submitter"), (f"{cluster}-head-0", "head")]
-        for line in process.stdout:
-            for pod, role in printers:
-                self.api.print_line(pod, CONTAINERS[role], line.rstrip("\n"), moment=now())
+        ) as process:
+            assert process.stdout is not None
+            ender = threading.Thread(target=self._end_if_deleted, args=(name, process))
+            ender.start()
+            for line in process.stdout:
+                for pod, role in printers:
+                    self.api.print_line(pod, CONTAINERS[role], line.rstrip("\n"), moment=now())
+            code = process.wait()
+            ender.join()
         for pod, role in printers:
             self.api.end_log(pod, CONTAINERS[role])
-        return process.wait()
+        return code
+
+    def _end_if_deleted(self, name: str, process: subprocess.Popen[str]) -> None:
+        while process.poll() is None:
+            if self._is_to_go(name) or self._ends.is_set():
+                os.killpg(process.pid, signal.SIGTERM)
+                return
+            with self.api.objects.changed:
+                self.api.objects.changed.wait(0.2)
 
     def _is_to_go(self, name: str) -> bool:
         try:

@@ -435,7 +435,8 @@ class _Handler(BaseHTTPRequestHandler):
         while True:
             with objects.changed:
                 log = api.logs.setdefault((pod, container), Log())
-                new, has_ended = log.lines[told:], log.has_ended
+                is_gone = not objects.list(POD, namespace, fields=f"metadata.name={pod}")
+                new, has_ended = log.lines[told:], log.has_ended or is_gone
             told += len(new)
             for moment, text in new:
                 if not since or moment[:19] >= since[:19]:
