@@ -29,6 +29,7 @@ from jobs.errors import Problem, SpecError
 FIELD_MANAGER = "shoal"
 _RAY = ("ray.io", "v1")
 _CORE = ("", "v1")
+_POLICY = ("policy", "v1")
 _KUEUE = ("kueue.x-k8s.io", "v1beta1")
 _WATCH_SECONDS = 60
 """How long one watch lasts at the API, which ends it then; the next goes on from the same version.
@@ -213,6 +214,33 @@ class KubeRay:
                     is_transient=code == 429 or code >= 500,
                 )
             yield event["type"], tree
+
+    def apply_budget(self, manifest: Mapping[str, Any], *, owner: SeenRayJob) -> None:
+        """Makes a PodDisruptionBudget that goes with a RayJob; not where that is not allowed."""
+        owned = {
+            "apiVersion": "ray.io/v1",
+            "kind": "RayJob",
+            "name": owner.name,
+            "uid": owner.uid,
+        }
+        name = str(manifest["metadata"]["name"])
+        body = {**manifest, "metadata": {**manifest["metadata"], "ownerReferences": [owned]}}
+        try:
+            self._connection.request(
+                "PATCH",
+                f"{self._path(_POLICY, 'poddisruptionbudgets')}/{quote(name)}",
+                self._asked("patch", "poddisruptionbudgets", _POLICY[0], name),
+                query={"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"},
+                body=body,
+                content_type="application/apply-patch+yaml",
+            )
+        except KubernetesError as error:
+            if not error.is_forbidden:
+                raise
+            self._connection.tell(
+                f"without the right to patch and create poddisruptionbudgets in the namespace "
+                f"{self.namespace} nodes may be drained under the run's {name.rpartition('-')[2]}"
+            )
 
     def end_retries(self, name: str) -> None:
         """Keeps the operator from starting the run again once its driver ends. Nothing where there

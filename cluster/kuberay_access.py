@@ -86,7 +86,8 @@ class Connection:
         self._configure = configure
         self._patience_seconds = patience_seconds
         self._answer_seconds = answer_seconds
-        self._tell = tell
+        self.tell = tell
+        """Hears of what the user is to know."""
         self._client = self._made()
 
     @property
@@ -168,7 +169,7 @@ class Connection:
         def say(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
             if state.attempt_number == 2 and isinstance(error, KubernetesError):
-                self._tell(f"{error}; trying again for {self._patience_seconds:.0f} s")
+                self.tell(f"{error}; trying again for {self._patience_seconds:.0f} s")
 
         backoff = tenacity.wait_random_exponential(
             multiplier=_FIRST_PAUSE_SECONDS, max=_LONGEST_PAUSE_SECONDS

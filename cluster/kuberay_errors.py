@@ -135,7 +135,9 @@ def refusal(
             problem = Problem(
                 f"this cluster's KubeRay is too old for the run: its definition of RayJob has no "
                 f"{fields}",
-                _NEWER_CRDS,
+                f"set cluster.auth to null, or {_NEWER_CRDS}"
+                if "authOptions" in fields
+                else _NEWER_CRDS,
             )
             reason, is_transient = "UndeclaredField", False
         case _:

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.record import State
+from cluster.rayjob import past_of
+from jobs.record import NOTHING_PAST, Past, State
 
 RUN_ANNOTATION = "shoal/run"
 """Holds the URI of the run that a RayJob is for."""
@@ -38,7 +39,8 @@ class SeenRayJob:
     resource_version: str
     run_uri: str | None
     """The run that it is for; None: it is not ours."""
-    entrypoint: str
+    past: Past
+    """What its driver is not concerned with."""
     job_status: str
     deployment_status: str
     reason: str
@@ -67,13 +69,14 @@ def seen_in(tree: Mapping[str, Any]) -> SeenRayJob:
     metadata, spec = tree.get("metadata") or {}, tree.get("spec") or {}
     status = tree.get("status") or {}
     cluster = status.get("rayClusterStatus") or {}
+    run_uri = (metadata.get("annotations") or {}).get(RUN_ANNOTATION)
     return SeenRayJob(
         name=str(metadata.get("name", "")),
         namespace=str(metadata.get("namespace", "")),
         uid=str(metadata.get("uid", "")),
         resource_version=str(metadata.get("resourceVersion", "")),
-        run_uri=(metadata.get("annotations") or {}).get(RUN_ANNOTATION),
-        entrypoint=str(spec.get("entrypoint", "")),
+        run_uri=run_uri,
+        past=past_of(tree) if run_uri is not None else NOTHING_PAST,
         job_status=str(status.get("jobStatus", "")),
         deployment_status=str(status.get("jobDeploymentStatus", "")),
         reason=str(status.get("reason", "")),

@@ -9,17 +9,18 @@ Whatever can be done through the run's folder alone is done there, and waits for
 
 from __future__ import annotations
 
-import shlex
+import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from cluster.disruption import disruption_budgets
 from cluster.kuberay import Applied, KubeRay
 from cluster.kuberay_access import Tell
 from cluster.rayjob import build_rayjob
 from cluster.rayjob_status import SeenRayJob, state_of
 from jobs.errors import EnvironmentFault, Problem, SpecError
-from jobs.record import Past, State
+from jobs.record import NOTHING_PAST, Past, State
 from jobs.runs import RunReader
 from jobs.situation import Situation
 from jobs.spec import JobSpec, KubeRayCluster
@@ -28,11 +29,30 @@ _STOP_PATIENCE_SECONDS = 5.0
 """A request to stop waits for the cluster no longer before it goes into the run's folder."""
 
 
-def start_rayjob(
-    spec: JobSpec, *, run_id: str, run_uri: str, past: Past, kuberay: KubeRay
-) -> Applied:
-    """The run's RayJob, made unless it is there."""
-    return kuberay.apply(build_rayjob(spec, run_id=run_id, run_uri=run_uri, past=past))
+def start_rayjob(spec: JobSpec, *, reader: RunReader, past: Past, kuberay: KubeRay) -> Applied:
+    """The run's RayJob, made unless it is there, and the budgets of its pods, where they may be."""
+    saved = [] if past == NOTHING_PAST else reader.manifests()
+    rayjob = build_rayjob(
+        spec,
+        run_id=reader.run_id,
+        run_uri=reader.uri,
+        past=past,
+        checkpoint_bytes=max((m.total_bytes for m in saved), default=None),
+        user=_user(),
+    )
+    applied = kuberay.apply(rayjob)
+    if applied.is_new:
+        for budget in disruption_budgets(rayjob):
+            kuberay.apply_budget(budget, owner=applied.seen)
+    return applied
+
+
+def _user() -> str | None:
+    """Who submits; None where this machine does not know."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a number without a name, as in containers
+        return None
 
 
 def require_replaceable(reader: RunReader, kuberay: KubeRay) -> SeenRayJob | None:
@@ -64,7 +84,7 @@ def replace_rayjob(
     if old is not None:
         kuberay.delete(old)
         kuberay.wait_until_gone(old)
-    return start_rayjob(spec, run_id=reader.run_id, run_uri=reader.uri, past=past, kuberay=kuberay)
+    return start_rayjob(spec, reader=reader, past=past, kuberay=kuberay)
 
 
 def stop_step(
@@ -80,18 +100,9 @@ def stop_step(
         if is_there:
             return "delete"
         return "over" if situation.is_over else "ask"
-    if seen is not None and is_there and stops > past_controls(seen):
+    if seen is not None and is_there and stops > seen.past.controls:
         return "delete"
     return "ask"
-
-
-def past_controls(seen: SeenRayJob) -> int:
-    """Number of the last request that was old when this RayJob was made, from its entrypoint."""
-    words = shlex.split(seen.entrypoint)
-    if "--past-controls" not in words[:-1]:
-        return 0
-    number = words[words.index("--past-controls") + 1]
-    return int(number) if number.isdecimal() else 0
 
 
 class Stopper:

@@ -32,10 +32,10 @@ from jobs.adapter_spec import Ia3Adapter as Ia3Adapter
 from jobs.adapter_spec import LoraAdapter as LoraAdapter
 from jobs.adapter_spec import PromptAdapter as PromptAdapter
 from jobs.augment_spec import TextAugment as TextAugment
-from jobs.optimizer_spec import Optimizer as Optimizer
-from jobs.optimizer_spec import Plateau as Plateau
 from jobs.cluster_spec import Gpu, LocalCluster
 from jobs.cluster_spec import KubeRayCluster as KubeRayCluster
+from jobs.optimizer_spec import Optimizer as Optimizer
+from jobs.optimizer_spec import Plateau as Plateau
 from jobs.seal import sealed
 from jobs.search_spec import Search
 from jobs.spec_parts import Fraction, Metric, Mode, Text

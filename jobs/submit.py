@@ -134,9 +134,7 @@ def _submit_rayjob(reader: RunReader, spec: JobSpec, kuberay: KubeRay | None) ->
     if kuberay is None:
         return SubmittedRun(reader.run_id, reader.uri, None, kubectl="apply")
     with _recorded(f"shoal submit JOB.yaml --run-id {reader.run_id}"):
-        applied = start_rayjob(
-            spec, run_id=reader.run_id, run_uri=reader.uri, past=NOTHING_PAST, kuberay=kuberay
-        )
+        applied = start_rayjob(spec, reader=reader, past=NOTHING_PAST, kuberay=kuberay)
     return SubmittedRun(reader.run_id, reader.uri, None, rayjob=applied.seen)
 
 

@@ -15,14 +15,14 @@ from test_cli import run_main
 from cluster.rayjob_status import SeenRayJob, seen_in
 from cluster.storage import Store
 from jobs.parse import load_spec
-from jobs.rayjob_changes import past_controls, stop_step
+from jobs.rayjob_changes import stop_step
 from jobs.rayjobs import with_rayjob
 from jobs.record import Lease, Past, Result, RunPaths, State
 from jobs.runs import RunReader
 from jobs.situation import Situation
 from tests.kubernetes_api.manifests import IMAGE, rayjob
 from tests.kubernetes_api.operator import Operator, Status
-from tests.kubernetes_api.schemas import RAYJOB
+from tests.kubernetes_api.schemas import BUDGET, RAYJOB
 from tests.kubernetes_api.server import KubernetesApi
 
 NAME = "sentiment-1"
@@ -238,7 +238,7 @@ def test_without_the_cluster_status_says_what_the_folder_says(scene: Scene) -> N
 
 def test_a_run_that_was_submitted_elsewhere_is_found_by_its_uri(scene: Scene) -> None:
     scene.submit("--record-only")
-    manifest = json.loads(scene.run("render", scene.uri, "--json"))
+    manifest, *_ = json.loads(scene.run("render", scene.uri, "--json"))["items"]
     manifest["metadata"]["name"] = "by-hand"
     scene.api.objects.create(RAYJOB, "default", manifest, manager="kubectl-create")
     scene.operator.write("by-hand", Status("Initializing"))
@@ -395,7 +395,7 @@ def test_a_request_of_an_earlier_start_is_not_the_first_of_two(scene: Scene) -> 
     scene.end(State.STOPPED)
     scene.operator.write(NAME, Status("Failed", "FAILED"))
     scene.run("resume", scene.uri)
-    assert past_controls(scene.seen) == 1
+    assert scene.seen.past.controls == 1
     scene.drive(generation=2)
     scene.operator.write(NAME, Status("Running", "RUNNING"))
     scene.run("stop", scene.uri)
@@ -482,10 +482,37 @@ def test_resume_replaces_the_rayjob_once_the_old_one_is_gone(scene: Scene) -> No
     assert scene.run("resume", scene.uri, "--set", "workers.count=3") == f"{scene.uri}\n"
     player.join()
     assert scene.seen.uid != old
-    assert scene.seen.entrypoint.endswith("--past-generation 1")
+    assert scene.seen.past.generation == 1
     (tree,) = scene.rayjobs
     assert tree["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 3
     assert "submitted as the RayJob" in scene.error
+
+
+def test_a_run_has_budgets_that_go_with_its_rayjob(scene: Scene) -> None:
+    scene.submit(workers={"count": 3})
+    found = scene.api.objects.list(BUDGET, "default")
+    assert {b["metadata"]["name"]: b["spec"]["minAvailable"] for b in found} == {
+        f"{NAME}-head": 1,
+        f"{NAME}-worker": 2,
+    }
+    owners = [b["metadata"]["ownerReferences"] for b in found]
+    assert [[o["uid"] for o in own] for own in owners] == [[scene.seen.uid]] * 2
+
+
+def test_a_run_starts_without_the_right_to_budgets(scene: Scene) -> None:
+    scene.api.forbidden.add(("patch", "poddisruptionbudgets"))
+    scene.submit()
+    assert len(scene.rayjobs) == 1
+    assert "nodes may be drained under the run's head" in scene.error
+
+
+def test_who_submits_is_a_label_of_the_rayjob(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "Ada Lovelace")
+    scene.submit()
+    (tree,) = scene.rayjobs
+    assert "Ada" in tree["metadata"]["labels"]["shoal/user"]
 
 
 IN_HAND = {
@@ -518,7 +545,7 @@ def test_a_run_that_was_stopped_before_it_began_does_not_hear_of_it_when_resumed
     scene.run("stop", scene.uri)
     assert scene.reader.last_stop() == 1
     scene.run("resume", scene.uri)
-    assert scene.seen.entrypoint.endswith("--past-controls 1 --past-generation 0")
+    assert scene.seen.past == Past(controls=1, generation=0)
 
 
 def test_a_resume_that_is_refused_can_be_repeated(scene: Scene) -> None:
@@ -662,7 +689,7 @@ def test_what_a_request_to_stop_comes_to(
     assert stop_step(own, there, stops=stops) == step
 
 
-def test_old_requests_are_read_from_the_entrypoint() -> None:
+def test_old_requests_are_read_from_the_rayjob() -> None:
     from cluster.rayjob import build_rayjob
     from tests.kubernetes_api.manifests import kuberay_job
 
@@ -670,7 +697,7 @@ def test_old_requests_are_read_from_the_entrypoint() -> None:
     spec = kuberay_job(store=access)
     for past in (Past(), Past(controls=3), Past(controls=12, generation=2)):
         made = build_rayjob(spec, run_id=NAME, run_uri="s3://shoal/my runs/a", past=past)
-        assert past_controls(seen_in(made)) == past.controls
+        assert seen_in(made).past == past
 
 
 def wait_until(condition: Any) -> None:

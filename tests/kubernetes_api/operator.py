@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster.rayjob import driver_environment
 from tests.kubernetes_api.objects import Refusal, Tree, now
 from tests.kubernetes_api.schemas import POD, RAYCLUSTER, RAYJOB
 from tests.kubernetes_api.server import KubernetesApi
@@ -285,7 +286,7 @@ class LocalRuns(Operator):
             self.write(name, status)
             status = replace(status, job="RUNNING", reason="", message="")
             self.write(name, status)
-            code = self._execute(name, cluster, rayjob["spec"]["entrypoint"])
+            code = self._execute(name, cluster, rayjob)
             if self._is_to_go(name):
                 break
             failed = f"Job entrypoint command failed with exit code {code}, last available logs:"
@@ -309,14 +310,15 @@ class LocalRuns(Operator):
                 return
         self.release(name)
 
-    def _execute(self, name: str, cluster: str, entrypoint: str) -> int:
+    def _execute(self, name: str, cluster: str, rayjob: dict[str, Any]) -> int:
         """Exit code of the driver; it gets SIGTERM once the RayJob is to be deleted."""
         self.started.append(name)
+        of_pod = {key: v for key, v in driver_environment(rayjob).items() if key != "HOME"}
         printers = [(f"{name}-abcde", "submitter"), (f"{cluster}-head-0", "head")]
         with subprocess.Popen(
-            entrypoint,
+            rayjob["spec"]["entrypoint"],
             shell=True,
-            env={**os.environ, **self.environment},
+            env={**os.environ, **of_pod, **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -42,7 +42,8 @@ RAYCLUSTER = Kind("ray.io", "v1", "rayclusters", "RayCluster")
 WORKLOAD = Kind("kueue.x-k8s.io", "v1beta1", "workloads", "Workload")
 POD = Kind("", "v1", "pods", "Pod")
 EVENT = Kind("", "v1", "events", "Event")
-KINDS = (RAYJOB, RAYCLUSTER, WORKLOAD, POD, EVENT)
+BUDGET = Kind("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget")
+KINDS = (RAYJOB, RAYCLUSTER, WORKLOAD, POD, EVENT, BUDGET)
 _FILES = {
     RAYJOB: "kuberay-v1.7.0/ray.io_rayjobs.yaml",
     RAYCLUSTER: "kuberay-v1.7.0/ray.io_rayclusters.yaml",
