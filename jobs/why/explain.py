@@ -108,8 +108,11 @@ def _ordered(evidence: Evidence, context: Context) -> list[Finding]:
     rest = [finding for finding, _ in after]
     if not (found or rest):
         rest += _newest(facts, context)
-    is_telling = evidence.status.result is not None or evidence.kuberay is None
-    return [*found, own, *rest] if is_telling else [*found, *rest, own]
+    if evidence.status.result is not None or evidence.kuberay is None:
+        return [*found, own, *rest]
+    # What it says of its end, without a result, it has from KubeRay.
+    is_repeated = situation.is_over and (found or rest)
+    return [*found, *rest] if is_repeated else [*found, *rest, own]
 
 
 # -------------------------------------------------------------------------------------- the rules
@@ -157,11 +160,13 @@ def _lines_findings(evidence: Evidence, facts: Sequence[Fact], context: Context)
     if not (situation.is_over or is_recovering or has_ended or has_never_begun):
         return []
     found: list[Finding] = []
+    left = list(facts)
     for rule in printed.RULES:
         if evidence.kuberay is None and rule.name not in _ANYWHERE:
             continue
-        pairs = [(fact, rule.fields_of(fact, context)) for fact in facts]
+        pairs = [(fact, rule.fields_of(fact, context)) for fact in left]
         filled = [(fact, fields) for fact, fields in pairs if fields is not None]
+        left = [fact for fact, fields in pairs if fields is None]
         found += rule.findings(filled[-1:])
     return [(finding, frozenset()) for finding in (*printed.own_errors(facts, context), *found)]
 
@@ -238,8 +243,8 @@ def _said(status: RunStatus) -> str:
 
 
 def _last_lines(evidence: Evidence) -> tuple[str, ...]:
-    """Of the folder; where that has none, of the pods."""
-    if evidence.lines:
-        return evidence.lines[-_LINES_SHOWN:]
-    printed_ = [f"{p.pod}: {line}" for p in evidence.cluster.printed for line in p.lines[-4:]]
-    return tuple(printed_[-_LINES_SHOWN:])
+    """Of the folder; where that has none, of the pods; where those are gone, what Ray passed on."""
+    rayjob = evidence.status.rayjob
+    of_pods = [f"{p.pod}: {line}" for p in evidence.cluster.printed for line in p.lines[-4:]]
+    passed_on = rayjob.message.splitlines() if rayjob else []
+    return tuple((evidence.lines or of_pods or passed_on)[-_LINES_SHOWN:])

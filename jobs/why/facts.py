@@ -145,7 +145,7 @@ def _ray_cluster_facts(ray_cluster: Tree | None) -> Iterator[Fact]:
         if kind == "ReplicaFailure" and _is(condition, "True"):
             yield _condition("ray cluster", name, condition)
         if kind == "HeadPodReady" and _is(condition, "False"):
-            yield _condition("ray cluster", name, condition)
+            yield _condition("ray cluster", name, condition, role="head")
 
 
 def _pod_facts(pod: Tree) -> Iterator[Fact]:

@@ -44,32 +44,32 @@ _NODES = "see what nodes offer: kubectl get nodes --output wide"
 KINDS = (
     _kind(
         r"Insufficient (?P<resource>\S+)",
-        "{nodes} have too little {resource} free{asked}",
+        "{nodes} {have} too little {resource} free{asked}",
         "wait for others to end, have nodes added, or ask for less: {again} --set {smaller}",
         9,
     ),
     _kind(
         r"Too many pods",
-        "{nodes} have as many pods as they may",
+        "{nodes} {have} as many pods as they may",
         "wait for others to end, or have nodes added; " + _NODES,
         8,
     ),
     _kind(
         r"free ports|host ports",
-        "{nodes} have no port free that the pod asks for",
+        "{nodes} {have} no port free that the pod asks for",
         "have nodes added; " + _NODES,
         8,
     ),
     _kind(
         r"volume node affinity conflict",
-        "{nodes} are not where the volume of the pod is (another zone)",
+        "{nodes} {are} not where the volume of the pod is (another zone)",
         "use a volume of the nodes' zone, or one for each pod: {again} --set "
         "cluster.cache.kind=ephemeral",
         7,
     ),
     _kind(
         r"max volume count",
-        "{nodes} have as many volumes attached as they may",
+        "{nodes} {have} as many volumes attached as they may",
         "have nodes added, or use the node's disk: {again} --set 'cluster.cache={{kind: node}}'",
         7,
     ),
@@ -83,39 +83,43 @@ KINDS = (
     ),
     _kind(
         r"pod affinity",
-        "{nodes} are not where the other workers are (cluster.pack)",
+        "{nodes} {are} not where the other workers are (cluster.pack)",
         "have room made there, or do without: {again} --set cluster.pack=null",
         5,
     ),
     _kind(
         r"anti-affinity|topology spread",
-        "{nodes} have pods from which these must keep apart",
+        "{nodes} {have} pods from which these must keep apart",
         "have nodes added; " + _NODES,
         5,
     ),
     _kind(
         r"didn't match (?:Pod's )?node (?:affinity|selector)|node affinity/selector|node selector",
-        "{nodes} have not the labels that the pod asks for{labels}",
+        "{nodes} {have} not the labels that the pod asks for{labels}",
         "see which nodes have them: kubectl get nodes --show-labels; then correct cluster.nodes, "
         "cluster.gpu.type or cluster.spot: {again} --set cluster.KEY=VALUE",
         4,
     ),
     _kind(
         r"taint \{(?P<key>[^:}]+):? ?(?P<value>[^}]*)\}",
-        "{nodes} have the taint {key}",
+        "{nodes} {have} the taint {key}",
         "allow it, if these nodes are meant: {again} --set "
         "'cluster.nodes.tolerations=[{{key: {key}}}]'",
         3,
     ),
-    _kind(r"were unschedulable|unschedulable", "{nodes} take no pods now (cordoned)", _NODES, 1),
+    _kind(r"were unschedulable|unschedulable", "{nodes} {take} no pods now (cordoned)", _NODES, 1),
 )
 _SYSTEM = _kind(
     r"taint \{(?P<key>[^:}]+)",
-    "{nodes} take no pods of users, or are not in order ({key})",
+    "{nodes} {take} no pods of users, or {are} not in order ({key})",
     "have nodes added, or repaired; " + _NODES,
     0,
 )
 _OTHER = _kind(r"(?P<text>.+)", "{nodes}: {text}", _NODES, 2)
+
+
+_ONE = {"have": "has", "are": "is", "take": "takes"}
+_MANY = {"have": "have", "are": "are", "take": "take"}
 
 
 @dataclass(frozen=True)
@@ -167,13 +171,15 @@ def _told(fact: Fact, context: Context) -> dict[str, str]:
             **context.fields,
             **shortage.groups,
             "nodes": nodes,
+            **(_ONE if shortage.nodes == 1 else _MANY),
             "asked": f" (the pod asks for {asked})" if asked else "",
             "labels": _labels(fact.pod),
             "smaller": _smaller(fact, resource),
         }
         parts.append(shortage.kind.told.format_map(fields))
         remedies.append(shortage.kind.remedy.format_map(fields))
-    whole = f"of {total} nodes " if total and shortages[0].nodes is not None else ""
+    are_counted = total is not None and shortages[0].nodes is not None
+    whole = f"of {total} node{'s' * (total != 1)} " if are_counted else ""
     return {"shortage": whole + ", ".join(dict.fromkeys(parts)), "what": remedies[0]}
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from jobs.why.facts import Fact, Source
 from jobs.why.rule import Context, Rule
 
 _OF: frozenset[Source] = frozenset({"event", "container", "ray cluster"})
 _PULL = r"(?:[Ff]ailed to pull image|ErrImagePull|[Bb]ack-off pulling image)"
+_NAMED = re.compile(r"(?:pull|pulling|[Cc]ontainer) image \"(?P<image>[^\"]+)\"")
 _LOGIN = (
     "make it: kubectl create secret docker-registry NAME --namespace {namespace} "
     "--docker-server=... ; then: {again} --set 'cluster.image_pull_secrets=[NAME]'"
@@ -20,6 +23,12 @@ def _probe(fact: Fact, context: Context) -> dict[str, str]:
     }.get(fact.role)
     room = "" if sizes is None else " --set ".join(sizes).format_map(context.fields)
     return {"room": f"; Ray needs more room: {context.again} --set {room}" if room else ""}
+
+
+def _image(fact: Fact, context: Context) -> dict[str, str]:
+    """The image that is meant: something may have added a container with another one."""
+    named = _NAMED.search(fact.message)
+    return {"image": named["image"] if named else context.fields["image"]}
 
 
 def _made(fact: Fact, context: Context) -> dict[str, str]:
@@ -50,6 +59,7 @@ RULES = (
         cause="{who} cannot start, as the image {image} is not on the node, and "
         "cluster.image_pull_policy is Never",
         remedy="{again} --set cluster.image_pull_policy=IfNotPresent",
+        more=_image,
     ),
     Rule(
         name="image-not-allowed",
@@ -62,6 +72,7 @@ RULES = (
         "not there or needs a login",
         remedy="see that the name is right (cluster.image); if the registry wants a login, name a "
         "secret with one; " + _LOGIN,
+        more=_image,
     ),
     Rule(
         name="image-missing",
@@ -71,6 +82,7 @@ RULES = (
         cause="{who} cannot start: the registry has no image {image}",
         remedy="correct the name or the tag, or push it: {again} --set "
         "cluster.image=REGISTRY/NAME:TAG",
+        more=_image,
     ),
     Rule(
         name="image-wrong-platform",
@@ -80,6 +92,7 @@ RULES = (
         "node's",
         remedy="build it for the nodes (docker buildx build --platform linux/amd64,linux/arm64), "
         "or choose nodes: {again} --set 'cluster.nodes.selector={{kubernetes.io/arch: amd64}}'",
+        more=_image,
     ),
     Rule(
         name="registry-unreachable",
@@ -103,6 +116,7 @@ RULES = (
         cause="{who} cannot start, as the image {image} cannot be pulled: {said}",
         remedy="see the name (cluster.image) and the secret for it (cluster.image_pull_secrets); "
         "see more with: kubectl describe pod {pod} --namespace {namespace}",
+        more=_image,
     ),
     Rule(
         name="config-key-missing",
@@ -131,6 +145,7 @@ RULES = (
         cause="{who} cannot start, as the image {image} wants to run as root",
         remedy="use an image with the user 1000, as k8s/Dockerfile makes it: {again} --set "
         "cluster.image=REGISTRY/NAME:TAG",
+        more=_image,
     ),
     Rule(
         name="volume-in-use",
@@ -164,8 +179,8 @@ RULES = (
         yields=True,
         of=_OF,
         reason="Unhealthy",
-        message=r"(?P<kind>Readiness|Liveness|Startup) probe failed:? ?(?P<why>.*)",
-        cause="{who} had a {kind} probe that failed: Ray is not up there, or too slow to answer",
+        message=r"(?:Readiness|Liveness|Startup) probe (?:failed|errored)",
+        cause="{who} did not answer Kubernetes' probes: Ray is not up there, or too slow",
         remedy="see what it prints: shoal logs {run} --pods{room}",
         more=_probe,
     ),

@@ -91,7 +91,7 @@ def test_a_recorded_situation_is_explained_with_what_to_type(
         assert part in first.remedy
     assert first.evidence
     if expected.get("only"):
-        assert {finding.rule for finding in found} == {first.rule, "run"}, found
+        assert {finding.rule for finding in found} <= {first.rule, "run"}, found
 
 
 def test_there_are_enough_of_them_and_each_kind_of_rule_is_met() -> None:
@@ -285,7 +285,7 @@ def test_a_run_that_is_over_is_resumed_and_one_that_waits_is_stopped_before(
     assert f"shoal stop {pending.uri} --wait; then: shoal resume {pending.uri} --set" in waits
     gone = {"status": {"jobDeploymentStatus": "Failed", "reason": "PreRunningDeadlineExceeded"}}
     ended = told(pending, events=[given], rayjob=gone)
-    assert [f.rule for f in ended.found] == ["unschedulable", "start-deadline", "run"]
+    assert [f.rule for f in ended.found] == ["unschedulable", "start-deadline"]
     assert "shoal stop" not in ended.found[0].remedy
 
 
@@ -454,5 +454,6 @@ def test_names_of_secrets_are_shown() -> None:
         'secret "aws-keys-of-team" not found',
         "couldn't find key auth_token in Secret training/run-token",
         "no credentials were found",
+        "RPC error: InvalidAuthToken: Authentication token is missing or incorrect",
     ):
         assert redacted(text) == text

@@ -71,7 +71,7 @@ def test_pods_that_nobody_schedules_and_the_autoscaler_that_adds_no_node(scene: 
     assert f"shoal resume {scene.uri}" in found["remedy"]
     shown = scene.run("why", scene.uri)
     assert f"{NAME}  PENDING" in shown
-    assert "1 have too little nvidia.com/gpu free" in shown
+    assert "1 has too little nvidia.com/gpu free" in shown
     assert "hint: " in shown
 
 
