@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -38,6 +38,13 @@ _SILENT_SECONDS = 75.0
 _LOG_SILENT_SECONDS = 3600.0
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 2.0
+_TELLING_REASONS = (
+    "NotTriggerScaleUp",
+    "TriggeredScaleUp",
+    "Preempted",
+    "TaintManagerEviction",
+)
+"""Of events that are no warnings, and tell what becomes of pods."""
 _GONE_SECONDS = 300.0
 """More than the pods of a run have to end."""
 
@@ -303,13 +310,26 @@ class KubeRay:
             found += [_pod(item) for item in items]
         return sorted(found, key=lambda pod: (_ROLES.index(pod.role), pod.name))
 
-    def events(self, involved_uids: Sequence[str]) -> list[dict[str, Any]]:
-        """Events about the objects of these uids, as the API has them, in no order."""
-        found: list[dict[str, Any]] = []
-        for uid in involved_uids:
-            query = {"fieldSelector": f"involvedObject.uid={uid}"}
-            found += self._optional("events", _CORE, query, "why its pods wait or fail")
-        return found
+    def events(self, seen: SeenRayJob) -> list[dict[str, Any]]:
+        """Events about the run's RayJob, Ray cluster, submitter and pods, gone ones included, as
+        the API has them, in no order: warnings, and what schedulers and autoscalers say."""
+        own = re.compile(
+            rf"{re.escape(seen.name)}(-[a-z0-9]{{5}})?"
+            + (rf"|{re.escape(seen.ray_cluster)}(-.+)?" if seen.ray_cluster else "")
+        )
+        found: dict[str, dict[str, Any]] = {}
+        # All of a namespace may be thousands: the API filters by one field at a time.
+        for selector in ("type=Warning", *(f"reason={reason}" for reason in _TELLING_REASONS)):
+            query = {"fieldSelector": selector}
+            for event in self._optional("events", _CORE, query, "why its pods wait or fail"):
+                about = event.get("involvedObject") or {}
+                is_older = about.get("kind") == "RayJob" and about.get("uid") not in (
+                    None,
+                    seen.uid,
+                )
+                if own.fullmatch(str(about.get("name", ""))) and not is_older:
+                    found[str((event.get("metadata") or {}).get("name"))] = event
+        return list(found.values())
 
     def ray_cluster(self, seen: SeenRayJob) -> dict[str, Any] | None:
         """The Ray cluster that the operator has made for the run, as the API has it."""
@@ -371,6 +391,23 @@ class KubeRay:
                     return
                 if not error.is_transient or not follow:
                     raise
+
+    def last_lines(self, pod: Pod, count: int, *, before_restart: bool = False) -> list[str]:
+        """What the pod's container printed last; with `before_restart`, the one before it. Nothing
+        where the log may not be read, or is gone."""
+        asked = self._asked("get", "pods/log", "", pod.name)
+        path = f"{self._path(_CORE, 'pods')}/{quote(pod.name)}/log"
+        query = {"container": pod.container, "tailLines": str(count)}
+        query |= {"previous": "true"} if before_restart else {}
+        lines = self._connection.lines(path, asked, query=query, read_seconds=_SILENT_SECONDS)
+        try:
+            return [raw.decode("utf-8", errors="replace") for raw in lines]
+        except KubernetesError as error:
+            if error.is_forbidden:
+                self._miss(asked, "what its pods print")
+            elif error.code not in (400, 404):
+                raise
+            return []
 
     # ------------------------------------------------------------------------------- requests
 

@@ -38,6 +38,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Look": {
         "list": ("jobs.commands.look:list_runs", "The runs in a store."),
         "status": ("jobs.commands.look:status", "What a run does, and why."),
+        "why": ("jobs.commands.why:why", "Why a run waits or has failed, and what to type."),
         "watch": ("jobs.commands.look:watch", "Follow a run live."),
         "logs": ("jobs.commands.logs:logs", "Log lines of the driver and the workers."),
         "checkpoints": (

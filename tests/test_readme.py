@@ -38,7 +38,8 @@ def typed_commands(text: str) -> list[list[str]]:
     typed = [code for code in inline_code(text) if code.startswith("shoal ")]
     typed += re.findall(r"^\$ (shoal .*)$", text, re.MULTILINE)
     typed += re.findall(r"\$\((shoal [^)]*)\)", text)
-    return [command.partition(" | ")[0].split() for command in typed]
+    # In a table a pipe is written with a backslash.
+    return [command.replace("\\|", "|").partition(" | ")[0].split() for command in typed]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

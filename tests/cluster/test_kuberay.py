@@ -16,7 +16,7 @@ from jobs.record import State
 from tests.kubernetes_api.manifests import RUN_URI, rayjob
 from tests.kubernetes_api.operator import Operator, Status, walks
 from tests.kubernetes_api.schemas import EVENT, POD, RAYJOB, WORKLOAD
-from tests.kubernetes_api.server import KubernetesApi
+from tests.kubernetes_api.server import KubernetesApi, Log
 
 NAME = "sentiment-1"
 PATCH = "PATCH .*rayjobs"
@@ -373,6 +373,20 @@ def test_lines_of_a_time_on_are_read(
     assert found == [("2026-11-29T12:00:05.1Z", "new")]
 
 
+def test_the_last_lines_of_a_container_and_of_the_one_before(
+    api: KubernetesApi, kuberay: KubeRay, operator: Operator
+) -> None:
+    seen = start(kuberay, operator)
+    pod = next(p for p in kuberay.pods(seen) if p.role == "head")
+    for number in range(4):
+        api.print_line(pod.name, pod.container, f"line {number}")
+    assert kuberay.last_lines(pod, 2) == ["line 2", "line 3"]
+    assert kuberay.last_lines(pod, 2, before_restart=True) == []
+    before = Log(lines=[("2026-11-29T12:00:00Z", "Killed")], has_ended=True)
+    api.previous_logs[pod.name, pod.container] = before
+    assert kuberay.last_lines(pod, 2, before_restart=True) == ["Killed"]
+
+
 def test_what_explains_a_run_is_read(
     api: KubernetesApi, kuberay: KubeRay, operator: Operator
 ) -> None:
@@ -380,10 +394,21 @@ def test_what_explains_a_run_is_read(
     cluster = kuberay.ray_cluster(seen)
     assert cluster is not None
     assert cluster["metadata"]["name"] == seen.ray_cluster
-    for name, uid in (("ours", seen.uid), ("another's", "x")):
-        event = {"metadata": {"name": name.replace("'", "")}, "involvedObject": {"uid": uid}}
-        api.objects.create(EVENT, "default", {**event, "reason": "FailedScheduling"})
-    assert [e["reason"] for e in kuberay.events([seen.uid])] == ["FailedScheduling"]
+    abouts = {
+        "job": ("RayJob", NAME, "FailedToCreateRayJobSubmitter", "Warning"),
+        "pod": ("Pod", f"{seen.ray_cluster}-worker-gone", "FailedScheduling", "Warning"),
+        "nodes": ("Pod", f"{seen.ray_cluster}-worker-1", "NotTriggerScaleUp", "Normal"),
+        "submitter": ("Pod", f"{NAME}-abcde", "BackOff", "Warning"),
+        "good": ("Pod", f"{seen.ray_cluster}-worker-1", "Scheduled", "Normal"),
+        "another": ("Pod", f"{NAME}0-abcde", "BackOff", "Warning"),
+        "before": ("RayJob", NAME, "InvalidRayJobSpec", "Warning"),
+    }
+    for name, (kind, about, reason, type_) in abouts.items():
+        told = {"kind": kind, "name": about, "uid": "of before" if name == "before" else seen.uid}
+        event = {"metadata": {"name": name}, "involvedObject": told, "type": type_}
+        api.objects.create(EVENT, "default", {**event, "reason": reason})
+    told = {event["metadata"]["name"] for event in kuberay.events(seen)}
+    assert told == {"job", "pod", "nodes", "submitter"}
     assert kuberay.workload(seen) is None
     owner = {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": NAME, "uid": seen.uid}
     api.objects.create(
@@ -430,7 +455,8 @@ def test_a_right_that_is_not_needed_is_named_once_with_what_is_lost(
     for _ in range(2):
         for pod in kuberay.pods(seen):
             list(kuberay.log_lines(pod, follow=True)) if right[1] == "pods/log" else None
-        kuberay.events([seen.uid])
+            kuberay.last_lines(pod, 3)
+        kuberay.events(seen)
         kuberay.ray_cluster(seen)
         kuberay.workload(seen)
     (sentence,) = kuberay.missing

@@ -85,6 +85,8 @@ class KubernetesApi:
         self.requests: list[Asked] = []
         self.logs: dict[tuple[str, str], Log] = {}
         """(pod, container) -> what it printed."""
+        self.previous_logs: dict[tuple[str, str], Log] = {}
+        """The same of containers that were started again since."""
         self.expires_by_status = False
         """Whether an expired watch is refused by 410 instead of an event, as some versions do."""
         self.echoes = False
@@ -430,17 +432,31 @@ class _Handler(BaseHTTPRequestHandler):
                 f'container "{container}" in pod "{pod}" is waiting to start: ContainerCreating',
             )
         follows, since = asked.query.get("follow") == "true", asked.query.get("sinceTime", "")
+        is_stamped = asked.query.get("timestamps") == "true"
+        if asked.query.get("previous") == "true":
+            log = api.previous_logs.get((pod, container))
+            if log is None:
+                raise Refusal(
+                    400,
+                    "BadRequest",
+                    f'previous terminated container "{container}" in pod "{pod}" not found',
+                )
         self._begin_chunks("text/plain")
         told = 0
+        if (tail := asked.query.get("tailLines")) is not None:
+            with objects.changed:
+                told = max(0, len(self._lines_of(asked, pod, container).lines) - int(tail))
         while True:
             with objects.changed:
-                log = api.logs.setdefault((pod, container), Log())
+                log = self._lines_of(asked, pod, container)
                 is_gone = not objects.list(POD, namespace, fields=f"metadata.name={pod}")
                 new, has_ended = log.lines[told:], log.has_ended or is_gone
             told += len(new)
             for moment, text in new:
                 if not since or moment[:19] >= since[:19]:
-                    self._chunk(f"{moment} {text}\n".encode())
+                    self._chunk(
+                        f"{moment} {text}\n".encode() if is_stamped else f"{text}\n".encode()
+                    )
             if has_ended or not follows:
                 break
             with objects.changed:
@@ -449,6 +465,11 @@ class _Handler(BaseHTTPRequestHandler):
             if self._is_cut():
                 return
         self._end_chunks()
+
+    def _lines_of(self, asked: Asked, pod: str, container: str) -> Log:
+        if asked.query.get("previous") == "true":
+            return self.api.previous_logs[pod, container]
+        return self.api.logs.setdefault((pod, container), Log())
 
     # -------------------------------------------------------------------------------- writing
 
