@@ -205,14 +205,23 @@ def _check_namespace(
 
 
 def _check_dry_run(found: Survey, manifest: Manifest) -> Iterator[Finding]:
-    """What the API, its quotas and its webhooks say to a manifest, as far as a right to try it is
-    there; a missing one is told with the others."""
+    """What the API, its quotas and its webhooks say to a manifest; of budgets, without which runs
+    work, as a warning. A right that is missing for that is told with the others."""
     kind, name = manifest["kind"], manifest["metadata"]["name"]
     answer = found[f"dry run of {name}"]
     if answer.error is None:
         if kind == "RayJob":
             yield ok(PART, "the RayJob is accepted by a strict dry run")
-    elif answer.error.lacks_right or answer.error.code is None or _NO_DRY_RUN in answer.why:
+    elif answer.error.lacks_right:
+        return
+    elif answer.error.code is None or _NO_DRY_RUN in answer.why:
         yield not_checked(PART, f"whether the cluster accepts the {kind} {name}: {answer.why}")
-    else:
+    elif kind == "RayJob":
         yield from problems_of(PART, answer.error)
+    else:
+        for refused in answer.error.problems:
+            yield warning(
+                PART,
+                f"{refused.message}; without it a node that is drained may take the head along",
+                refused.hint or "ask an administrator of the cluster",
+            )

@@ -97,22 +97,24 @@ def plan_lines(plan: ClusterPlan) -> Iterator[str]:
     for group in plan.groups:
         added = " (with the autoscaler)" if any(c.is_of_kuberay for c in group.containers) else ""
         yield (
-            f"  {_range(group.fewest, group.most)} {group.name}, each with "
+            f"  {_range(group.fewest, group.most)} {group.name}{', each' * (group.most > 1)} with "
             f"{show_amounts(group.requests())}{added}"
         )
         for claim in group.claims:
             size = show_amounts({"storage": claim.bytes})
             yield f"    and a volume of {size} ({claim.storage_class or 'the default class'})"
-    for role, number in plan.budgets:
-        yield f"  shoal render adds a disruption budget: of the {role} pods {number} stay"
+    if plan.budgets:
+        kept = " and ".join(f"{n} {role}{'s' * (n > 1)}" for role, n in plan.budgets)
+        yield f"  shoal render adds disruption budgets, by which drained nodes leave {kept}"
     yield f"together they ask for {show_amounts(plan.fewest)}"
     if plan.most != plan.fewest:
         yield f"and at most for {show_amounts(plan.most)}"
     if plan.hourly is not None:
         fewest, most = plan.hourly
         shown = f"{fewest:.2f}" if fewest == most else f"{fewest:.2f} to {most:.2f}"
-        limit = f"; until cluster.deadline_minutes at most {plan.most_cost:.2f}"
-        yield f"an hour costs {shown} at cluster.prices" + limit * (plan.most_cost is not None)
+        most_cost = plan.most_cost
+        limit = "" if most_cost is None else f"; {most_cost:.2f} until cluster.deadline_minutes"
+        yield f"an hour costs {shown} at cluster.prices{limit}"
 
 
 def _range(fewest: int, most: int) -> str:

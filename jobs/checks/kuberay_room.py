@@ -281,7 +281,7 @@ def _check_nodes(
         allowed = [n for n in nodes if may_be_on(group.spec, n["metadata"].get("labels") or {})]
         fitting = [n for n in allowed if not _lacking(need, n)]
         if fitting:
-            yield ok(part, f"{len(fitting)} {known} have room for a pod of {group.name}, if empty")
+            yield ok(part, f"a pod of {group.name} fits on {len(fitting)} {known}, if empty")
             continue
         if allowed:
             lacking = min((_lacking(need, node) for node in allowed), key=len)
