@@ -106,6 +106,7 @@ class Connection:
         query: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
         content_type: str = "application/json",
+        accept: str = "application/json",
     ) -> dict[str, Any]:
         """What the API answers. All requests may be repeated: applying and deleting too.
 
@@ -120,6 +121,7 @@ class Connection:
                 query=query,
                 body=body,
                 content_type=content_type,
+                accept=accept,
                 read_seconds=self._answer_seconds,
             )
             try:
@@ -197,13 +199,15 @@ class Connection:
         query: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
         content_type: str = "application/json",
+        accept: str = "application/json",
     ) -> urllib3.BaseHTTPResponse:
         """An answer of 2xx, its body unread. Asks once more with fresh credentials after a 401."""
-        response = self._sent(method, path, query, body, content_type, read_seconds)
+        forms = (content_type, accept)
+        response = self._sent(method, path, query, body, forms, read_seconds)
         if response.status == 401:
             self._whole(response)
             self._client = self._made()
-            response = self._sent(method, path, query, body, content_type, read_seconds)
+            response = self._sent(method, path, query, body, forms, read_seconds)
         if 200 <= response.status < 300:
             return response
         raise refusal(
@@ -220,9 +224,11 @@ class Connection:
         path: str,
         query: Mapping[str, str] | None,
         body: Mapping[str, Any] | None,
-        content_type: str,
+        forms: tuple[str, str],
         read_seconds: float,
     ) -> urllib3.BaseHTTPResponse:
+        """`forms`: that of the body, and that of the answer."""
+        content_type, accept = forms
         client = self._client
         with self._reached():
             with said_by_library():  # a token that has expired is made anew here
@@ -230,7 +236,7 @@ class Connection:
                     method,
                     path,
                     query_params=list((query or {}).items()),
-                    header_params={"Accept": "application/json", "Content-Type": content_type},
+                    header_params={"Accept": accept, "Content-Type": content_type},
                     body=body,
                     auth_settings=["BearerToken"],
                 )

@@ -24,18 +24,24 @@ if TYPE_CHECKING:
     from kubernetes.client import Configuration
 
 CONTEXT_VARIABLE = "SHOAL_CONTEXT"
+MAX_CONNECTIONS = 16
+"""That are kept: as many as may ask at a time."""
 _SERVICE_HOST = "KUBERNETES_SERVICE_HOST"
 """In the environment of each pod."""
 _WRONG_FORM = (OSError, LookupError, TypeError, ValueError, AttributeError)
 """What the library raises over a kubeconfig that is not as it should be."""
 
 
+class NoAccess(EnvironmentFault):
+    """There is no client of Kubernetes here, or nothing says how to reach a cluster."""
+
+
 def require_client() -> None:
-    """Raises EnvironmentFault where the client of Kubernetes is not installed."""
+    """Raises NoAccess where the client of Kubernetes is not installed."""
     try:
         import kubernetes.client  # noqa: F401 - that it can be
     except ModuleNotFoundError as error:
-        raise EnvironmentFault(
+        raise NoAccess(
             Problem(
                 f"cluster.kind is kuberay, but the Kubernetes client ({error.name}) is not "
                 "installed here",
@@ -63,7 +69,7 @@ def configured(context: str | None) -> Configuration:
                 if given
                 else (f"there is no {files}, and KUBECONFIG is not set")
             )
-            raise EnvironmentFault(
+            raise NoAccess(
                 Problem(
                     f"it is not known how to reach Kubernetes: {where}",
                     "get a kubeconfig of the cluster and name it, as in: export "
@@ -81,6 +87,7 @@ def configured(context: str | None) -> Configuration:
                 ) from None
     # Requests are repeated by Connection alone.
     configuration.retries = False
+    configuration.connection_pool_maxsize = MAX_CONNECTIONS
     return configuration
 
 

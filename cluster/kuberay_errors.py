@@ -60,7 +60,7 @@ class KubernetesError(ClusterError):
         """HTTP status; None: there was no answer."""
         self.reason = reason
         """As in the Status: NotFound, Forbidden, Expired, ...; KubeRayMissing for a cluster without
-        the definition of RayJob."""
+        the definition of RayJob, Refused for what a quota or a webhook does not let in."""
         self.is_transient = is_transient
         """Whether the same request may succeed a little later."""
         self.retry_after_seconds = retry_after_seconds
@@ -75,6 +75,11 @@ class KubernetesError(ClusterError):
     def is_forbidden(self) -> bool:
         return self.code == 403
 
+    @property
+    def lacks_right(self) -> bool:
+        """Whether a right is missing; else what refuses is a rule of the cluster."""
+        return self.code == 403 and self.reason != "Refused"
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -87,6 +92,7 @@ class Asked:
     group: str
     """`ray.io`; empty for the core group."""
     namespace: str
+    """Empty for what is in none, such as nodes."""
     name: str | None
     server: str
     """URL of the API, without credentials."""
@@ -96,7 +102,8 @@ class Asked:
         """`rayjobs.ray.io sentiment-1 in the namespace default`."""
         kind = f"{self.resource}.{self.group}" if self.group else self.resource
         name = f" {self.name}" if self.name else ""
-        return f"{kind}{name} in the namespace {self.namespace}"
+        where = f" in the namespace {self.namespace}" if self.namespace else ""
+        return f"{kind}{name}{where}"
 
 
 def refusal(
@@ -115,6 +122,7 @@ def refusal(
             problem = _unauthorized(asked)
         case 403:
             problem = _forbidden(asked, told)
+            reason = reason if _FORBIDDEN.search(told) else "Refused"
         case 404:
             problem, reason = _not_found(asked, status, details, told)
         case 409:

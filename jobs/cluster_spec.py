@@ -13,12 +13,14 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
+from jobs.image import parse_image
 from jobs.spec_parts import SpecPart, Text, UnfitError
 
 MAX_KUBERNETES_NAME_CHARACTERS = 63
@@ -28,13 +30,6 @@ _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _LABEL_PART = re.compile(r"[A-Za-z0-9]([-._A-Za-z0-9]*[A-Za-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_KEY = re.compile(r"[-._A-Za-z0-9]{1,253}")
-_IMAGE = re.compile(
-    r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?(:\d+)?/)?"  # registry
-    r"[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"  # repository
-    r"(:[A-Za-z0-9_][-.A-Za-z0-9_]{0,127})?"  # tag
-    r"(@sha256:[0-9a-f]{64})?"
-)
-"""As the OCI distribution specification has it."""
 _VALUE_OF_A_SECRET = re.compile(
     r"(AKIA|ASIA)[0-9A-Z]{12,}|hf_\w{8,}|gh[pousr]_\w{8,}|github_pat_\w+|sk-[\w-]{16,}"
     r"|xox[a-z]-[\w-]+|glpat-[\w-]+|eyJ[\w-]{8,}\.[\w-]+.*"
@@ -149,7 +144,7 @@ def _variables(named: object) -> object:
 
 
 def _image(image: str) -> str:
-    if not _IMAGE.fullmatch(image):
+    if parse_image(image) is None:
         raise UnfitError(
             "must be an image as containers are named, without a scheme or a login",
             "write REGISTRY/NAME:TAG, as in registry.example.com/shoal:0.1.0; registries are "
@@ -312,6 +307,26 @@ class Claim(SpecPart):
     """Name of the claim; with several workers one that many nodes may write (ReadWriteMany)."""
 
 
+class Prices(SpecPart):
+    """What an hour costs, in any one currency; `shoal plan` adds it up over the pods."""
+
+    gpu_hour: NonNegativeFloat = 0.0
+    """Of a GPU (`gpu.resource`)."""
+    cpu_hour: NonNegativeFloat = 0.0
+    """Of a CPU core."""
+    memory_gib_hour: NonNegativeFloat = 0.0
+    """Of a GiB of memory."""
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> Prices:
+        if not (self.gpu_hour or self.cpu_hour or self.memory_gib_hour):
+            raise UnfitError(
+                "has no price, so that nothing can be added up",
+                "set gpu_hour, cpu_hour or memory_gib_hour, or remove cluster.prices",
+            )
+        return self
+
+
 class KubeRayCluster(SpecPart):
     """A Ray cluster of the run's own on Kubernetes, started and ended by KubeRay as a RayJob.
 
@@ -391,6 +406,9 @@ class KubeRayCluster(SpecPart):
     upload_mib_per_second: PositiveFloat = 50.0
     """How fast one pod writes to the store. A pod that must go is given the time to save a
     checkpoint at this rate, as far as the platform grants it."""
+
+    prices: Prices | None = None
+    """What an hour of the pods costs, for `shoal plan`; null: not known."""
 
     @model_validator(mode="after")
     def _queue_decides(self) -> KubeRayCluster:

@@ -27,7 +27,8 @@ from jobs.checks.finding import (
     Verdict,
     merge_same_cause,
 )
-from jobs.checks.kuberay import check_kuberay
+from jobs.checks.kuberay import Look, check_kuberay, look_at_kubernetes
+from jobs.checks.kuberay_plan import ClusterPlan, plan_cluster, plan_lines
 from jobs.checks.machine import (
     Machine,
     check_compiler,
@@ -74,6 +75,8 @@ class Checked:
     totals: Totals
     search: SearchPlan | None = None
     """Of a job that searches: what its trials amount to."""
+    cluster: ClusterPlan | None = None
+    """Of a job for Kubernetes: what would be created there."""
 
     @property
     def problems(self) -> tuple[Finding, ...]:
@@ -101,11 +104,18 @@ class Checked:
             ],
             "totals": self.totals.to_json(),
             "search": self.search and self.search.to_json(),
+            "cluster": self.cluster and self.cluster.to_json(),
         }
 
 
-def check_job(spec: JobSpec) -> Checked:
-    """Tests the job against what it names; nothing is created that stays, and no Ray is started."""
+def check_job(
+    spec: JobSpec, *, context: str | None = None, asks_kubernetes: bool = True
+) -> Checked:
+    """Tests the job against what it names; nothing is created that stays, and no Ray is started.
+
+    `context` is that of the kubeconfig by which a job's Kubernetes cluster is asked; without
+    `asks_kubernetes` it is not.
+    """
     stores = Stores()
     is_here = spec.cluster.kind == "local" and not os.environ.get("RAY_ADDRESS")
     uris = {
@@ -113,7 +123,8 @@ def check_job(spec: JobSpec) -> Checked:
         for name in ("train", "validation", "test")
         if (uri := getattr(spec.data, name)) is not None
     }
-    with ThreadPoolExecutor(len(uris) + 4, thread_name_prefix="shoal-check") as pool:
+    with ThreadPoolExecutor(len(uris) + 5, thread_name_prefix="shoal-check") as pool:
+        looking = pool.submit(look_at_kubernetes, spec, context=context, asks=asks_kubernetes)
         kept = pool.submit(
             check_store, "store", spec.store.uri, spec.store.access, stores, lease=spec.store_lease
         )
@@ -130,14 +141,15 @@ def check_job(spec: JobSpec) -> Checked:
         model_findings, model = looked.result()
         findings += model_findings + tracked.result()
         machine = seen.result() if seen is not None else None
+        look = looking.result()
     known = {part: facts for part, facts in sets.items() if facts is not None}
     train = known.get("data.train")
     totals = totals_of(spec, train, model)
-    findings += _across(spec, known, model, machine, totals)
+    findings += _across(spec, known, model, machine, totals, look)
     plan = plan_search(spec, totals, machine)
     if plan is not None:
         findings += check_search(spec, plan, totals, machine)
-    return Checked(tuple(merge_same_cause(findings)), totals, plan)
+    return Checked(tuple(merge_same_cause(findings)), totals, plan, plan_cluster(spec, look))
 
 
 def _across(
@@ -146,6 +158,7 @@ def _across(
     model: ModelFacts | None,
     machine: Machine | None,
     totals: Totals,
+    look: Look | None,
 ) -> Iterator[Finding]:
     """What only several parts together tell."""
     yield from check_apart(sets)
@@ -167,7 +180,7 @@ def _across(
         yield from check_packages()
         yield from check_compiler(spec)
     yield from check_run_disk(spec, disk)
-    yield from check_kuberay(spec, disk)
+    yield from check_kuberay(spec, disk, look)
 
 
 def _check_all_tokens(
@@ -195,6 +208,8 @@ def show_check(checked: Checked, *, as_json: bool) -> None:
         return
     print_to(sys.stdout, _table(checked))
     for line in _totals_lines(checked.totals):
+        click.echo(line)
+    for line in plan_lines(checked.cluster) if checked.cluster is not None else ():
         click.echo(line)
     if checked.problems:
         sys.stdout.flush()

@@ -62,13 +62,7 @@ def check_workers(spec: JobSpec, machine: Machine | None) -> list[Finding]:
     """Whether the workers fit; `machine` is None where they run elsewhere (RAY_ADDRESS). Pure."""
     part, workers = "workers", spec.workers
     if isinstance(spec.cluster, KubeRayCluster):
-        return [
-            not_checked(
-                part,
-                f"whether the Kubernetes cluster has room for {_counted(workers.count, 'worker')} "
-                f"with {_counted(workers.cpus, 'core')} each: it was not asked",
-            )
-        ]
+        return []  # jobs.checks.kuberay asks the cluster
     if machine is None:
         return [
             not_checked(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from jobs.commands.target import json_option
+from jobs.commands.target import context_option, json_option, refuse_options
 
 
 def job_argument(command: click.decorators.FC) -> click.decorators.FC:
@@ -24,18 +24,23 @@ def job_argument(command: click.decorators.FC) -> click.decorators.FC:
 
 @click.command()
 @job_argument
+@context_option
 @json_option
-def check(job: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Test a job file against its store, data, model and this machine.
+def check(job: Path, overrides: tuple[str, ...], context: str | None, as_json: bool) -> None:
+    """Test a job file against its store, data, model, and this machine or its Kubernetes cluster.
 
     Every problem at once; nothing is created and no training is started. Of a search also what it
-    amounts to: space, trials, how many at a time with which resources, epochs and time. `shoal
-    plan` is the same.
+    amounts to: space, trials, how many at a time with which resources, epochs and time. On
+    Kubernetes also which pods a submit would create, and what they ask for. `shoal plan` is the
+    same.
     """
     from jobs.parse import load_spec
     from jobs.preflight import check_job, show_check
 
-    checked = check_job(load_spec(job, overrides))
+    spec = load_spec(job, overrides)
+    if spec.cluster.kind != "kuberay":
+        refuse_options(spec.cluster.kind, {"--context": context is not None})
+    checked = check_job(spec, context=context)
     show_check(checked, as_json=as_json)
     click.get_current_context().exit(checked.exit_code)
 

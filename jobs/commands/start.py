@@ -17,9 +17,9 @@ from jobs.commands.target import (
     json_option,
     open_run,
     print_json,
+    refuse_options,
     run_argument,
 )
-from jobs.errors import Problem, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,7 +105,7 @@ def submit(
 
     spec = load_spec(job, overrides)
     opener = _opener(spec, context=context, record_only=record_only)
-    _check(spec, skip=skip_check)
+    _check(spec, skip=skip_check, context=context, asks_kubernetes=not record_only)
     submitted = submit_job(spec, run_id=run_id, foreground=False, open_kuberay=opener)
     # What the environment does not say of the way to the store is in the job file.
     store = None if spec.store.access == StoreAccess() else str(job)
@@ -119,7 +119,9 @@ def _opener(spec: JobSpec, *, context: str | None, record_only: bool) -> OpenKub
     from jobs.spec import KubeRayCluster
 
     if not isinstance(spec.cluster, KubeRayCluster):
-        _refuse_options(spec.cluster.kind, context=context, record_only=record_only)
+        refuse_options(
+            spec.cluster.kind, {"--context": context is not None, "--record-only": record_only}
+        )
         return None
     if record_only:
         return None
@@ -136,18 +138,9 @@ def refuse_without_kubernetes(
     cluster = reader.spec().cluster
     is_moved = any(o.partition("=")[0].strip().startswith("cluster") for o in overrides)
     if not isinstance(cluster, KubeRayCluster) and not is_moved:
-        _refuse_options(cluster.kind, context=context, record_only=record_only)
-
-
-def _refuse_options(kind: str, *, context: str | None, record_only: bool) -> None:
-    given = {"--context": context is not None, "--record-only": record_only}
-    problems = [
-        Problem(f"cluster.kind is {kind}, so {option} has no effect", f"remove {option}")
-        for option, is_given in given.items()
-        if is_given
-    ]
-    if problems:
-        raise SpecError(*problems)
+        refuse_options(
+            cluster.kind, {"--context": context is not None, "--record-only": record_only}
+        )
 
 
 @click.command()
@@ -218,12 +211,14 @@ def _say(sentence: str) -> None:
     click.echo(sentence, err=True)
 
 
-def _check(spec: JobSpec, *, skip: bool) -> None:
+def _check(
+    spec: JobSpec, *, skip: bool, context: str | None = None, asks_kubernetes: bool = True
+) -> None:
     if not skip:
         from jobs.checks.finding import Verdict
         from jobs.preflight import check_job
 
-        checked = check_job(spec)
+        checked = check_job(spec, context=context, asks_kubernetes=asks_kubernetes)
         for finding in checked.findings:
             if finding.verdict is Verdict.WARNING:
                 hint = f" (hint: {finding.hint})" if finding.hint else ""

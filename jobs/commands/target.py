@@ -58,6 +58,17 @@ def context_option(command: F) -> F:
     )(command)
 
 
+def refuse_options(kind: str, given: dict[str, bool]) -> None:
+    """Raises SpecError for each given option about Kubernetes, where `cluster.kind` is `kind`."""
+    problems = [
+        Problem(f"cluster.kind is {kind}, so {option} has no effect", f"remove {option}")
+        for option, is_given in given.items()
+        if is_given
+    ]
+    if problems:
+        raise SpecError(*problems)
+
+
 def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
 

@@ -33,6 +33,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "has suspend true, but in the queue team-a it is Kueue who suspends",
         "remove cluster.suspend",
     ),
+    "prices of nothing": (
+        {"cluster": on_kuberay(prices={"gpu_hour": 0.0})},
+        "has no price, so that nothing can be added up",
+        "remove cluster.prices",
+    ),
     "together and apart": (
         {"cluster": on_kuberay(pack="zone", spread="zone")},
         "has pack and spread for zone: workers cannot be together and apart",

@@ -78,11 +78,14 @@ class Objects:
             return copy.deepcopy(found)
 
     def list(self, kind: Kind, namespace: str, *, labels: str = "", fields: str = "") -> list[Tree]:
+        """Those of a namespace; without one, of all."""
         with self.changed:
             return [
                 copy.deepcopy(tree)
                 for (k, ns, _), tree in sorted(self._trees.items(), key=lambda e: e[0][2])
-                if k == kind and ns == namespace and is_selected(tree, labels=labels, fields=fields)
+                if k == kind
+                and namespace in (ns, "")
+                and is_selected(tree, labels=labels, fields=fields)
             ]
 
     def changes(self, kind: Kind, namespace: str, *, after: int) -> Iterator[Change]:
@@ -99,7 +102,7 @@ class Objects:
                 for c in self._log
                 if c.version > after
                 and c.kind == kind
-                and (c.type == "BOOKMARK" or c.tree["metadata"]["namespace"] == namespace)
+                and (c.type == "BOOKMARK" or c.tree["metadata"].get("namespace", "") == namespace)
             ]
         yield from found
 
@@ -126,13 +129,22 @@ class Objects:
             if (kind, namespace, name) in self._trees:
                 raise Refusal(409, "AlreadyExists", f'{kind.resource} "{name}" already exists')
             made = copy.deepcopy(tree)
-            made["metadata"]["namespace"] = namespace
+            if kind.is_namespaced:
+                made["metadata"]["namespace"] = namespace
             return self._store(kind, namespace, name, None, made, {manager: leaves(made)})
 
     def apply(
-        self, kind: Kind, namespace: str, name: str, tree: Tree, *, manager: str, force: bool
+        self,
+        kind: Kind,
+        namespace: str,
+        name: str,
+        tree: Tree,
+        *,
+        manager: str,
+        force: bool,
+        is_dry: bool = False,
     ) -> tuple[Tree, bool]:
-        """(object, whether it is new) of a server-side apply."""
+        """(object, whether it is new) of a server-side apply; nothing is kept of a dry run."""
         with self.changed:
             unknown = undeclared(kind, tree)
             if unknown:
@@ -155,9 +167,9 @@ class Objects:
                 if not any(path in paths for paths in others.values()):
                     remove(made, path)
             kept = {m: paths - given if force else paths for m, paths in others.items()}
-            return self._store(
-                kind, namespace, name, live, made, {**kept, manager: given}
-            ), live is None
+            owned = {**kept, manager: given}
+            stored = self._store(kind, namespace, name, live, made, owned, is_dry=is_dry)
+            return stored, live is None
 
     def merge_patch(
         self, kind: Kind, namespace: str, name: str, patch: Tree, *, manager: str
@@ -285,9 +297,10 @@ class Objects:
         owners: Mapping[str, set[Path]],
         *,
         is_status: bool = False,
+        is_dry: bool = False,
     ) -> Tree:
         """Validated, with a new version where anything has changed; a copy of what is stored."""
-        if live is None and namespace not in self.namespaces:
+        if live is None and kind.is_namespaced and namespace not in self.namespaces:
             details = {"name": namespace, "kind": "namespaces"}
             raise Refusal(404, "NotFound", f'namespaces "{namespace}" not found', details=details)
         given = {"status": made["status"]} if is_status else made
@@ -322,6 +335,8 @@ class Objects:
             for manager, paths in sorted(owners.items())
             if paths
         ]
+        if is_dry:
+            return copy.deepcopy(made)
         self._owners[metadata["uid"]] = {m: set(paths) for m, paths in owners.items() if paths}
         if live is None or live != made:
             self.version += 1
@@ -377,8 +392,10 @@ def now() -> str:
 
 
 def is_selected(tree: Tree, *, labels: str, fields: str) -> bool:
-    """By selectors of equality alone."""
+    """By selectors of equality, and one of a set alone: `key in (a,b)`."""
     own = tree["metadata"].get("labels") or {}
+    if of_set := re.fullmatch(r"(\S+) in \(([^)]*)\)", labels):
+        return own.get(of_set[1]) in of_set[2].split(",")
     wanted = [part.split("=", 1) for part in labels.split(",") if part]
     if any(own.get(key.rstrip("=")) != value for key, value in wanted):
         return False

@@ -1,4 +1,4 @@
-"""The definitions of RayJob, RayCluster and Workload as the projects ship them, and what a real API
+"""The definitions of KubeRay's and Kueue's kinds as the projects ship them, and what a real API
 server refuses by them.
 
 CEL rules are not evaluated: they are tested with the manifests themselves.
@@ -26,6 +26,7 @@ class Kind:
     version: str
     plural: str
     name: str
+    is_namespaced: bool = True
 
     @property
     def api_version(self) -> str:
@@ -42,12 +43,43 @@ RAYCLUSTER = Kind("ray.io", "v1", "rayclusters", "RayCluster")
 WORKLOAD = Kind("kueue.x-k8s.io", "v1beta1", "workloads", "Workload")
 POD = Kind("", "v1", "pods", "Pod")
 EVENT = Kind("", "v1", "events", "Event")
+NAMESPACE = Kind("", "v1", "namespaces", "Namespace", is_namespaced=False)
+NODE = Kind("", "v1", "nodes", "Node", is_namespaced=False)
+SECRET = Kind("", "v1", "secrets", "Secret")
+CONFIG_MAP = Kind("", "v1", "configmaps", "ConfigMap")
+SERVICE_ACCOUNT = Kind("", "v1", "serviceaccounts", "ServiceAccount")
+CLAIM = Kind("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim")
+QUOTA = Kind("", "v1", "resourcequotas", "ResourceQuota")
+LIMIT_RANGE = Kind("", "v1", "limitranges", "LimitRange")
+DEPLOYMENT = Kind("apps", "v1", "deployments", "Deployment")
 BUDGET = Kind("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget")
-KINDS = (RAYJOB, RAYCLUSTER, WORKLOAD, POD, EVENT, BUDGET)
+STORAGE_CLASS = Kind("storage.k8s.io", "v1", "storageclasses", "StorageClass", is_namespaced=False)
+PRIORITY_CLASS = Kind(
+    "scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", is_namespaced=False
+)
+LOCAL_QUEUE = Kind("kueue.x-k8s.io", "v1beta2", "localqueues", "LocalQueue")
+CLUSTER_QUEUE = Kind(
+    "kueue.x-k8s.io", "v1beta2", "clusterqueues", "ClusterQueue", is_namespaced=False
+)
+QUEUE_PRIORITY = Kind(
+    "kueue.x-k8s.io",
+    "v1beta2",
+    "workloadpriorityclasses",
+    "WorkloadPriorityClass",
+    is_namespaced=False,
+)
+KINDS = (
+    *(RAYJOB, RAYCLUSTER, WORKLOAD, POD, EVENT, NAMESPACE, NODE, SECRET, CONFIG_MAP, CLAIM),
+    *(SERVICE_ACCOUNT, QUOTA, LIMIT_RANGE, DEPLOYMENT, BUDGET, STORAGE_CLASS, PRIORITY_CLASS),
+    *(LOCAL_QUEUE, CLUSTER_QUEUE, QUEUE_PRIORITY),
+)
 _FILES = {
     RAYJOB: "kuberay-v1.7.0/ray.io_rayjobs.yaml",
     RAYCLUSTER: "kuberay-v1.7.0/ray.io_rayclusters.yaml",
     WORKLOAD: "kueue-v0.19.2/kueue.x-k8s.io_workloads.yaml",
+    LOCAL_QUEUE: "kueue-v0.19.2/kueue.x-k8s.io_localqueues.yaml",
+    CLUSTER_QUEUE: "kueue-v0.19.2/kueue.x-k8s.io_clusterqueues.yaml",
+    QUEUE_PRIORITY: "kueue-v0.19.2/kueue.x-k8s.io_workloadpriorityclasses.yaml",
 }
 
 

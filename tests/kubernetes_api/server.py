@@ -26,13 +26,21 @@ from urllib.parse import parse_qsl, urlsplit
 import yaml
 
 from tests.kubernetes_api.objects import Objects, Refusal, is_selected, now
-from tests.kubernetes_api.schemas import KINDS, POD, Kind
+from tests.kubernetes_api.schemas import KINDS, NAMESPACE, POD, Kind
 
 TOKEN = "token-of-jane-0123456789"
 _ROUTE = re.compile(
     r"/(?:api/(?P<core>[^/]+)|apis/(?P<group>[^/]+)/(?P<version>[^/]+))"
     r"/namespaces/(?P<namespace>[^/]+)/(?P<plural>[^/]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>[^/]+))?"
 )
+_ROUTE_OF_CLUSTER = re.compile(
+    r"/(?:api/(?P<core>[^/]+)|apis/(?P<group>[^/]+)/(?P<version>[^/]+))"
+    r"/(?P<plural>[^/]+)(?:/(?P<name>[^/]+))?(?P<namespace>)(?P<sub>(?!))?"
+)
+"""Of kinds in no namespace, or in all of them."""
+_REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+_GROUP = re.compile(r"/apis/(?P<group>[^/]+)(?:/(?P<version>[^/]+))?")
+_METADATA = "as=PartialObjectMetadata"
 _LOOK_SECONDS = 0.02
 
 
@@ -91,6 +99,7 @@ class KubernetesApi:
         """Whether an expired watch is refused by 410 instead of an event, as some versions do."""
         self.echoes = False
         """Whether faults tell what they were sent, where their texts say {authorization}."""
+        self.add_namespace("default")
         self._faults: list[Fault] = []
         self._server: ThreadingHTTPServer | None = None
         self._port = 0
@@ -152,6 +161,12 @@ class KubernetesApi:
             self.go_away()
 
     # ---------------------------------------------------------------------------- what it has
+
+    def add_namespace(self, name: str) -> None:
+        self.objects.namespaces.add(name)
+        labels = {"kubernetes.io/metadata.name": name}
+        tree = {"metadata": {"name": name, "labels": labels}, "status": {"phase": "Active"}}
+        self.objects.create(NAMESPACE, "", tree)
 
     def write_kubeconfig(self, path: Path, *, token: str = TOKEN, **user: Any) -> Path:
         """A kubeconfig with two contexts: `here`, the current one, and `elsewhere`."""
@@ -285,14 +300,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _do(self, asked: Asked) -> None:
         user = self._user()
-        route = _ROUTE.fullmatch(asked.path)
+        if self._did_discover(asked):
+            return
+        route = _ROUTE.fullmatch(asked.path) or _ROUTE_OF_CLUSTER.fullmatch(asked.path)
         if route is None:
             self._send(404, b"404 page not found\n", kind="text/plain; charset=utf-8")
             return
         kind = self.api.kind_of(
             route["group"] or "", route["core"] or route["version"], route["plural"]
         )
-        if kind is None:
+        if kind is None or (route["name"] and kind.is_namespaced and not route["namespace"]):
             self._send(404, b"404 page not found\n", kind="text/plain; charset=utf-8")
             return
         namespace, name, sub = route["namespace"], route["name"], route["sub"]
@@ -308,7 +325,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif verb == "list":
             self._list(asked, kind, namespace)
         elif verb == "get":
-            self._json(200, self.api.objects.get(kind, namespace, name))
+            tree = self.api.objects.get(kind, namespace, name)
+            self._json(200, self._of_form(asked, tree))
         elif verb == "delete":
             given = asked.body or {}
             gone = self.api.objects.delete(
@@ -324,6 +342,48 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json(201, self.api.objects.create(kind, namespace, asked.body))
 
+    def _did_discover(self, asked: Asked) -> bool:
+        """What everybody may ask: the version, which kinds there are, one's own rights."""
+        if asked.path == "/version":
+            self._json(200, {"major": "1", "minor": "33", "gitVersion": "v1.33.1"})
+            return True
+        if asked.path == _REVIEWS:
+            self._json(201, self._review(asked.body))
+            return True
+        match = _GROUP.fullmatch(asked.path)
+        if match is None:
+            return False
+        group, version = match["group"], match["version"]
+        kinds = [k for k in self.api.kinds if k.group == group and version in (None, k.version)]
+        if not kinds:
+            return False
+        if version is None:
+            versions = [
+                {"groupVersion": f"{group}/{v}", "version": v}
+                for v in sorted({k.version for k in kinds}, reverse=True)
+            ]
+            tree = {"kind": "APIGroup", "apiVersion": "v1", "name": group, "versions": versions}
+            self._json(200, tree | {"preferredVersion": versions[0]})
+        else:
+            resources = [{"name": k.plural, "kind": k.name} for k in kinds]
+            self._json(200, {"kind": "APIResourceList", "resources": resources})
+        return True
+
+    def _review(self, review: Any) -> Any:
+        attributes = review["spec"]["resourceAttributes"]
+        sub = attributes.get("subresource")
+        resource = attributes["resource"] + (f"/{sub}" if sub else "")
+        is_allowed = (attributes["verb"], resource) not in self.api.forbidden
+        return review | {"status": {"allowed": is_allowed}}
+
+    @staticmethod
+    def _of_form(asked: Asked, tree: Any) -> Any:
+        """All of an object, or its metadata alone, as the request wants."""
+        if _METADATA not in asked.headers.get("Accept", ""):
+            return tree
+        form = {"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1"}
+        return form | {"metadata": tree["metadata"]}
+
     def _user(self) -> str:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         user = self.api.users.get(token.strip())
@@ -335,6 +395,7 @@ class _Handler(BaseHTTPRequestHandler):
         self, user: str, verb: str, kind: Kind, namespace: str, name: str | None, sub: str | None
     ) -> None:
         resource = f"{kind.plural}/{sub}" if sub else kind.plural
+        where = f'in the namespace "{namespace}"' if namespace else "at the cluster scope"
         if (verb, resource) in self.api.forbidden:
             whole = f"{resource}.{kind.group}" if kind.group else resource
             named = f' "{name}"' if name else ""
@@ -342,7 +403,7 @@ class _Handler(BaseHTTPRequestHandler):
                 403,
                 "Forbidden",
                 f'{whole}{named} is forbidden: User "{user}" cannot {verb} resource "{resource}" '
-                f'in API group "{kind.group}" in the namespace "{namespace}"',
+                f'in API group "{kind.group}" {where}',
                 details={"name": name, "group": kind.group, "kind": kind.plural},
             )
 
@@ -380,6 +441,7 @@ class _Handler(BaseHTTPRequestHandler):
                 asked.body,
                 manager=manager,
                 force=asked.query.get("force") == "true",
+                is_dry=asked.query.get("dryRun") == "All",
             )
             self._json(201 if is_new else 200, tree)
         elif content == "application/merge-patch+json":
