@@ -33,6 +33,8 @@ class ClusterEvidence:
     events: tuple[Tree, ...] = ()
     """About any of these, and about pods that are gone, in no order."""
     printed: tuple[Printed, ...] = ()
+    has_no_rayjob: bool = False
+    """Whether it was asked, and has no RayJob of the run."""
     missing: tuple[str, ...] = ()
     """Rights that are missing, each with what is lost."""
 

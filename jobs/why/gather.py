@@ -68,7 +68,7 @@ def _with_kubernetes(
         problem = f"Kubernetes could not be asked, so this is what the run's folder says: {error}"
         return replace(evidence, status=replace(status, problems=(*status.problems, problem)))
     if seen is None:
-        return evidence
+        return replace(evidence, cluster=ClusterEvidence(has_no_rayjob=True))
     status = replace(
         status, situation=with_rayjob(status.situation, seen, run=reader.uri), rayjob=seen
     )
