@@ -49,6 +49,8 @@ class Evidence:
     lines: tuple[str, ...] = ()
     """The last lines of its log, warnings and errors before others."""
     cluster: ClusterEvidence = field(default_factory=ClusterEvidence)
+    study_uri: str | None = None
+    """Of a trial: its study, which alone starts and stops it."""
 
     @property
     def kuberay(self) -> KubeRayCluster | None:

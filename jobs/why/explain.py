@@ -249,7 +249,7 @@ def _folder(evidence: Evidence, context: Context) -> Finding:
         f"attempt {n} broke off: {crash.reason}" for n, crash in sorted(status.crashes.items())
     ]
     if state is State.RUNNING:
-        cause = f"it works: {progress_text(status)}" if status.study is None else cause
+        cause = f"it works: {cause if status.study else progress_text(status)}"
         straggler = (status.train or {}).get("straggler")
         proof += [straggler["message"]] if straggler else []
         hint = hint or f"follow it with: shoal watch {context.run}"
@@ -261,6 +261,8 @@ def _folder(evidence: Evidence, context: Context) -> Finding:
         is_ours = evidence.kuberay is None or situation.generation > 0
         known = next(waits, None) if is_ours else None
         hint = hint or known or f"follow it with: shoal watch {context.run}"
+    elif evidence.study_uri is not None:
+        hint = f"see more: shoal logs {context.run}; its study: shoal why {evidence.study_uri}"
     elif state is not State.PRUNED:
         hint = hint or f"see more: shoal logs {context.run}; then: {context.again}"
     shown = tuple(redacted(short(text)) for text in proof[-_LINES_SHOWN:])

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from synthetic import SyntheticRun
+from synthetic import SyntheticRun, make_spec
+from synthetic_study import running_study
 
 from cluster.rayjob_status import seen_in
 from cluster.storage import Store, open_store
@@ -21,8 +22,10 @@ from jobs.rayjobs import with_rayjob
 from jobs.record import Failure, Result, RunPaths, State
 from jobs.runs import RunReader
 from jobs.status import RunStatus, read_status
+from jobs.study.trials import Trials
 from jobs.why.evidence import ClusterEvidence, Evidence, Printed
 from jobs.why.explain import RULES, Explanations, explain
+from jobs.why.gather import gather
 from jobs.why.redaction import redacted
 from jobs.why.scheduling import KINDS as SCHEDULING_KINDS
 from jobs.why.scheduling import why_unschedulable
@@ -455,6 +458,22 @@ def test_a_run_that_works_says_so_and_what_is_wrong_besides(pending: RunStatus) 
     found = told(status, pods=[pod]).found
     assert "it works: step 40 of 80" in found[0].cause
     assert [f.rule for f in found] == ["run", "unschedulable"]
+
+
+def test_studies_and_their_trials_are_explained(local_store: Store) -> None:
+    study = running_study(local_store, now=time.time())
+    reader = RunReader(local_store, study.run_id)
+    (first,) = explain(gather(reader, context=None)).found
+    assert first.cause.startswith("it works: ")
+    search = reader.spec().search
+    assert search is not None
+    trials = Trials(search, reader.study_events()).by_number.values()
+    failed = next(trial for trial in trials if trial.status == "failed")
+    local_store.write(reader.trial(failed.number).paths.spec, make_spec().to_bytes())
+    (first,) = explain(gather(reader.trial(failed.number), context=None)).found
+    assert first.cause == "the loss of step 40 is not a number"
+    assert f"shoal why {reader.uri}" in first.remedy
+    assert "resume" not in first.remedy
 
 
 # ------------------------------------------------------------------------------------------ secrets
