@@ -33,6 +33,8 @@ class ClusterEvidence:
     events: tuple[Tree, ...] = ()
     """About any of these, and about pods that are gone, in no order."""
     printed: tuple[Printed, ...] = ()
+    has_no_rayjob: bool = False
+    """Whether it was asked, and has no RayJob of the run."""
     missing: tuple[str, ...] = ()
     """Rights that are missing, each with what is lost."""
 
@@ -47,6 +49,8 @@ class Evidence:
     lines: tuple[str, ...] = ()
     """The last lines of its log, warnings and errors before others."""
     cluster: ClusterEvidence = field(default_factory=ClusterEvidence)
+    study_uri: str | None = None
+    """Of a trial: its study, which alone starts and stops it."""
 
     @property
     def kuberay(self) -> KubeRayCluster | None:

@@ -8,6 +8,7 @@ fits, the newest warning and the last lines are all that is known.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,7 @@ def _ordered(evidence: Evidence, context: Context) -> list[Finding]:
     before = _match(_BEFORE_LINES, facts, context)
     lines = _lines_findings(evidence, facts, context)
     after = _match(_AFTER_LINES, facts, context, explained=[*before, *lines])
-    found = [finding for finding, _ in (*before, *lines)]
+    found = [*_no_rayjob(evidence, context), *(finding for finding, _ in (*before, *lines))]
     rest = [finding for finding, _ in after]
     if not (found or rest):
         rest += _newest(facts, context)
@@ -209,6 +210,35 @@ def _is_final(evidence: Evidence) -> bool:
     return result.state.ends_retries or (failure is not None and failure.is_of_place)
 
 
+_WAITS = (
+    (
+        re.compile(r"waits for nodes|it is tried again"),
+        "add nodes, or have fewer workers: {again} --set workers.count=N; it waits for "
+        "retries.wait_minutes",
+    ),
+    (
+        re.compile(r"waits for the store|the store was away"),
+        "see whether the store answers: shoal list --store {store}; the run waits for "
+        "retries.wait_minutes, and goes on by itself",
+    ),
+    (re.compile(r"^no driver has started yet"), "if none starts within a minute: {again}"),
+)
+"""What a run says of itself while it waits -> what to type."""
+
+
+def _no_rayjob(evidence: Evidence, context: Context) -> Iterator[Finding]:
+    situation = evidence.status.situation
+    if evidence.cluster.has_no_rayjob and situation.generation == 0 and not situation.is_over:
+        namespace, run = context.fields["namespace"], context.run
+        yield Finding(
+            "no-rayjob",
+            f"the run is recorded, but the namespace {namespace} has no RayJob of it",
+            f"make one: shoal resume {run}; or: shoal render {run} | kubectl apply -f -; if it is "
+            "in another cluster, name that with --context",
+            (),
+        )
+
+
 def _folder(evidence: Evidence, context: Context) -> Finding:
     """What `shoal status` says, with what to type."""
     status = evidence.status
@@ -219,14 +249,20 @@ def _folder(evidence: Evidence, context: Context) -> Finding:
         f"attempt {n} broke off: {crash.reason}" for n, crash in sorted(status.crashes.items())
     ]
     if state is State.RUNNING:
-        cause = f"it works: {progress_text(status)}" if status.study is None else cause
+        cause = f"it works: {cause if status.study else progress_text(status)}"
         straggler = (status.train or {}).get("straggler")
         proof += [straggler["message"]] if straggler else []
         hint = hint or f"follow it with: shoal watch {context.run}"
     elif state is State.SUCCEEDED:
         hint = hint or f"see what it has learned: shoal report {context.run}"
     elif not situation.is_over:
-        hint = hint or f"follow it with: shoal watch {context.run}"
+        fields = {**context.fields, "store": evidence.spec.store.uri}
+        waits = (remedy.format_map(fields) for known, remedy in _WAITS if known.search(cause))
+        is_ours = evidence.kuberay is None or situation.generation > 0
+        known = next(waits, None) if is_ours else None
+        hint = hint or known or f"follow it with: shoal watch {context.run}"
+    elif evidence.study_uri is not None:
+        hint = f"see more: shoal logs {context.run}; its study: shoal why {evidence.study_uri}"
     elif state is not State.PRUNED:
         hint = hint or f"see more: shoal logs {context.run}; then: {context.again}"
     shown = tuple(redacted(short(text)) for text in proof[-_LINES_SHOWN:])

@@ -39,7 +39,8 @@ def gather(reader: RunReader, *, context: str | None) -> Evidence:
     """
     spec = reader.spec()
     status = read_status(reader)
-    evidence = Evidence(spec, status)
+    study_uri = reader.study.uri if reader.study is not None else None
+    evidence = Evidence(spec, status, study_uri=study_uri)
     if isinstance(spec.cluster, KubeRayCluster) and reader.study is None:
         evidence = _with_kubernetes(evidence, spec.cluster, reader, context)
     return replace(evidence, lines=_lines(reader, evidence.status))
@@ -68,7 +69,7 @@ def _with_kubernetes(
         problem = f"Kubernetes could not be asked, so this is what the run's folder says: {error}"
         return replace(evidence, status=replace(status, problems=(*status.problems, problem)))
     if seen is None:
-        return evidence
+        return replace(evidence, cluster=ClusterEvidence(has_no_rayjob=True))
     status = replace(
         status, situation=with_rayjob(status.situation, seen, run=reader.uri), rayjob=seen
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+from synthetic import SyntheticRun, make_spec
+from synthetic_study import running_study
 
 from cluster.rayjob_status import seen_in
 from cluster.storage import Store, open_store
@@ -19,8 +22,10 @@ from jobs.rayjobs import with_rayjob
 from jobs.record import Failure, Result, RunPaths, State
 from jobs.runs import RunReader
 from jobs.status import RunStatus, read_status
+from jobs.study.trials import Trials
 from jobs.why.evidence import ClusterEvidence, Evidence, Printed
 from jobs.why.explain import RULES, Explanations, explain
+from jobs.why.gather import gather
 from jobs.why.redaction import redacted
 from jobs.why.scheduling import KINDS as SCHEDULING_KINDS
 from jobs.why.scheduling import why_unschedulable
@@ -303,6 +308,30 @@ def test_our_own_error_that_a_driver_printed_is_taken_with_its_hint(pending: Run
     assert f"shoal resume {pending.uri}" in first.remedy
 
 
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("botocore.errorfactory.NoSuchBucket: The specified bucket does not exist", "store-bucket"),
+        ("An error occurred (InvalidAccessKeyId) when calling ListObjectsV2", "store-keys"),
+        ("botocore.exceptions.NoCredentialsError: Unable to locate credentials", "store-keys"),
+        ("ModuleNotFoundError: No module named 'jobs'", "module-missing"),
+        ("OSError: [Errno 28] No space left on device", "disk-full"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "gpu-memory"),
+        ("ray.exceptions.AuthenticationError: Authentication failed: Forbidden", "ray-token"),
+        ("No available node types can fulfill resource request {'CPU': 6.0}.", "ray-room"),
+        ("ValueError: the user's own", "driver-failed"),
+    ],
+)
+def test_what_a_driver_printed_before_it_failed_is_understood(
+    pending: RunStatus, line: str, rule: str
+) -> None:
+    status = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed"}
+    message = f"Job entrypoint command failed with exit code 1, last available logs:\n{line}"
+    found = told(pending, rayjob={"status": {**status, "message": message}})
+    assert found.found[0].rule == rule
+    assert found.lines[-1] == line
+
+
 def test_lines_of_what_goes_on_are_not_looked_at(pending: RunStatus) -> None:
     printed = {"run-x-worker-1": ["CUDA out of memory. Tried to allocate 2 GiB"]}
     assert told(pending, printed=printed).found[0].rule == "run"
@@ -336,10 +365,39 @@ def test_a_local_run_is_explained_by_what_its_folder_says(local_store: Store) ->
     reader = local_run(local_store)
     first = explained(reader).found[0]
     assert (first.rule, first.cause) == ("run", "no driver has started yet")
-    assert first.remedy.endswith(f"shoal watch {reader.uri}")
+    assert f"shoal resume {reader.uri}" in first.remedy
     end(reader, State.FAILED_USER, failure(State.FAILED_USER, "the loss is NaN", "lower it"))
     (first,) = explained(reader).found
     assert (first.cause, first.remedy) == ("rank 1 on node-7: the loss is NaN", "lower it")
+
+
+@pytest.mark.parametrize(
+    ("state", "message", "remedy"),
+    [
+        (
+            State.STARTING,
+            "waits for nodes: 2 workers need 2 x 4 CPUs, and the 3 nodes have room for 1 (6 CPUs)",
+            "--set workers.count=N",
+        ),
+        (
+            State.RECOVERING,
+            "training waits for the store: cannot write s3://shoal: it does not answer",
+            "shoal list --store",
+        ),
+        (State.STARTING, "the workers are started", "shoal watch"),
+    ],
+)
+def test_what_a_local_run_waits_for_is_told_with_the_sum_and_what_to_do(
+    local_store: Store, state: State, message: str, remedy: str
+) -> None:
+    spec = kuberay_job(cluster={"kind": "local"}, store=local_store.uri)
+    run = SyntheticRun(local_store, run_id="run", spec=spec).submit()
+    now = time.time()
+    run.lease(renewed_at=now, host="elsewhere")
+    run.state(state, message, time=now)
+    (first,) = explained(RunReader(local_store, "run")).found
+    assert first.cause == message
+    assert remedy in first.remedy
 
 
 def test_of_a_failure_without_a_hint_the_last_lines_are_shown(local_store: Store) -> None:
@@ -400,6 +458,22 @@ def test_a_run_that_works_says_so_and_what_is_wrong_besides(pending: RunStatus) 
     found = told(status, pods=[pod]).found
     assert "it works: step 40 of 80" in found[0].cause
     assert [f.rule for f in found] == ["run", "unschedulable"]
+
+
+def test_studies_and_their_trials_are_explained(local_store: Store) -> None:
+    study = running_study(local_store, now=time.time())
+    reader = RunReader(local_store, study.run_id)
+    (first,) = explain(gather(reader, context=None)).found
+    assert first.cause.startswith("it works: ")
+    search = reader.spec().search
+    assert search is not None
+    trials = Trials(search, reader.study_events()).by_number.values()
+    failed = next(trial for trial in trials if trial.status == "failed")
+    local_store.write(reader.trial(failed.number).paths.spec, make_spec().to_bytes())
+    (first,) = explain(gather(reader.trial(failed.number), context=None)).found
+    assert first.cause == "the loss of step 40 is not a number"
+    assert f"shoal why {reader.uri}" in first.remedy
+    assert "resume" not in first.remedy
 
 
 # ------------------------------------------------------------------------------------------ secrets

@@ -132,6 +132,13 @@ def test_rights_that_are_missing_are_named_once_and_the_rest_is_told(scene: Scen
     assert scene.error.count("without the right to list events") == 1
 
 
+def test_a_run_that_is_recorded_alone_has_no_rayjob(scene: Scene) -> None:
+    scene.submit("--record-only")
+    found = why(scene)
+    assert found["explanations"][0]["rule"] == "no-rayjob"
+    assert f"shoal render {scene.uri} | kubectl apply -f -" in found["remedy"]
+
+
 def test_where_nothing_can_be_told_it_is_the_clusters_error(scene: Scene) -> None:
     scene.submit()
     scene.api.go_away()
