@@ -58,8 +58,8 @@ _OPTIONAL_RIGHTS = (
     Right("get", "pods/log", "", "shoal logs --pods prints nothing"),
     Right("list", "events", "", "why a pod waits or has failed is not told"),
     Right("get", "rayclusters", RAY, "which pods are ready is not told"),
-    Right("create", "poddisruptionbudgets", "policy", "a node that is drained may take the head"),
-    Right("patch", "poddisruptionbudgets", "policy", "a node that is drained may take the head"),
+    Right("create", "poddisruptionbudgets", "policy", "nodes may be drained under the run"),
+    Right("patch", "poddisruptionbudgets", "policy", "nodes may be drained under the run"),
 )
 _QUEUE_RIGHT = Right("list", "workloads", KUEUE, "why its queue does not admit a run is not told")
 
@@ -110,9 +110,7 @@ class Answer:
     @property
     def why(self) -> str:
         """Why there is no answer."""
-        if self.error is None:
-            return "it was not asked"
-        return str(self.error)
+        return "there was no time to ask" if self.error is None else str(self.error)
 
     @property
     def items(self) -> list[dict[str, Any]]:
@@ -181,7 +179,7 @@ def survey(
     try:
         for questions in (_of_api, _of_namespace, _of_cluster_queue):
             so_far = Survey(connection.server, dict(answers))
-            if so_far.unreachable is not None:
+            if so_far.unreachable is not None or time.monotonic() > deadline:
                 break
             asked = questions(cluster, so_far, rayjob=rayjob, budgets=budgets)
             answers |= _ask(connection, asked, pool, deadline=deadline, seconds=seconds)

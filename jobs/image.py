@@ -22,7 +22,6 @@ class ImageReference:
 
     registry: str
     """`docker.io` where none is named."""
-    repository: str
     tag: str | None
     digest: str | None
 
@@ -37,7 +36,7 @@ def parse_image(text: str) -> ImageReference | None:
     match = _IMAGE.fullmatch(text)
     if match is None or len(match["name"]) > MAX_NAME_CHARACTERS:
         return None
-    first, slash, rest = match["name"].partition("/")
+    first, slash, _ = match["name"].partition("/")
     has_registry = bool(slash) and ("." in first or ":" in first or first == "localhost")
-    registry, repository = (first, rest) if has_registry else ("docker.io", match["name"])
-    return ImageReference(registry, repository, match["tag"], match["digest"])
+    registry = first if has_registry else "docker.io"
+    return ImageReference(registry, match["tag"], match["digest"])

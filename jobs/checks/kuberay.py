@@ -24,6 +24,7 @@ from jobs.checks.kuberay_queue import check_queue
 from jobs.checks.kuberay_room import check_room
 from jobs.checks.machine import DiskNeed
 from jobs.errors import ShoalError, SpecError
+from jobs.image import parse_image
 from jobs.spec import JobSpec, KubeRayCluster, StoreAccess, format_bytes
 from jobs.submit import new_run_id, refuse_local_places
 
@@ -88,10 +89,12 @@ def check_kuberay(spec: JobSpec, need: DiskNeed, look: Look | None) -> Iterator[
     yield from look.findings
     if look.survey is not None:
         yield from _check_survey(spec, cluster, look, look.survey)
+    reference = parse_image(cluster.image)
+    registry = f" from {reference.registry}" if reference is not None else ""
     yield not_checked(
         PART,
-        f"whether pods can pull {cluster.image} and reach the stores, which were tried with this "
-        "shell's credentials, not with those of the pods",
+        f"whether pods can pull {cluster.image}{registry}, and reach the stores, which were tried "
+        "with this shell's credentials, not with those of the pods",
     )
 
 

@@ -205,8 +205,8 @@ def _check_namespace(
 
 
 def _check_dry_run(found: Survey, manifest: Manifest) -> Iterator[Finding]:
-    """What the API, its quotas and its webhooks say to a manifest; of budgets, without which runs
-    work, as a warning. A right that is missing for that is told with the others."""
+    """What the API, its quotas and its webhooks say to a manifest. A budget that is not let in is
+    left out by a submit. A right that is missing is told with the others."""
     kind, name = manifest["kind"], manifest["metadata"]["name"]
     answer = found[f"dry run of {name}"]
     if answer.error is None:
@@ -216,12 +216,12 @@ def _check_dry_run(found: Survey, manifest: Manifest) -> Iterator[Finding]:
         return
     elif answer.error.code is None or _NO_DRY_RUN in answer.why:
         yield not_checked(PART, f"whether the cluster accepts the {kind} {name}: {answer.why}")
-    elif kind == "RayJob":
+    elif kind == "RayJob" or not answer.error.is_forbidden:
         yield from problems_of(PART, answer.error)
     else:
         for refused in answer.error.problems:
             yield warning(
                 PART,
-                f"{refused.message}; without it a node that is drained may take the head along",
+                f"{refused.message}; without it nodes may be drained under the run",
                 refused.hint or "ask an administrator of the cluster",
             )

@@ -105,7 +105,7 @@ def plan_lines(plan: ClusterPlan) -> Iterator[str]:
             yield f"    and a volume of {size} ({claim.storage_class or 'the default class'})"
     if plan.budgets:
         kept = " and ".join(f"{n} {role}{'s' * (n > 1)}" for role, n in plan.budgets)
-        yield f"  shoal render adds disruption budgets, by which drained nodes leave {kept}"
+        yield f"  with disruption budgets, by which drained nodes leave {kept}"
     yield f"together they ask for {show_amounts(plan.fewest)}"
     if plan.most != plan.fewest:
         yield f"and at most for {show_amounts(plan.most)}"

@@ -11,6 +11,7 @@ import yaml
 
 from cluster.disruption import disruption_budgets
 from jobs.errors import SpecError, render_error
+from jobs.image import ImageReference, parse_image
 from jobs.parse import load_spec, parse_spec, recorded_spec
 from tests.rayjobs import DATA, GPUS, JOBS, SEARCHED_DATA, job, on_kuberay, rayjob
 
@@ -128,19 +129,37 @@ def test_a_job_survives_the_way_through_the_run_folder(kind: str) -> None:
     assert recorded_spec(job(kind).to_bytes()) == job(kind)
 
 
+DIGEST = "sha256:" + 64 * "a"
+
+
 @pytest.mark.parametrize(
-    "image",
+    ("image", "registry", "tag", "digest"),
     [
-        "shoal",
-        "shoal:0.1.0",
-        "registry.example.com:5000/team/shoal:0.1.0-cuda_12",
-        "registry.example.com/shoal@sha256:" + 64 * "a",
-        "registry.example.com/shoal:1@sha256:" + 64 * "a",
-        "ghcr.io/a-b/c__d.e",
+        ("shoal", "docker.io", None, None),
+        ("shoal:0.1.0", "docker.io", "0.1.0", None),
+        ("team/shoal:latest", "docker.io", "latest", None),
+        ("localhost/shoal", "localhost", None, None),
+        (
+            "registry.example.com:5000/team/shoal:0.1.0-cuda_12",
+            "registry.example.com:5000",
+            "0.1.0-cuda_12",
+            None,
+        ),
+        (f"registry.example.com/shoal@{DIGEST}", "registry.example.com", None, DIGEST),
+        (f"registry.example.com/shoal:1@{DIGEST}", "registry.example.com", "1", DIGEST),
+        ("ghcr.io/a-b/c__d.e", "ghcr.io", None, None),
     ],
 )
-def test_an_image_may_be_named_as_containers_are(image: str) -> None:
+def test_an_image_may_be_named_as_containers_are(
+    image: str, registry: str, tag: str | None, digest: str | None
+) -> None:
     assert job(cluster=on_kuberay(image=image)).cluster.image == image  # type: ignore[union-attr]
+    assert parse_image(image) == ImageReference(registry, tag, digest)
+
+
+def test_what_names_no_image_has_no_parts() -> None:
+    for text in ("", "Shoal", "shoal:", "a//b", "shoal@sha256:1", "x" * 256):
+        assert parse_image(text) is None
 
 
 # ----------------------------------------------------------------------------------- secrets
