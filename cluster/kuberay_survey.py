@@ -10,6 +10,7 @@ metadata are asked for, so that no value is sent here.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -144,20 +145,45 @@ class Survey:
         found = self[_name_of(right)].tree
         return None if found is None else bool((found.get("status") or {}).get("allowed"))
 
-    def operator(self, group: str) -> Mapping[str, Any] | None:
-        """The Deployment of KubeRay's operator, or Kueue's; None where it is not seen."""
-        return next(iter(self[f"operator of {group}"].items), None)
+    def operators(self, group: str) -> list[Operator]:
+        """Of KubeRay, or of Kueue; none where they are not seen."""
+        return [_operator(tree) for tree in self[f"operator of {group}"].items]
 
-    def operator_version(self, group: str) -> str | None:
-        """`1.7.0`, from the tag of its image."""
-        tree = self.operator(group) or {}
-        template = ((tree.get("spec") or {}).get("template") or {}).get("spec") or {}
-        for container in template.get("containers") or ():
-            tag = str(container.get("image", "")).partition("@")[0].rpartition("/")[2]
-            version = tag.partition(":")[2].removeprefix("v")
-            if version[:1].isdigit():
-                return version
-        return None
+
+@dataclass(frozen=True)
+class Operator:
+    """A Deployment of an operator."""
+
+    name: str
+    namespace: str
+    version: str | None
+    """`1.7.0`, from the tag of its image; None where that is no version."""
+    is_available: bool
+    watched: tuple[str, ...]
+    """Namespaces that it is restricted to; none: it watches all."""
+
+
+def _operator(tree: Mapping[str, Any]) -> Operator:
+    containers = tree["spec"]["template"]["spec"]["containers"]
+    words = " ".join(
+        word
+        for container in containers
+        for word in (*(container.get("command") or ()), *(container.get("args") or ()))
+    )
+    watched = re.search(r"--?watch-namespace[= ]([-a-z0-9.,]+)", words)
+    versions = [_version_in(str(container.get("image", ""))) for container in containers]
+    return Operator(
+        name=str(tree["metadata"]["name"]),
+        namespace=str(tree["metadata"]["namespace"]),
+        version=next((version for version in versions if version), None),
+        is_available=bool((tree.get("status") or {}).get("availableReplicas")),
+        watched=tuple(filter(None, watched[1].split(","))) if watched else (),
+    )
+
+
+def _version_in(image: str) -> str | None:
+    tag = image.partition("@")[0].rpartition("/")[2].partition(":")[2].removeprefix("v")
+    return tag if tag[:1].isdigit() else None
 
 
 def survey(

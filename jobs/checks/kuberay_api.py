@@ -4,11 +4,10 @@ manifests. Pure."""
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
 
 from cluster.kuberay_errors import KUBERAY_VERSION
-from cluster.kuberay_survey import RAY, REQUIRED_RIGHTS, Right, Survey, rights_of
+from cluster.kuberay_survey import RAY, REQUIRED_RIGHTS, Operator, Right, Survey, rights_of
 from cluster.placement import Manifest
 from jobs.checks.finding import (
     ENVIRONMENT_EXIT_CODE,
@@ -45,16 +44,43 @@ def _check_kuberay(cluster: KubeRayCluster, found: Survey) -> Iterator[Finding]:
     if api.is_missing and api.error is not None:
         yield from problems_of(PART, api.error)
         return
-    version = found.operator_version(RAY)
-    if version is None:
+    if api.tree is None:
+        yield ok(PART, at)
+        yield not_checked(PART, f"whether KubeRay is there: {api.why}")
+        return
+    operators = found.operators(RAY)
+    ours = [o for o in operators if not o.watched or cluster.namespace in o.watched]
+    operator = next(iter(ours or operators), None)
+    version = operator.version if operator is not None else None
+    yield ok(PART, f"{at}, with KubeRay{f' {version}' if version else ''}")
+    if operator is None:
         seen = found[f"operator of {RAY}"]
         why = seen.why if seen.error is not None else "its operator was not found by its labels"
-        yield ok(PART, f"{at}, with KubeRay")
         yield not_checked(PART, f"which version of KubeRay runs, and whether it does: {why}")
-        return
-    yield ok(PART, f"{at}, with KubeRay {version}")
-    yield from _check_version(cluster, version)
-    yield from _check_operator(cluster, found.operator(RAY) or {}, "KubeRay's operator")
+    elif not ours:
+        yield _of_other_namespaces(cluster, operator)
+    elif not operator.is_available:
+        yield problem(
+            PART,
+            f"KubeRay's operator {operator.name} in the namespace {operator.namespace} is not "
+            "running, so that nobody takes up a RayJob",
+            f"ask an administrator to see: kubectl describe deployment {operator.name} --namespace "
+            f"{operator.namespace}",
+            exit_code=ENVIRONMENT_EXIT_CODE,
+        )
+    if version is not None:
+        yield from _check_version(cluster, version)
+
+
+def _of_other_namespaces(cluster: KubeRayCluster, operator: Operator) -> Finding:
+    return problem(
+        NAMESPACE,
+        f"KubeRay's operator {operator.name} in the namespace {operator.namespace} takes up "
+        f"RayJobs of {', '.join(operator.watched)}, not of {cluster.namespace}",
+        f"set cluster.namespace to one of these, or ask an administrator to add "
+        f"{cluster.namespace} to watchNamespace of KubeRay's values",
+        exit_code=ENVIRONMENT_EXIT_CODE,
+    )
 
 
 def _check_version(cluster: KubeRayCluster, version: str) -> Iterator[Finding]:
@@ -76,42 +102,6 @@ def _check_version(cluster: KubeRayCluster, version: str) -> Iterator[Finding]:
             f"cluster.start_deadline_minutes has no effect with KubeRay {version}, before 1.6",
             f"remove it, or {upgrade}",
         )
-
-
-def _check_operator(
-    cluster: KubeRayCluster, tree: Mapping[str, Any], who: str
-) -> Iterator[Finding]:
-    metadata = tree.get("metadata") or {}
-    where = f"{metadata.get('name')} in the namespace {metadata.get('namespace')}"
-    if not (tree.get("status") or {}).get("availableReplicas"):
-        yield problem(
-            PART,
-            f"{who} ({where}) is not running, so that nobody takes up a RayJob",
-            f"ask an administrator to see: kubectl describe deployment {metadata.get('name')} "
-            f"--namespace {metadata.get('namespace')}",
-            exit_code=ENVIRONMENT_EXIT_CODE,
-        )
-    watched = _watched_namespaces(tree)
-    if watched and cluster.namespace not in watched:
-        yield problem(
-            NAMESPACE,
-            f"{who} ({where}) takes up RayJobs of {', '.join(watched)}, not of {cluster.namespace}",
-            f"set cluster.namespace to one of these, or ask an administrator to add "
-            f"{cluster.namespace} to watchNamespace of KubeRay's values",
-            exit_code=ENVIRONMENT_EXIT_CODE,
-        )
-
-
-def _watched_namespaces(tree: Mapping[str, Any]) -> list[str]:
-    """Those that the operator is restricted to; none where it watches all."""
-    template = ((tree.get("spec") or {}).get("template") or {}).get("spec") or {}
-    for container in template.get("containers") or ():
-        words = " ".join(
-            map(str, [*(container.get("command") or ()), *(container.get("args") or ())])
-        )
-        if match := re.search(r"--?watch-namespace[= ]([-a-z0-9.,]+)", words):
-            return [name for name in match[1].split(",") if name]
-    return []
 
 
 def _numbers(version: str) -> tuple[int, ...]:

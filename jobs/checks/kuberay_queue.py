@@ -66,7 +66,7 @@ def check_queue(
 
 
 def _version(found: Survey) -> str:
-    version = found.operator_version(KUEUE)
+    version = next((o.version for o in found.operators(KUEUE)), None)
     return f" {version}" if version else ""
 
 

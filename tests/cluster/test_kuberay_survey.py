@@ -108,7 +108,16 @@ def test_a_version_that_may_not_be_read_does_not_end_the_survey() -> None:
     ],
 )
 def test_the_operators_version_is_that_of_its_image(image: str, version: str | None) -> None:
-    container = {"image": image}
-    deployment = {"spec": {"template": {"spec": {"containers": [container]}}}}
-    found, _ = surveyed(lambda path, verb: {"items": [deployment]})
-    assert found.operator_version("ray.io") == version
+    deployment = {
+        "metadata": {"name": "operator", "namespace": "kuberay-system"},
+        "spec": {"template": {"spec": {"containers": [{"image": image}]}}},
+    }
+
+    def answer(path: str, verb: str) -> dict[str, Any]:
+        return {"items": [deployment]} if path.endswith("/deployments") else {}
+
+    found, _ = surveyed(answer)
+    (operator,) = found.operators("ray.io")
+    assert operator.version == version
+    assert not operator.is_available
+    assert operator.watched == ()

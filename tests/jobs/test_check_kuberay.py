@@ -274,8 +274,16 @@ def test_an_operator_of_other_namespaces_is_a_problem(world: World) -> None:
     for args in (["--watch-namespace", "a,b"], ["-watch-namespace=a,b"]):
         world.add_operator("kuberay-operator", image, args=args)
         assert "takes up RayJobs of a, b, not of default" in world.problem().message
-    world.add_operator("kuberay-operator", image, args=["--watch-namespace", "a,default"])
+    # Somebody else's may stand beside that of the namespace.
+    world.add_operator("kuberay", image, args=["--watch-namespace", "c,default"])
     assert world.not_checked() == []
+
+
+def test_an_operator_without_a_version_is_looked_at_all_the_same(world: World) -> None:
+    world.add_operator("kuberay-operator", "quay.io/kuberay/operator:nightly")
+    assert world.not_checked() == []
+    world.add_operator("kuberay-operator", "quay.io/kuberay/operator:nightly", available=0)
+    assert "is not running" in world.problem().message
 
 
 @pytest.mark.parametrize(
