@@ -211,16 +211,16 @@ class InTurn:
     def __init__(self, works: list[Any]) -> None:
         self._works = works
 
-    def __call__(self, session: Session) -> dict[Any, Any]:
+    def __call__(self, session: Session) -> dict[str, Any]:
         torch.set_num_threads(1)  # the ranks are more than the cores
-        return {work: work(session) for work in self._works}
+        return {repr(work): work(session) for work in self._works}
 
 
 @pytest.fixture(scope="module")
 def given(folder: Path) -> Given:
     """What all works of this module give on each of three ranks."""
     ranks = on_ranks(InTurn(works(folder)), world_size=3)
-    return lambda work: [rank[work] for rank in ranks]
+    return lambda work: [rank[repr(work)] for rank in ranks]
 
 
 def works(folder: Path) -> list[Any]:

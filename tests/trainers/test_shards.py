@@ -327,6 +327,7 @@ def test_a_damaged_shard_is_found_and_costs_its_checkpoint_only(scene: Scene) ->
     model = model_of_checkpoint(
         scene.runs.within(scene.paths().checkpoint(before.name).rstrip("/")),
         before,
+        None,
         scene.folder / "cache",
     )
     made = consolidate(RunReader(scene.runs, "run"), before.step, to=None)
