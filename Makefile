@@ -46,7 +46,7 @@ test: $(INSTALLED)
 	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 chaos: EXPERIMENTS := chaos faults elastic recovery resume checkpoint
-figures: EXPERIMENTS := start stream train growth search_quality search_overhead search_chaos
+figures: EXPERIMENTS := start stream train growth adapters search_quality search_overhead search_chaos
 # One after the other: each takes all cores. All of them run, and their exit codes are joined.
 chaos figures: $(INSTALLED)
 	@mkdir -p build/bench; failed=; \

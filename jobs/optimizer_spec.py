@@ -90,6 +90,10 @@ class Optimizer(SpecPart):
     max_grad_norm: PositiveFloat | None = 1.0
     """Global gradient norm to which gradients are clipped; null: no clipping."""
 
+    def __hash__(self) -> int:
+        """Of frozen values too, which pydantic's own does not do for `options`."""
+        return hash(self.model_dump_json())
+
     @model_validator(mode="after")
     def _only_own_keys(self) -> Optimizer:
         foreign = _FOREIGN.get(self.kind, {"betas", "epsilon", "momentum"})
